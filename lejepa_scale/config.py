@@ -1,0 +1,339 @@
+"""The run's typed, strict configuration: YAML plus dotted overrides. Owns names, types, defaults and the checks that
+need no machine; imports no torch, so that a wrong key is refused before anything starts."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from lejepa_scale.errors import UserError
+
+EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A strict group of keys: an unknown one is refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Run(Section):
+    dir: Path = Field(description="run directory: config.yaml, metrics.jsonl, checkpoints/")
+    seed: NonNegative = Field(0, description="initial weights, sample order, augmentation, slices")
+
+
+class Train(Section):
+    steps: Positive = Field(description="optimizer steps of the whole run")
+    global_batch: Positive = Field(description="images per optimizer step over all ranks")
+    micro_batch: Positive | None = Field(
+        None, description="images per rank and forward pass; unset: global_batch / ranks"
+    )
+    max_nonfinite: Positive = Field(20, description="stop after this many non-finite steps in a row")
+
+
+class Engine(Section):
+    name: EngineName = Field("ddp", description="how parameters and gradients are laid out over ranks")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="compute precision; parameters stay fp32")
+    shard_degree: Positive | None = Field(
+        None, description="fsdp: ranks a parameter is sharded over, replicated beyond (HSDP); unset: all"
+    )
+    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    timeout_minutes: Positive = Field(10, description="how long a collective may wait for a lost rank")
+
+
+class Source(Section):
+    shards: list[str] = Field(description="tar shards: paths or URLs, braces allowed")
+    weight: float = Field(1.0, gt=0, description="share of the samples drawn from this source")
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
+class ViewGroup(Section):
+    count: NonNegative = Field(description="views per image")
+    size: Positive = Field(description="side in pixels")
+    scale: tuple[float, float] = Field(description="crop area as a fraction of the image: [low, high]")
+
+    @model_validator(mode="after")
+    def _scale_is_an_interval(self) -> ViewGroup:
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"scale must satisfy 0 < low <= high <= 1, got [{low}, {high}]")
+        return self
+
+
+class Views(Section):
+    global_: ViewGroup = Field(ViewGroup(count=2, size=224, scale=(0.3, 1.0)), alias="global")
+    local: ViewGroup = Field(ViewGroup(count=6, size=98, scale=(0.05, 0.3)))
+
+    @model_validator(mode="after")
+    def _a_target_exists(self) -> Views:
+        if self.global_.count < 1:
+            raise ValueError("global.count must be at least 1: the global views' mean is what every view predicts")
+        if self.global_.count + self.local.count < 2:
+            raise ValueError("at least two views are needed in all: with one, the prediction loss is always zero")
+        return self
+
+
+class Augment(Section):
+    """Photometric defaults are those of LeJEPA (arXiv 2511.08544, experiments)."""
+
+    flip: Probability = 0.5
+    jitter: Probability = Field(0.8, description="probability of colour jitter")
+    brightness: float = Field(0.4, ge=0)
+    contrast: float = Field(0.4, ge=0)
+    saturation: float = Field(0.2, ge=0)
+    hue: float = Field(0.1, ge=0, le=0.5)
+    grayscale: Probability = 0.2
+    blur: Probability = Field(0.5, description="probability of Gaussian blur, sigma in [0.1, 2]")
+    solarize: Probability = Field(0.2, description="probability of inverting values >= 128")
+
+
+class Data(Section):
+    shards: list[Source] = Field(
+        min_length=1, description="tar shards: path or URL with braces, a list, or a mixture [{shards, weight}, ...]"
+    )
+    workers: NonNegative = Field(0, description="decoding processes per rank; 0: in the training process")
+    prefetch: Positive = Field(2, description="batches each worker prepares ahead")
+    shuffle_block: Positive = Field(16384, description="samples within which the order is fully random")
+    cache_dir: Path | None = Field(None, description="where remote shards are copied; unset: the user's cache")
+    views: Views = Views()
+    augment: Augment = Augment()
+
+    @field_validator("shards", mode="before")
+    @classmethod
+    def _as_mixture(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return [{"shards": value}]
+        if isinstance(value, list) and value and all(isinstance(item, str) for item in value):
+            return [{"shards": value}]
+        return value
+
+
+class Projector(Section):
+    hidden: Positive = 2048
+    layers: Positive = Field(3, description="linear layers; batch normalisation and GELU between them")
+    dim: Positive = Field(64, description="width of the embeddings that the objective sees")
+
+
+class Predictor(Section):
+    hidden: Positive = 512
+
+
+class Model(Section):
+    encoder: str = Field(description="a timm model name, or a size of ours: vit_nano, vit_micro")
+    image_size: Positive | None = Field(None, description="position-embedding grid in pixels; unset: global view size")
+    patch_size: Positive | None = Field(None, description="unset: what the encoder's name says")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
+    attention: Literal["auto", "sdpa", "xformers", "varlen"] = Field(
+        "auto", description="packed attention backend; auto: the first that passes a forward and backward probe"
+    )
+    options: dict[str, Any] = Field(default_factory=dict, description="further arguments for the timm model")
+    projector: Projector = Projector()
+    predictor: Predictor | None = Field(None, description="JEPA predictor after the projector; off by default")
+
+
+class Objective(Section):
+    lambda_: float = Field(0.05, alias="lambda", gt=0, lt=1, description="weight of SIGReg against prediction")
+    num_slices: Positive = Field(1024, description="random directions per step")
+    knots: Annotated[int, Field(ge=2)] = Field(17, description="quadrature points on [0, t_max]")
+    t_max: float = Field(3.0, gt=0)
+    estimator: Literal["v", "u"] = Field("v", description="v: Epps-Pulley as published; u: unbiased")
+    scale: Literal["n", "reference", "none"] = Field(
+        "n", description="factor before the statistic: samples, reference_n, or 1"
+    )
+    reference_n: Positive = Field(256, description="samples that scale=reference stands for")
+
+
+class Optim(Section):
+    lr: float = Field(5e-4, gt=0)
+    final_lr_ratio: float = Field(1e-3, ge=0, le=1, description="last learning rate / lr")
+    warmup_steps: NonNegative = 0
+    weight_decay: float = Field(0.05, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    clip_norm: float | None = Field(None, gt=0, description="global gradient norm limit; unset: no clipping")
+
+
+class Checkpoint(Section):
+    every: Positive = Field(1000, description="steps between checkpoints; the last step is always saved")
+    keep: Positive = Field(2, description="newest checkpoints kept")
+
+
+class Wandb(Section):
+    enabled: bool = False
+    project: str = "lejepa_scale"
+    name: str | None = None
+
+
+class Log(Section):
+    every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    wandb: Wandb = Wandb()
+
+
+class Probe(Section):
+    enabled: bool = Field(True, description="online linear probe on detached features, where shards hold labels")
+    lr: float = Field(1e-3, gt=0)
+
+
+class Config(Section):
+    run: Run
+    train: Train
+    data: Data
+    model: Model
+    engine: Engine = Engine()
+    objective: Objective = Objective()
+    optim: Optim = Optim()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    probe: Probe = Probe()
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Config:
+        if self.optim.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optim.warmup_steps = {self.optim.warmup_steps} exceeds train.steps = {self.train.steps}"
+            )
+        if self.engine.shard_degree is not None and self.engine.name != "fsdp":
+            raise ValueError(f"engine.shard_degree is for engine.name=fsdp, not {self.engine.name}")
+        return self
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels at which the encoder is built and evaluated."""
+        return self.model.image_size or self.data.views.global_.size
+
+
+class BatchPlan(Section):
+    """global_batch = micro_batch x ranks x accumulation."""
+
+    micro_batch: int
+    ranks: int
+    accumulation: int
+
+
+def plan_batches(config: Config, ranks: int) -> BatchPlan:
+    """Split the global batch over `ranks`; refuses what does not divide, with the arithmetic shown."""
+    total, micro = config.train.global_batch, config.train.micro_batch
+    if micro is None:
+        if total % ranks:
+            raise UserError(
+                f"train.global_batch = {total} cannot be split over {ranks} ranks: {total} / {ranks} = {total / ranks:g} "
+                f"images each. Use a multiple of {ranks}, for instance {-(-total // ranks) * ranks}."
+            )
+        return BatchPlan(micro_batch=total // ranks, ranks=ranks, accumulation=1)
+    if total % (micro * ranks):
+        raise UserError(
+            f"train.global_batch = {total} is not train.micro_batch x ranks x accumulation: {micro} x {ranks} = "
+            f"{micro * ranks}, and {total} / {micro * ranks} = {total / (micro * ranks):g} is not a whole number. "
+            f"Use a global batch that is a multiple of {micro * ranks}, or another micro batch."
+        )
+    return BatchPlan(micro_batch=micro, ranks=ranks, accumulation=total // (micro * ranks))
+
+
+def check_world(config: Config, ranks: int) -> BatchPlan:
+    """Everything about a configuration that depends on the number of ranks; raises UserError."""
+    if config.engine.name == "single" and ranks > 1:
+        raise UserError(
+            f"engine.name=single runs one process, but {ranks} were started. Use ddp, fsdp or zero1/2/3, "
+            "or start it with plain `python`."
+        )
+    degree = config.engine.shard_degree
+    if degree is not None and ranks % degree:
+        raise UserError(f"engine.shard_degree = {degree} does not divide the {ranks} ranks of this run.")
+    return plan_batches(config, ranks)
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. Raises UserError."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}.") from error
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold a mapping of sections (run, train, data, model, ...).")
+    for override in overrides or []:
+        _apply(tree, override)
+    return validate(tree, origin=str(path))
+
+
+def validate(tree: dict[str, Any], origin: str = "the configuration") -> Config:
+    """Turn a nested mapping into a Config. Raises one UserError that lists every fault."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        faults = "; ".join(dict.fromkeys(_explain(fault) for fault in error.errors()))
+        raise UserError(f"{origin}: {faults}.") from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML: every key, with the names that `load` takes."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def key_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted key of the configuration."""
+    paths: list[str] = []
+    for name, field in model.model_fields.items():
+        path = f"{prefix}{field.alias or name}"
+        paths.append(path)
+        for kind in (field.annotation, *get_args(field.annotation)):  # Section, Section | None, list[Section]
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                paths += key_paths(kind, f"{path}.")
+    return paths
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"override {override!r} must read key.sub=value, for instance train.steps=100.")
+    *parents, last = key.split(".")
+    node = tree
+    for part in parents:
+        child = node.setdefault(part, {})
+        if child is None:
+            child = node[part] = {}
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {part} is a value, not a section.")
+        node = child
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: {text!r} is not a YAML value.") from error
+
+
+def _explain(fault: Any) -> str:
+    path = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
+    if fault["type"] == "extra_forbidden":
+        return f"unknown key {path}{_nearest(path)}"
+    if fault["type"] == "missing":
+        return f"{path} is required"
+    if fault["type"] == "value_error":  # raised by a validator of ours, which names the numbers itself
+        message = fault["msg"].removeprefix("Value error, ")
+        return f"{path}: {message}" if path else message
+    return f"{path}: {fault['msg']} (got {fault['input']!r})"
+
+
+def _nearest(path: str) -> str:
+    known = key_paths()
+    parent, _, last = path.rpartition(".")
+    siblings = [key for key in known if key.rpartition(".")[0] == parent]
+    match = difflib.get_close_matches(path, siblings, n=1, cutoff=0.75)
+    match = match or [key for key in known if key.rpartition(".")[2] == last][:1]
+    match = match or difflib.get_close_matches(path, known, n=1)
+    if match:
+        return f", did you mean {match[0]}?"
+    return f" ({parent or 'the top level'} has {', '.join(key.rpartition('.')[2] for key in siblings)})"

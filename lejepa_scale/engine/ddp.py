@@ -1,0 +1,37 @@
+"""Whole replicas: one process (`single`), or one per rank with averaged gradients (`ddp`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from lejepa_scale.config import BatchPlan, Config
+from lejepa_scale.distributed import world_size
+from lejepa_scale.engine.base import Factory
+from lejepa_scale.engine.torch_native import TorchEngine
+
+
+class ReplicaEngine(TorchEngine):
+    """fp32 parameters; bf16 by autocast."""
+
+    def __init__(self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device) -> None:
+        module = factory().to(device)
+        super().__init__(module, config, device)
+        self.accumulation, self.done = plan.accumulation, 0
+        self.bf16 = config.engine.precision == "bf16"
+        self.ddp: DistributedDataParallel | None = None
+        if world_size() > 1:
+            self.ddp = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def forward(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        if self.ddp is not None:  # DDP decides in the forward pass whether the next backward reduces
+            self.ddp.require_backward_grad_sync = self.done == self.accumulation - 1
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            return (self.ddp or self.module)(views, step)
+
+    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        loss.backward()
+        self.done = 0 if last_micro_batch else self.done + 1

@@ -1,0 +1,179 @@
+"""ZeRO stages 1 to 3 with DeepSpeed, which is imported here (and in the ZeRO conversion) alone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lejepa_scale.config import BatchPlan, Config
+from lejepa_scale.distributed import rank
+from lejepa_scale.engine.base import Engine, Factory
+from lejepa_scale.errors import UserError
+from lejepa_scale.optim import adamw, set_hyperparameters
+
+_MINIMUM = (0, 19, 5)
+
+
+def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
+    """The DeepSpeed dictionary of a run, with the defaults that changed between releases written out."""
+    return {
+        "train_batch_size": plan.micro_batch * plan.ranks * plan.accumulation,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": config.optim.clip_norm or 0.0,
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "communication_data_type": "fp32",
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "bf16": {"enabled": config.engine.precision == "bf16", "check_grad_overflow": True},
+        "fp16": {"enabled": False},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": int(config.engine.name.removeprefix("zero")),
+            "reduce_scatter": True,
+            "contiguous_gradients": True,
+            "overlap_comm": torch.cuda.is_available(),
+            "round_robin_gradients": False,
+            "reduce_bucket_size": 200_000_000,
+            "allgather_bucket_size": 200_000_000,
+            "sub_group_size": 1_000_000_000,
+            "stage3_prefetch_bucket_size": 50_000_000,
+            "stage3_param_persistence_threshold": 100_000,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+        },
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "dump_state": False,
+    }
+
+
+class ZeROEngine(Engine):
+    """Parameters are held in the compute precision, with fp32 masters and moments partitioned by DeepSpeed."""
+
+    def __init__(self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device) -> None:
+        deepspeed = _import()
+        settings = deepspeed_config(config, plan)
+        self.device, self.stage = device, settings["zero_optimization"]["stage"]
+        deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+        context: AbstractContextManager[Any] = nullcontext()
+        if self.stage == 3:  # each submodule is partitioned as soon as it is built
+            context = deepspeed.zero.Init(config_dict_or_path=settings)
+        with context:
+            self.module = factory()
+        for parameter in self.module.parameters():
+            parameter.data = parameter.data.contiguous()
+        optimizer = adamw(self.module.named_parameters(), config.optim)
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
+        )
+        for buffer in self.module.buffers():  # DeepSpeed casts running statistics too; they stay fp32
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.float()
+        self.optimizer.check_grad_overflow = True  # DeepSpeed sets this for 16-bit runs alone
+        self._create_moments()
+
+    def forward(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+        dtype = self.engine.get_data_types()[0]
+        return self.engine([view.to(dtype) for view in views], step)
+
+    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last_micro_batch)
+        self.engine.backward(loss, scale_wrt_gas=False)
+        if not last_micro_batch:
+            self.engine.step()  # counts the micro-batch; updates nothing
+
+    def step(self, lr: float, weight_decay: float) -> Tensor:
+        set_hyperparameters(self.optimizer, lr, weight_decay)
+        self.engine.step()
+        norm = torch.nan if self.optimizer.overflow else self.engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+
+    def _gather(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if moment is None:
+            return safe_get_full_fp32_param(parameter)
+        return safe_get_full_optimizer_state(parameter, moment)
+
+    def _scatter(self, parameter: nn.Parameter, full: Tensor, moment: str | None) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if moment is None:
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
+                parameter.data.copy_(full)
+        if self.stage == 3:
+            _scatter_partition(parameter, full, moment)
+        elif moment is None:
+            safe_set_full_fp32_param(parameter, full)
+        else:
+            safe_set_full_optimizer_state(parameter, full, moment)
+
+    def _create_moments(self) -> None:
+        """Before DeepSpeed would: its stages 1 and 2 link moments to parameters after the first group's first update,
+        when the other groups have none yet."""
+        states = self.optimizer.optimizer.state
+        for flat in self._masters():
+            states[flat] = {
+                "step": torch.tensor(0.0, device=self.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+        if self.stage < 3:
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _prepare_moments(self, updates: int) -> None:
+        for flat in self._masters():
+            self.optimizer.optimizer.state[flat]["step"].fill_(updates)
+
+    def updates(self) -> int:
+        states = self.optimizer.optimizer.state
+        return max((int(states[flat]["step"]) for flat in self._masters()), default=0)
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's flat fp32 partitions, the tensors that the inner optimizer updates."""
+        if self.stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat
+        return [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
+
+
+def _scatter_partition(parameter: nn.Parameter, full: Tensor, moment: str | None) -> None:
+    """ZeRO-3 cuts the flattened parameter evenly over ranks and pads the last part; DeepSpeed's own setter for whole
+    tensors fails where the ranks do not divide the number of elements."""
+    from deepspeed.utils import (
+        safe_get_local_fp32_param,
+        safe_get_local_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_optimizer_state,
+    )
+
+    if moment is None:
+        part = safe_get_local_fp32_param(parameter).clone()
+    else:
+        part = safe_get_local_optimizer_state(parameter, moment).clone()
+    mine = full.flatten()[rank() * part.numel() : (rank() + 1) * part.numel()]
+    part.zero_()[: mine.numel()].copy_(mine)
+    if moment is None:
+        safe_set_local_fp32_param(parameter, part)
+    else:
+        safe_set_local_optimizer_state(parameter, part, moment)
+
+
+def _import() -> Any:
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise UserError("engine.name=zero* needs DeepSpeed: pip install 'deepspeed>=0.19.5'.") from error
+    version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
+    if version < _MINIMUM:
+        raise UserError(f"engine.name=zero* needs deepspeed >= 0.19.5; this is {deepspeed.__version__}.")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+

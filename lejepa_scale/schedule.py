@@ -1,0 +1,14 @@
+"""Pure functions of the step: what the optimizer is handed. No state, no framework scheduler."""
+
+import math
+
+from lejepa_scale.config import Optim
+
+
+def learning_rate(step: int, total: int, optim: Optim) -> float:
+    """Linear warm-up over `warmup_steps`, then cosine to `lr * final_lr_ratio` at the last step (0-based `step`)."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    progress = (step - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps)
+    final = optim.lr * optim.final_lr_ratio
+    return final + (optim.lr - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
