@@ -113,7 +113,9 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if message[1] is not None:
-        raise UserError(message[1])
+        error = UserError(message[1])
+        error.everywhere = True
+        raise error
     return message[0]
 
 

@@ -151,7 +151,10 @@ class Loader:
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's micro-batches, `accumulation` of them per step."""
-        return iter(self._loader)
+        try:
+            yield from self._loader
+        except UserError as error:  # a worker's error arrives with its traceback; the last line is the message
+            raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
 
 
 class _Positions:

@@ -58,6 +58,7 @@ class Encoder(nn.Module):
             backbone = timm.create_model(timm_name, pretrained=False, num_classes=0, **arguments)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"model.encoder={name}: timm refuses these arguments: {error}") from error
+        self.timm_arguments = {"model_name": timm_name, "num_classes": 0, **arguments}  # rebuilds the backbone
         self.name, self.embed_dim = name, int(backbone.num_features)
         self.activation_checkpointing = activation_checkpointing
         self.packed = _is_packable(backbone)

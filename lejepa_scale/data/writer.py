@@ -1,0 +1,91 @@
+"""Samples to WebDataset tar shards: the same input gives the same bytes, and an interrupted run leaves no half shard."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import webdataset as wds
+from tqdm import tqdm
+
+from lejepa_scale.errors import UserError
+
+_MARKER = "dataset.json"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image: its encoded bytes as they came, and its class number where known."""
+
+    key: str
+    extension: str
+    image: bytes
+    label: int | None = None
+
+
+def is_written(out: Path, description: dict[str, Any], overwrite: bool) -> bool:
+    """Whether `out` already holds this dataset. Refuses one that holds another, unless `overwrite`."""
+    marker = out / _MARKER
+    if overwrite or not marker.exists():
+        if not overwrite and out.is_dir() and any(out.glob("*.tar")):
+            # shards without a marker: an interrupted run of ours, or somebody else's data
+            if not (out / ".writing").exists():
+                raise UserError(f"{out} holds tar files that this tool did not write; choose another --out.")
+        return False
+    if json.loads(marker.read_text())["description"] == description:
+        return True
+    raise UserError(f"{out} holds another dataset ({marker}). Choose another --out, or replace it with --overwrite.")
+
+
+def write_shards(
+    samples: Iterable[Sample],
+    out: Path,
+    *,
+    per_shard: int,
+    total: int | None,
+    classes: tuple[str, ...],
+    description: dict[str, Any],
+) -> list[Path]:
+    """Write `shard-000000.tar`, ... and, last, dataset.json. Returns the shards."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / ".writing").touch()
+    (out / _MARKER).unlink(missing_ok=True)
+    for old in [*out.glob("shard-*.tar*")]:
+        old.unlink()
+    shards: list[Path] = []
+    writer: wds.TarWriter | None = None
+    count = 0
+    for sample in tqdm(samples, total=total, unit="image", desc=f"writing {out}", mininterval=1.0):
+        if count % per_shard == 0:
+            _close(writer, shards)
+            shards.append(out / f"shard-{len(shards):06d}.tar")
+            writer = wds.TarWriter(str(_partial(shards[-1])), mtime=0.0, user="root", group="root", mode=0o644)
+        record: dict[str, Any] = {"__key__": sample.key, sample.extension: sample.image}
+        if sample.label is not None:
+            record["cls"] = str(sample.label).encode()
+        assert writer is not None
+        writer.write(record)
+        count += 1
+    _close(writer, shards)
+    summary = {
+        "count": count,
+        "classes": list(classes),
+        "shards": [shard.name for shard in shards],
+        "description": description,
+    }
+    (out / _MARKER).write_text(json.dumps(summary, indent=1))
+    (out / ".writing").unlink()
+    return shards
+
+
+def _partial(shard: Path) -> Path:
+    return shard.with_name("writing-" + shard.name)
+
+
+def _close(writer: wds.TarWriter | None, shards: list[Path]) -> None:
+    if writer is not None:
+        writer.close()
+        _partial(shards[-1]).rename(shards[-1])

@@ -1,0 +1,293 @@
+"""The training loop, read from top to bottom: check, join, resume, then step after step."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from lejepa_scale import distributed
+from lejepa_scale.checkpoint import CanonicalState, Progress, Store
+from lejepa_scale.config import BatchPlan, Config, check_world, dump
+from lejepa_scale.data import Batch, Loader, open_sources
+from lejepa_scale.data.loader import Sources
+from lejepa_scale.engine import Engine, build_engine
+from lejepa_scale.errors import UserError
+from lejepa_scale.metrics import Means, Reporter, effective_rank
+from lejepa_scale.model import build, check
+from lejepa_scale.planning import peak_flops, training_flops_per_image
+from lejepa_scale.probe import OnlineProbe
+from lejepa_scale.schedule import learning_rate
+
+
+def train(config: Config) -> Path:
+    """Run (or go on with) the training that `config` describes; the run directory.
+
+    Called on every rank, under `python`, torchrun or the deepspeed launcher. Raises UserError.
+    """
+    # 1. Everything that can be wrong is found before a process group or a download starts.
+    try:
+        plan = check_world(config, distributed.launched_ranks())
+        check(config)
+    except UserError as error:
+        error.everywhere = True
+        raise
+
+    # 2. Join the other ranks; rank 0 fetches and indexes shards and reads the newest checkpoint.
+    device = distributed.start(timedelta(minutes=config.engine.timeout_minutes))
+    distributed.on_rank_zero(lambda: open_sources(config.data).num_samples)
+    sources = open_sources(config.data)
+    store = Store(config.run.dir, config.checkpoint.keep)
+    state, probe_state, progress = _resume(config, store, sources)
+    if progress.step >= config.train.steps:
+        if distributed.rank() == 0:
+            print(f"{config.run.dir} is trained to step {progress.step} already; raise train.steps to go on.")
+        distributed.stop()
+        return config.run.dir
+
+    # 3. Model, data and probe, at the state of `progress`.
+    engine = build_engine(config, plan, lambda: build(config), device, state)
+    del state
+    loader = Loader(
+        sources,
+        config,
+        plan,
+        rank=distributed.rank(),
+        first_step=progress.step,
+        pin_memory=device.type == "cuda",
+    )
+    probe = _build_probe(config, engine, sources, device, probe_state)
+
+    # 4. Steps.
+    reporter = Reporter(config, progress.step, active=distributed.rank() == 0)
+    reporter.say(_greeting(config, plan, sources, engine, device, progress))
+    run = _Run(config, plan, engine, probe, store, reporter, sources, progress, device)
+    with _StopSignal() as stop:
+        run.steps(iter(loader), stop)
+    reporter.close()
+    distributed.barrier()
+    distributed.stop()
+    return config.run.dir
+
+
+class _Run:
+    """The state of a running loop; `steps` is the loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        plan: BatchPlan,
+        engine: Engine,
+        probe: OnlineProbe | None,
+        store: Store,
+        reporter: Reporter,
+        sources: Sources,
+        progress: Progress,
+        device: torch.device,
+    ) -> None:
+        self.config, self.plan, self.engine, self.probe = config, plan, engine, probe
+        self.store, self.reporter, self.device = store, reporter, device
+        self.fingerprint = sources.fingerprint
+        self.nonfinite, self.skipped = progress.nonfinite, progress.skipped_images
+        self.elapsed_before, self.started = progress.seconds, time.monotonic()
+        self.first_step = progress.step
+        peak = peak_flops(device)
+        self.flops_share = training_flops_per_image(config) / (peak * plan.ranks) if peak else None
+
+    def steps(self, batches: Iterator[Batch], stop: _StopSignal) -> None:
+        config, plan, reporter = self.config, self.plan, self.reporter
+        means, waited, window_start, window_steps, nonfinite_run = Means(), 0.0, time.monotonic(), 0, 0
+        hits = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for step in range(self.first_step, config.train.steps):
+            # forward and backward, micro-batch by micro-batch
+            keys: list[str] = []
+            for micro in range(plan.accumulation):
+                asked = time.monotonic()
+                batch = next(batches)
+                waited += time.monotonic() - asked
+                self._note_skipped(batch)
+                keys += batch.keys
+                _seed_step(config.run.seed, step, micro)
+                out = self.engine.forward(batch.augmented(self.device), step)
+                self.engine.backward(out["loss"] / plan.accumulation, micro == plan.accumulation - 1)
+                means.add(loss=out["loss"], loss_prediction=out["prediction"], loss_sigreg=out["sigreg"])
+                if self.probe is not None:
+                    hits += self.probe.step(out["features"], batch.labels.to(self.device, non_blocking=True))
+
+            # update; a non-finite step changes nothing on any rank
+            lr = learning_rate(step, config.train.steps, config.optim)
+            norm = self.engine.step(lr, config.optim.weight_decay)
+            means.add(grad_norm=norm)
+            window_steps += 1
+            finite = bool(torch.isfinite(norm))
+            nonfinite_run = 0 if finite else nonfinite_run + 1
+            if not finite:
+                self._note_nonfinite(step, nonfinite_run, keys)
+
+            # report
+            done = step + 1
+            reporter.advance()
+            last = done == config.train.steps
+            if done % config.log.every == 0 or last:
+                seconds = time.monotonic() - window_start
+                record = {"step": done, **means.read(), "lr": lr, "samples": done * config.train.global_batch}
+                record["loss_normalized"] = record["loss"] / config.objective.lambda_**0.4
+                record["images_per_second"] = rate = window_steps * config.train.global_batch / seconds
+                record["data_wait_fraction"] = waited / seconds
+                record["effective_rank"] = effective_rank(out["embeddings"])
+                record |= {"nonfinite_steps": self.nonfinite, "skipped_images": self.skipped}
+                if self.flops_share is not None:
+                    record["mfu"] = rate * self.flops_share
+                if self.probe is not None:
+                    record["probe_accuracy"] = float(hits[0] / hits[1])
+                    hits.zero_()
+                reporter.log(record)
+                waited, window_start, window_steps = 0.0, time.monotonic(), 0
+
+            # save, and stop where asked to
+            stopping = distributed.any_rank(stop.asked, torch.device("cpu")) and not last
+            if done % config.checkpoint.every == 0 or last or stopping:
+                path = self._save(done)
+                if stopping:
+                    reporter.say(f"stopped by a signal after step {done}; saved {path}. The same command goes on from here.")
+                    return
+
+    def _save(self, step: int) -> Path:
+        state = self.engine.save()
+        progress = Progress(
+            step,
+            self.fingerprint,
+            updates=state.updates if state else 0,
+            nonfinite=self.nonfinite,
+            skipped_images=self.skipped,
+            seconds=self.elapsed_before + time.monotonic() - self.started,
+        )
+        probe = self.probe.state_dict() if self.probe is not None else {}
+
+        def write() -> Path:
+            assert state is not None
+            return self.store.save(state, probe, progress, dump(self.config))
+
+        return distributed.on_rank_zero(write)
+
+    def _note_skipped(self, batch: Batch) -> None:
+        count = torch.tensor(len(batch.skipped))
+        self.skipped += int(distributed.all_reduce_sum(count))
+        for fault in batch.skipped:
+            self.reporter.say(f"skipped an image that does not decode: {fault}")
+
+    def _note_nonfinite(self, step: int, in_a_row: int, keys: list[str]) -> None:
+        self.nonfinite += 1
+        shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+        self.reporter.say(f"step {step + 1}: the gradient is not finite; skipped on every rank. Samples here: {shown}")
+        limit = self.config.train.max_nonfinite
+        if in_a_row >= limit:
+            error = UserError(
+                f"{limit} non-finite steps in a row up to step {step + 1} (train.max_nonfinite = {limit}). "
+                f"Lower optim.lr = {self.config.optim.lr:g} or set optim.clip_norm; the last checkpoint is untouched."
+            )
+            error.everywhere = True
+            raise error
+
+
+def _resume(
+    config: Config, store: Store, sources: Sources
+) -> tuple[CanonicalState | None, dict[str, Tensor], Progress]:
+    """The newest complete checkpoint, read by rank 0 (its tensors stay there); a fresh start where there is none."""
+    held: list[CanonicalState] = []
+
+    def read() -> tuple[dict[str, Tensor], Progress]:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        latest = store.latest()
+        if latest is None:
+            probe: dict[str, Tensor] = {}
+            progress = Progress(0, sources.fingerprint)
+            if (config.run.dir / "metrics.jsonl").exists():
+                print(f"{config.run.dir} holds no complete checkpoint: starting at step 0.")
+        else:
+            state, probe, progress = store.load(latest)
+            held.append(state)
+            print(f"resuming from {latest} (step {progress.step}).")
+        if progress.data_fingerprint != sources.fingerprint:
+            raise UserError(
+                f"the shards of data.shards are not those that {latest} was trained on (names, sizes or counts differ), "
+                "so the order of samples cannot be continued. Restore them, or start a new run.dir."
+            )
+        _write_config(config)
+        return probe, progress
+
+    probe, progress = distributed.on_rank_zero(read)
+    return (held[0] if held else None), probe, progress
+
+
+def _write_config(config: Config) -> None:
+    """Keep config.yaml current; changed keys of a resumed run are named."""
+    path, text = config.run.dir / "config.yaml", dump(config)
+    if path.exists() and (before := path.read_text()) != text:
+        old, new = (_flatten(yaml.safe_load(t)) for t in (before, text))
+        changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        print("configuration changed since this run was started: " + "; ".join(changed))
+    path.write_text(text)
+
+
+def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for key, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _build_probe(
+    config: Config, engine: Engine, sources: Sources, device: torch.device, state: dict[str, Tensor]
+) -> OnlineProbe | None:
+    classes = sources.num_classes
+    if not config.probe.enabled or classes < 2:
+        return None
+    probe = OnlineProbe(engine.module.encoder.embed_dim, classes, config.probe.lr, config.run.seed, device)
+    if state:
+        probe.load_state_dict(state)
+    return probe
+
+
+def _greeting(
+    config: Config, plan: BatchPlan, sources: Sources, engine: Engine, device: torch.device, progress: Progress
+) -> str:
+    parameters = check(config)
+    return (
+        f"{config.model.encoder}: {parameters / 1e6:.1f} M parameters (with projector), {config.engine.name} "
+        f"{config.engine.precision} on {plan.ranks} x {device.type}; batch {config.train.global_batch} = "
+        f"{plan.micro_batch} x {plan.ranks} ranks x {plan.accumulation}; {sources.num_samples:,} images in "
+        f"{sum(len(s) for s in sources.shards):,} shards; steps {progress.step} to {config.train.steps}."
+    )
+
+
+def _seed_step(seed: int, step: int, micro: int) -> None:
+    """Stochastic depth draws from (seed, step, micro-batch, rank): nothing to save, nothing to lose."""
+    rank = distributed.rank()
+    torch.manual_seed((((seed * 1_000_003 + step) * 1_009 + micro) * 65_537 + rank) % (1 << 63))
+
+
+class _StopSignal:
+    """SIGTERM and SIGINT raise a flag; the loop saves and leaves at the next step. A second signal acts as usual."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> _StopSignal:
+        self._before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+        for s in self._before:
+            signal.signal(s, self._ask)
+        return self
+
+    def _ask(self, signum: int, _: object) -> None:
+        self.asked = True
+        signal.signal(signum, self._before[signal.Signals(signum)])
+
+    def __exit__(self, *_: object) -> None:
+        for s, handler in self._before.items():
+            signal.signal(s, handler)
