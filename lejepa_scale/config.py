@@ -200,9 +200,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _parts_fit(self) -> Config:
         if self.optim.warmup_steps > self.train.steps:
-            raise ValueError(
-                f"optim.warmup_steps = {self.optim.warmup_steps} exceeds train.steps = {self.train.steps}"
-            )
+            raise ValueError(f"optim.warmup_steps = {self.optim.warmup_steps} exceeds train.steps = {self.train.steps}")
         if self.engine.shard_degree is not None and self.engine.name != "fsdp":
             raise ValueError(f"engine.shard_degree is for engine.name=fsdp, not {self.engine.name}")
         return self

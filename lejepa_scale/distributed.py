@@ -113,9 +113,9 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     if failure is not None:
         raise failure
     if message[1] is not None:
-        error = UserError(message[1])
-        error.everywhere = True
-        raise error
+        raised = UserError(message[1])
+        raised.everywhere = True
+        raise raised
     return message[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -115,7 +116,7 @@ def _start_wandb(config: Config) -> Any:
     online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     identity = config.run.dir / "wandb_id"
     if not identity.exists():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(secrets.token_hex(4))
     return wandb.init(
         project=settings.project,
         name=settings.name or config.run.dir.name,

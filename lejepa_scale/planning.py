@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lejepa_scale.config import Config
 from lejepa_scale.model import build
 
-# Dense bf16 matrix peaks in FLOP/s, by a part of the name torch gives the device. Source: NVIDIA data sheets (without sparsity).
+# Dense bf16 matrix peaks in FLOP/s by a part of the device name (NVIDIA data sheets, without sparsity).
 PEAK_BF16 = {"B200": 2.25e15, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}
 
 

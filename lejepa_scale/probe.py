@@ -15,7 +15,9 @@ class OnlineProbe:
 
     def __init__(self, width: int, num_classes: int, lr: float, seed: int, device: torch.device) -> None:
         torch.manual_seed(seed)
-        self.head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, num_classes)).to(device)
+        self.head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, num_classes)).to(
+            device
+        )
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=1e-4)
 
     def step(self, features: Float[Tensor, "b e"], labels: Int[Tensor, "b"]) -> Tensor:

@@ -155,7 +155,9 @@ class _Run:
             if done % config.checkpoint.every == 0 or last or stopping:
                 path = self._save(done)
                 if stopping:
-                    reporter.say(f"stopped by a signal after step {done}; saved {path}. The same command goes on from here.")
+                    reporter.say(
+                        f"stopped by a signal after step {done}; saved {path}. The same command goes on from here."
+                    )
                     return
 
     def _save(self, step: int) -> Path:
@@ -231,7 +233,9 @@ def _write_config(config: Config) -> None:
     path, text = config.run.dir / "config.yaml", dump(config)
     if path.exists() and (before := path.read_text()) != text:
         old, new = (_flatten(yaml.safe_load(t)) for t in (before, text))
-        changed = [f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+        changed = [
+            f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+        ]
         print("configuration changed since this run was started: " + "; ".join(changed))
     path.write_text(text)
 

@@ -32,7 +32,9 @@ def parse() -> argparse.Namespace:
     encoded.add_argument("--format", choices=["jpg", "png"], default="jpg", help="for images that are not encoded yet")
     encoded.add_argument("--quality", type=int, default=92, help="of jpg (default 92)")
     listed = argparse.ArgumentParser(add_help=False)
-    listed.add_argument("--shuffle", type=int, default=0, metavar="SEED", help="order before sharding; -1 keeps it sorted")
+    listed.add_argument(
+        "--shuffle", type=int, default=0, metavar="SEED", help="order before sharding; -1 keeps it sorted"
+    )
     listed.add_argument("--no-labels", action="store_true", help="ignore the folders that images lie in")
 
     kind = kinds.add_parser("synthetic", parents=[common, encoded], help="rendered scenes; the class is a shape")

@@ -1,12 +1,12 @@
 """Checkpoints on disk: written aside, synced, renamed, marked complete; verified before they are read.
 
-    checkpoints/step_00001000/
-        model.safetensors      fp32 parameters and buffers, the module's names
-        optimizer.safetensors  AdamW moments, `exp_avg/NAME` and `exp_avg_sq/NAME`
-        probe.safetensors      online probe, where there is one
-        state.json             step and counters
-        config.yaml            the resolved configuration
-        COMPLETE               JSON: bytes and CRC-32 of every file above; written last
+checkpoints/step_00001000/
+    model.safetensors      fp32 parameters and buffers, the module's names
+    optimizer.safetensors  AdamW moments, `exp_avg/NAME` and `exp_avg_sq/NAME`
+    probe.safetensors      online probe, where there is one
+    state.json             step and counters
+    config.yaml            the resolved configuration
+    COMPLETE               JSON: bytes and CRC-32 of every file above; written last
 """
 
 from __future__ import annotations

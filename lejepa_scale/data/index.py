@@ -43,8 +43,7 @@ def index_shards(paths: list[Path], *, rebuild: bool = False) -> list[ShardIndex
             scans = pool.map(scan, missing)
             for index in tqdm(scans, total=len(missing), desc="indexing shards", unit="shard", mininterval=1.0):
                 _save(index)
-    loaded = [_load(path) or scan(path) for path in paths]  # scanned again where no sidecar could be written
-    return loaded
+    return [_load(path) or scan(path) for path in paths]  # scanned again where no sidecar could be written
 
 
 def scan(path: Path) -> ShardIndex:

@@ -141,7 +141,7 @@ class Loader:
         self._loader: DataLoader[Batch] = DataLoader(
             _Samples(sources, config),
             batch_sampler=_Positions(plan, rank, first_step),  # type: ignore[arg-type]
-            collate_fn=_same,
+            collate_fn=_same,  # type: ignore[arg-type]
             num_workers=workers,
             prefetch_factor=config.data.prefetch if workers else None,
             persistent_workers=False,

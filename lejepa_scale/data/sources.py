@@ -99,7 +99,9 @@ def torchvision(name: str, root: Path, split: str | None, download: bool, image_
     def samples() -> Iterator[Sample]:
         for i in range(len(dataset)):
             image, label = dataset[i]
-            yield Sample(f"{i:08d}", image_format, encode(np.asarray(image.convert("RGB")), image_format, quality), int(label))
+            yield Sample(
+                f"{i:08d}", image_format, encode(np.asarray(image.convert("RGB")), image_format, quality), int(label)
+            )
 
     return Source(samples(), len(dataset), tuple(str(c) for c in getattr(dataset, "classes", ())))
 

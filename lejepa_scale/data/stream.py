@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import webdataset as wds
@@ -42,12 +42,12 @@ def localise(url: str, cache_dir: Path | None) -> Path:
     """The local file behind a shard: itself, or a whole copy fetched once (webdataset's openers: pipe:, http, s3, gs)."""
     if not is_remote(url):
         return Path(url)
-    cache = cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lejepa_scale"
+    folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lejepa_scale"
     name = hashlib.blake2b(url.encode(), digest_size=8).hexdigest() + ".tar"
-    target = cache / name
+    target = folder / name
     if target.exists():
         return target
-    cache.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(f".{os.getpid()}.partial")
     try:
         with wds.gopen(url) as source, partial.open("wb") as copy:
@@ -73,6 +73,6 @@ def read(path: Path, offset: int, size: int) -> bytes:
     return data
 
 
-@lru_cache(maxsize=None)
+@cache
 def _descriptor(path: Path) -> int:
     return os.open(path, os.O_RDONLY)

@@ -78,7 +78,7 @@ def render(index: int, size: int, seed: int) -> tuple[np.ndarray, int]:
     paint = _textured(size, object_colour, rng)
     mask = _mask(CLASSES[label], size, rng)
     image = scene + mask[:, :, None] * (paint - scene)
-    image += rng.normal(0, rng.uniform(0, 6), image.shape)
+    image += rng.normal(0, rng.uniform(0, 10), image.shape)
     return image.clip(0, 255).astype(np.uint8), label
 
 
@@ -86,14 +86,14 @@ def _contrasting(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
     """Two colours whose brightness differs enough for the outline to be seen; either may be the lighter."""
     while True:
         a, b = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
-        if abs(a.mean() - b.mean()) > 55:
+        if abs(a.mean() - b.mean()) > 45:
             return a, b
 
 
 def _mask(name: str, size: int, rng: Rng) -> np.ndarray:
     """Anti-aliased silhouette, float32 [size, size] in 0..1."""
     fine = size * _OVERSAMPLE
-    radius = fine * rng.uniform(0.24, 0.4)
+    radius = fine * rng.uniform(0.22, 0.36)
     angle = math.radians(rng.uniform(-25, 25))
     squeeze = rng.uniform(0.85, 1.0)
     slack = fine / 2 - radius * 0.95
@@ -109,7 +109,7 @@ def _mask(name: str, size: int, rng: Rng) -> np.ndarray:
 def _textured(size: int, colour: np.ndarray, rng: Rng) -> np.ndarray:
     """float32 [size, size, 3] around `colour`; its mean stays near it, so that contrast survives."""
     pattern = _PATTERNS[rng.integers(len(_PATTERNS))](size, rng)  # [size, size] in -1..1
-    tint = rng.uniform(-1, 1, 3) * rng.uniform(15, 45)
+    tint = rng.uniform(-1, 1, 3) * rng.uniform(20, 70)
     return (colour + pattern[:, :, None] * tint).astype(np.float32)
 
 

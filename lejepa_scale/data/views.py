@@ -32,7 +32,7 @@ def cut_views(image: np.ndarray, group: ViewGroup, rng: np.random.Generator) -> 
     """uint8 [H, W, 3] -> [count, size, size, 3]."""
     out = np.empty((group.count, group.size, group.size, 3), np.uint8)
     for view in range(group.count):
-        top, left, h, w = crop_box(*image.shape[:2], group.scale, rng)
+        top, left, h, w = crop_box(image.shape[0], image.shape[1], group.scale, rng)
         out[view] = resize(image[top : top + h, left : left + w], group.size, group.size)
     return out
 

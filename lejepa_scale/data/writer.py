@@ -30,10 +30,8 @@ def is_written(out: Path, description: dict[str, Any], overwrite: bool) -> bool:
     """Whether `out` already holds this dataset. Refuses one that holds another, unless `overwrite`."""
     marker = out / _MARKER
     if overwrite or not marker.exists():
-        if not overwrite and out.is_dir() and any(out.glob("*.tar")):
-            # shards without a marker: an interrupted run of ours, or somebody else's data
-            if not (out / ".writing").exists():
-                raise UserError(f"{out} holds tar files that this tool did not write; choose another --out.")
+        if not overwrite and any(out.glob("*.tar")) and not (out / ".writing").exists():
+            raise UserError(f"{out} holds tar files that this tool did not write; choose another --out.")
         return False
     if json.loads(marker.read_text())["description"] == description:
         return True

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from lejepa_scale.checkpoint.canonical import MOMENTS, CanonicalState
 from lejepa_scale.distributed import rank, world_size
 from lejepa_scale.errors import UserError
+from lejepa_scale.model import LeJEPA
 
-Factory = Callable[[], nn.Module]
+Factory = Callable[[], LeJEPA]
 
 
 class Engine(ABC):
@@ -23,7 +24,7 @@ class Engine(ABC):
     `module` is the bare module: its parameter names are the canonical ones, its tensors may be shards.
     """
 
-    module: nn.Module
+    module: LeJEPA
     device: torch.device
 
     @abstractmethod

@@ -46,9 +46,7 @@ def _mesh(device: torch.device, shard_degree: int | None) -> DeviceMesh:
     world = world_size()
     if shard_degree is None or shard_degree == world:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
-    return init_device_mesh(
-        device.type, (world // shard_degree, shard_degree), mesh_dim_names=("replicate", "shard")
-    )
+    return init_device_mesh(device.type, (world // shard_degree, shard_degree), mesh_dim_names=("replicate", "shard"))
 
 
 @torch.no_grad()

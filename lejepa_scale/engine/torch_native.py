@@ -11,11 +11,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lejepa_scale.config import Config
 from lejepa_scale.engine.base import Engine
+from lejepa_scale.model import LeJEPA
 from lejepa_scale.optim import adamw, set_hyperparameters
 
 
 class TorchEngine(Engine):
-    def __init__(self, module: nn.Module, config: Config, device: torch.device) -> None:
+    def __init__(self, module: LeJEPA, config: Config, device: torch.device) -> None:
         self.module, self.device = module, device
         self.optimizer = adamw(module.named_parameters(), config.optim)
         self.clip_norm = config.optim.clip_norm

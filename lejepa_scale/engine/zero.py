@@ -176,4 +176,3 @@ def _import() -> Any:
         raise UserError(f"engine.name=zero* needs deepspeed >= 0.19.5; this is {deepspeed.__version__}.")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     return deepspeed
-

@@ -67,7 +67,8 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     except ImportError as error:
         raise UserError(f"model.attention=varlen needs torch >= 2.10; this is {torch.__version__}.") from error
     offsets, longest = _offsets(packing, q.device)
-    return varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    out = varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    return out if isinstance(out, Tensor) else out[0]
 
 
 BACKENDS: dict[str, AttentionFunction] = {"xformers": xformers, "varlen": varlen, "sdpa": sdpa}
@@ -125,13 +126,13 @@ def _probe(name: str, heads: int, head_dim: int, device: torch.device, dtype: to
     for backend in (BACKENDS[name], sdpa):
         inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
         try:
-            out = backend(*inputs, packing)
+            out = backend(inputs[0], inputs[1], inputs[2], packing)
             out.square().sum().backward()
         except Exception as error:  # an unsupported kernel may raise anything
             return str(error).split("\n")[0][:120] or type(error).__name__
         results.append([out.detach(), *(x.grad for x in inputs)])
     for ours, oracle in zip(*results, strict=True):
-        error = (ours - oracle).float().norm() / oracle.float().norm()
-        if not error < 3e-2:
-            return f"differs from sdpa by {error:.1e}"
+        distance = float((ours - oracle).float().norm() / oracle.float().norm())
+        if not distance < 3e-2:
+            return f"differs from sdpa by {distance:.1e}"
     return None

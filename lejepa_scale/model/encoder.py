@@ -55,7 +55,7 @@ class Encoder(nn.Module):
             arguments["drop_path_rate"] = drop_path
         arguments |= options or {}
         try:
-            backbone = timm.create_model(timm_name, pretrained=False, num_classes=0, **arguments)
+            backbone: Any = timm.create_model(timm_name, pretrained=False, num_classes=0, **arguments)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(f"model.encoder={name}: timm refuses these arguments: {error}") from error
         self.timm_arguments = {"model_name": timm_name, "num_classes": 0, **arguments}  # rebuilds the backbone
@@ -65,13 +65,13 @@ class Encoder(nn.Module):
         if self.packed:
             for i, block in enumerate(backbone.blocks):
                 backbone.blocks[i] = PackedBlock(block, attention)
-        self.backbone = synchronised(backbone)
+        self.backbone: Any = synchronised(backbone)
 
     @property
     def patch_size(self) -> int | None:
         """Pixels per token side; None for models without patches."""
         embed = getattr(self.backbone, "patch_embed", None)
-        return embed.patch_size[0] if hasattr(embed, "patch_size") else None
+        return embed.patch_size[0] if embed is not None and hasattr(embed, "patch_size") else None
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -126,7 +126,7 @@ class Encoder(nn.Module):
 class PackedBlock(nn.Module):
     """timm's pre-norm transformer block over a packed row of tokens, with the same parameters under the same names."""
 
-    def __init__(self, block: Block, attention: str) -> None:
+    def __init__(self, block: Any, attention: str) -> None:
         super().__init__()
         self.norm1, self.attn, self.ls1 = block.norm1, PackedAttention(block.attn, attention), block.ls1
         self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
@@ -165,7 +165,10 @@ class PackedAttention(nn.Module):
 
 def _is_packable(backbone: nn.Module) -> bool:
     return type(backbone) is VisionTransformer and all(
-        type(block) is Block and type(block.attn) is Attention and block.attn.gate is None and not block.attn.attn_drop.p
+        type(block) is Block
+        and type(block.attn) is Attention
+        and block.attn.gate is None
+        and not block.attn.attn_drop.p
         for block in backbone.blocks
     )
 

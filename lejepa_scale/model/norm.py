@@ -20,6 +20,10 @@ class BatchNorm(nn.Module):
     batch statistics are always used and there is no buffer to go stale. `act` follows, as in timm's BatchNormAct2d.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
     def __init__(
         self, width: int, eps: float = 1e-5, momentum: float = 0.1, track: bool = False, act: nn.Module | None = None
     ) -> None:

@@ -1,5 +1,7 @@
 """Heads on the encoder's features: the projector whose output the objective sees, and the optional predictor."""
 
+from itertools import pairwise
+
 from torch import nn
 
 from lejepa_scale.model.norm import BatchNorm
@@ -11,7 +13,7 @@ class Projector(nn.Sequential):
     def __init__(self, in_dim: int, hidden: int, dim: int, layers: int) -> None:
         widths = [in_dim, *[hidden] * (layers - 1), dim]
         parts: list[nn.Module] = []
-        for i, (a, b) in enumerate(zip(widths, widths[1:], strict=False)):
+        for i, (a, b) in enumerate(pairwise(widths)):
             last = i == layers - 1
             parts += [nn.Linear(a, b)] if last else [nn.Linear(a, b, bias=False), BatchNorm(b, act=nn.GELU())]
         super().__init__(*parts)

@@ -1,0 +1,42 @@
+# make quickstart: train and evaluate an encoder on rendered scenes, on two CPU processes.
+# make test: lint, types and the fast tests. make test-all: the slow ones too.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SCENES := data/scenes
+RUN := runs/quickstart
+
+.PHONY: install quickstart test test-all check clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+quickstart: install
+	$(BIN)/python tools/make_shards.py synthetic --out $(SCENES)/train --count 8000 --size 48 --seed 0
+	$(BIN)/python tools/make_shards.py synthetic --out $(SCENES)/test --count 2000 --size 48 --seed 1
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launchers/train.py --config configs/quickstart.yaml run.dir=$(RUN)
+	$(BIN)/python tools/convert_checkpoint.py $(RUN) $(RUN)/encoder.safetensors --to safetensors --verify
+	$(BIN)/python tools/visualize.py $(RUN) --shards $(SCENES)/test --out $(RUN)/picture.png
+	$(BIN)/python tools/evaluate.py $(RUN) --train $(SCENES)/train --test $(SCENES)/test
+	@echo "picture: $(RUN)/picture.png"
+	@echo "encoder: $(RUN)/encoder.safetensors"
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: check
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf build *.egg-info $(RUN) $(SCENES)

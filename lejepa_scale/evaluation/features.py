@@ -1,0 +1,54 @@
+"""Images to frozen features, batch by batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from lejepa_scale.data.photometric import normalise
+from lejepa_scale.errors import UserError
+from lejepa_scale.model import Encoder
+
+Batches = Iterable[tuple[Tensor, Tensor]]  # uint8 [B, 3, S, S], int64 [B]
+
+
+@dataclass(frozen=True)
+class Features:
+    rows: Float[Tensor, "n e"]  # float32, CPU
+    labels: Int[Tensor, "n"]
+
+    def __post_init__(self) -> None:
+        if (self.labels < 0).any():
+            raise UserError(
+                f"{int((self.labels < 0).sum())} of {len(self.labels)} evaluation images have no label. Shards need a .cls "
+                "member per image: tools/make_shards.py writes it for images that lie in one folder per class."
+            )
+
+
+@torch.no_grad()
+def extract(encoder: Encoder, batches: Batches, device: torch.device, name: str = "features") -> Features:
+    """Pooled features of every image, at the size the batches have."""
+    encoder = encoder.to(device).eval()
+    rows, labels = [], []
+    for images, label in tqdm(batches, desc=name, unit="batch", leave=False, mininterval=1.0):
+        rows.append(encoder([normalise(images.to(device))])[0].float().cpu())
+        labels.append(label)
+    return Features(torch.cat(rows), torch.cat(labels))
+
+
+def raw_pixels(batches: Batches, side: int = 32) -> Features:
+    """The baseline without an encoder: pixels in 0..1, averaged down to at most side x side, flattened."""
+    rows, labels = [], []
+    for images, label in batches:
+        x = images.float() / 255
+        if x.shape[-1] > side:
+            x = F.interpolate(x, size=(side, side), mode="area")
+        rows.append(x.flatten(1))
+        labels.append(label)
+    return Features(torch.cat(rows), torch.cat(labels))

@@ -1,0 +1,64 @@
+"""Score a trained encoder on labelled shards, beside the untrained encoder and raw pixels.
+
+  python tools/evaluate.py runs/quickstart --train data/scenes/train --test data/scenes/test
+
+Prints a table; writes the numbers as JSON (RUN/evaluation.json unless --json says otherwise).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from lejepa_scale.checkpoint import load_encoder
+from lejepa_scale.data import evaluation_batches
+from lejepa_scale.errors import UserError
+from lejepa_scale.evaluation import Row, as_table, extract, raw_pixels, score
+from lejepa_scale.evaluation.features import Batches
+
+
+def evaluate(
+    checkpoint: Path, train: list[str], test: list[str], k: int, batch: int, device: torch.device
+) -> list[Row]:
+    encoder, config = load_encoder(checkpoint)
+    untrained, _ = load_encoder(checkpoint, trained=False)
+
+    def batches(shards: list[str]) -> Batches:
+        return evaluation_batches(shards, image_size=config.image_size, batch_size=batch)
+
+    rows = []
+    for name, model in (("trained", encoder), ("untrained", untrained)):
+        features = [extract(model, batches(shards), device, name) for shards in (train, test)]
+        rows.append(score(name, features[0], features[1], k))
+    return [*rows, score("raw pixels", raw_pixels(batches(train)), raw_pixels(batches(test)), k)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path, help="run directory (its newest checkpoint) or a step directory")
+    parser.add_argument("--train", nargs="+", required=True, help="labelled shards: folder, files or brace patterns")
+    parser.add_argument("--test", nargs="+", required=True)
+    parser.add_argument("--k", type=int, default=20, help="neighbours (default 20)")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="where the numbers go")
+    a = parser.parse_args()
+    try:
+        rows = evaluate(a.checkpoint, a.train, a.test, a.k, a.batch, torch.device(a.device))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    target = a.json or a.checkpoint / "evaluation.json"
+    target.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    print(as_table(rows))
+    print(f"numbers: {target}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
