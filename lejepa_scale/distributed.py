@@ -73,7 +73,7 @@ def all_gather(x: Tensor, group: Group = None) -> Tensor:
     if ranks == 1:
         return x.detach()[None]
     out = x.new_empty(ranks * x.numel())
-    dist.all_gather_into_tensor(out, x.detach().flatten().contiguous(), group=group)
+    dist.all_gather(list(out.chunk(ranks)), x.detach().flatten(), group=group)
     return out.view(ranks, *x.shape)
 
 

@@ -78,7 +78,7 @@ def render(index: int, size: int, seed: int) -> tuple[np.ndarray, int]:
     paint = _textured(size, object_colour, rng)
     mask = _mask(CLASSES[label], size, rng)
     image = scene + mask[:, :, None] * (paint - scene)
-    image += rng.normal(0, rng.uniform(0, 10), image.shape)
+    image += rng.normal(0, rng.uniform(0, 8), image.shape)
     return image.clip(0, 255).astype(np.uint8), label
 
 
@@ -109,7 +109,7 @@ def _mask(name: str, size: int, rng: Rng) -> np.ndarray:
 def _textured(size: int, colour: np.ndarray, rng: Rng) -> np.ndarray:
     """float32 [size, size, 3] around `colour`; its mean stays near it, so that contrast survives."""
     pattern = _PATTERNS[rng.integers(len(_PATTERNS))](size, rng)  # [size, size] in -1..1
-    tint = rng.uniform(-1, 1, 3) * rng.uniform(20, 70)
+    tint = rng.uniform(-1, 1, 3) * rng.uniform(10, 40)
     return (colour + pattern[:, :, None] * tint).astype(np.float32)
 
 

@@ -89,9 +89,9 @@ def synchronised(module: nn.Module) -> nn.Module:
     """Replace every nn.BatchNorm1d/2d inside `module` (timm's BatchNormAct2d too), keeping names and values."""
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            act = getattr(child, "act", None)
-            setattr(module, name, new := BatchNorm(child.num_features, child.eps, child.momentum or 0.1, True, act))
-            new.load_state_dict(child.state_dict())
+            new = BatchNorm(child.num_features, child.eps, child.momentum or 0.1, True, getattr(child, "act", None))
+            new.to(child.weight.dtype).load_state_dict(child.state_dict())
+            setattr(module, name, new)
         else:
             synchronised(child)
     return module

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """96 labelled scenes of 32 px in three shards."""
+    from lejepa_scale.data import sources
+    from lejepa_scale.data.writer import write_shards
+
+    out = tmp_path_factory.mktemp("scenes")
+    source = sources.scenes(96, 32, 0, "png", 90)
+    write_shards(source.samples, out, per_shard=32, total=96, classes=source.classes, description={})
+    return out
+
+
+def small_config(run_dir: Path | str, shards: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A configuration that trains in seconds; `sections` are merged over it."""
+    tree: dict[str, Any] = {
+        "run": {"dir": str(run_dir)},
+        "train": {"steps": 4, "global_batch": 16},
+        "engine": {"name": "single", "precision": "fp32"},
+        "data": {
+            "shards": str(shards),
+            "views": {
+                "global": {"count": 2, "size": 32, "scale": [0.5, 1.0]},
+                "local": {"count": 2, "size": 16, "scale": [0.2, 0.5]},
+            },
+        },
+        "model": {"encoder": "vit_nano", "options": {"depth": 2}, "projector": {"hidden": 65, "dim": 17}},
+        "objective": {"num_slices": 32},
+        "log": {"every": 1},
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values}
+    return tree
+
+
+class Command:
+    """Run the project's scripts as a user does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def config(self, tree: dict[str, Any], name: str = "config.yaml") -> Path:
+        import yaml
+
+        path = self.folder / name
+        path.write_text(yaml.safe_dump(tree))
+        return path
+
+    def __call__(self, *arguments: Any, ranks: int = 0, launcher: str = "torchrun", timeout: float = 240) -> Any:
+        from ranks import free_port
+
+        head = [sys.executable]
+        if ranks and launcher == "torchrun":
+            head = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
+            head += [f"--master-port={free_port()}"]
+        elif ranks:
+            head = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}"]
+            head += [f"--master_port={free_port()}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+        return subprocess.run(
+            [*head, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+        )
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Command:
+    return Command(tmp_path)

@@ -1,0 +1,64 @@
+"""Run a plain function on several gloo ranks, for real, and give back what each returned."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 240) -> list[Any]:
+    """`function(*args)` on `world` processes inside a process group; results by rank. Fails if any rank fails or hangs."""
+    context = mp.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        processes = [
+            context.Process(target=_rank, args=(function, rank, world, port, folder, args), daemon=True)
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        stuck = [i for i, p in enumerate(processes) if p.is_alive()]
+        for process in processes:
+            process.kill()
+        errors = [p.read_text() for p in sorted(Path(folder).glob("error*"))]
+        assert not errors, errors[0]
+        assert not stuck, f"ranks {stuck} did not finish in {timeout} s"
+        return [torch.load(Path(folder) / f"result{rank}", weights_only=False) for rank in range(world)]
+
+
+def _rank(function: Callable[..., Any], rank: int, world: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    from lejepa_scale import distributed
+
+    try:
+        distributed.start(timedelta(seconds=120))
+        torch.save(function(*args), Path(folder) / f"result{rank}")
+        distributed.barrier()
+        distributed.stop()
+    except BaseException:
+        (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
+        os._exit(1)
