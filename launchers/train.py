@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from lejepa_scale.config import dump, load
@@ -26,21 +27,34 @@ def main() -> int:
     parser.add_argument("--local_rank", "--local-rank", type=int, help="set by the deepspeed launcher; not needed")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     arguments = parser.parse_intermixed_args()
-    rank = int(os.environ.get("RANK", "0"))
     try:
         config = load(arguments.config, arguments.overrides)
-        if arguments.print_config:
-            print(dump(config), end="")
-            return 0
-        from lejepa_scale.train import train  # torch is imported once the configuration is known to be sound
+    except UserError as error:
+        error.everywhere = True
+        return fail(error)
+    if arguments.print_config:
+        print(dump(config), end="")
+        return 0
+    # libraries inside torch and DeepSpeed call each other's deprecated names
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    from lejepa_scale.train import train  # torch is imported once the configuration is known to be sound
 
+    try:
         train(config)
     except UserError as error:
-        if rank == 0 or not (error.everywhere or "torch" not in sys.modules):
-            print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
+        fail(error)
         os._exit(2)  # other ranks may wait in a collective: leave without waiting for them
     return 0
+
+
+def fail(error: UserError) -> int:
+    """Print the paragraph once where every rank has the same error, else with the rank."""
+    rank = int(os.environ.get("RANK", "0"))
+    if rank == 0 or not error.everywhere:
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,0 +1,142 @@
+"""Every engine against one process: the same losses, the same final parameters, from the same first weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+from ranks import run_ranks
+
+from lejepa_scale import distributed
+from lejepa_scale.checkpoint import CanonicalState
+from lejepa_scale.config import check_world, validate
+from lejepa_scale.engine import build_engine
+from lejepa_scale.model import build
+
+GLOBAL, STEPS = 16, 6
+# Some parameters have no gradient but rounding noise (a key's bias, a bias before batch normalisation), which AdamW
+# scales up to a full step; an epsilon far above the noise and far below real gradients keeps the comparison meaningful.
+EPSILON = 1e-4
+
+
+def train(
+    engine_name: str, accumulation: int, precision: str = "fp32", poison: int | None = None
+) -> tuple[list[tuple[float, float]], CanonicalState | None]:
+    """Losses and gradient norms of STEPS steps on fixed random views, and the final state (rank 0)."""
+    world = distributed.world_size()
+    tree = small_config(
+        "unused",
+        "unused",
+        train={"steps": STEPS, "global_batch": GLOBAL, "micro_batch": GLOBAL // world // accumulation},
+        engine={"name": engine_name, "precision": precision},
+        optim={"eps": EPSILON, "clip_norm": 0.5},
+    )
+    config = validate(tree)
+    plan = check_world(config, world)
+    device = torch.device("cpu")
+    engine = build_engine(config, plan, lambda: build(config), device, None)
+    history = []
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        views = [torch.randn(2, GLOBAL, 3, 32, 32, generator=generator) for _ in range(1)]
+        views.append(torch.randn(3, GLOBAL, 3, 16, 16, generator=generator))
+        if step == poison:
+            views[0][0, 0, 0, 0, 0] = torch.inf  # one pixel on one rank
+        total = 0.0
+        for micro in range(accumulation):
+            size = plan.micro_batch
+            start = micro * size * world + distributed.rank() * size
+            out = engine.forward([v[:, start : start + size].contiguous() for v in views], step)
+            engine.backward(out["loss"] / accumulation, micro == accumulation - 1)
+            total += out["loss"].item() / accumulation
+        norm = engine.step(1e-3, 0.05)
+        history.append((total, float(norm)))
+    return history, engine.save()
+
+
+def _all_on_rank(name: str) -> Any:
+    return [train(name, 1), train(name, 2), train(name, 1, poison=2), _round_trip(name)]
+
+
+def _round_trip(name: str) -> bool:
+    """Save, load into a fresh engine, save: every tensor is the same bit for bit."""
+    config = validate(small_config("unused", "unused", engine={"name": name}))
+    plan = check_world(config, distributed.world_size())
+    _, state = train(name, 1)
+    engine = build_engine(config, plan, lambda: build(config), torch.device("cpu"), state)
+    again = engine.save()
+    if state is None or again is None:
+        return True
+    same = state.updates == again.updates == STEPS
+    for kind, group in {"model": state.model, **state.moments}.items():
+        other = again.model if kind == "model" else again.moments[kind]
+        same = same and group.keys() == other.keys() and all(torch.equal(group[k], other[k]) for k in group)
+    return same
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    torch.set_num_threads(1)
+    return [train("single", 1), train("single", 2), train("single", 1, poison=2)]
+
+
+def _close(found: Any, expected: Any) -> None:
+    (history, state), (true_history, true_state) = found, expected
+    torch.testing.assert_close(torch.tensor(history), torch.tensor(true_history), rtol=1e-5, atol=0, equal_nan=True)
+    assert state.updates == true_state.updates
+    for name, value in true_state.model.items():
+        difference = float((state.model[name] - value).norm() / value.norm().clamp_min(1e-2))
+        assert difference < 1e-5, f"{name}: {difference:.1e}"
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_two_ranks_equal_one_process(name: str, oracle: Any, tmp_path: Path) -> None:
+    results = run_ranks(_all_on_rank, 2, name)
+    single, accumulated, poisoned, round_trip = results[0]
+    _close(single, oracle[0])
+    _close(accumulated, oracle[1])
+    _close(poisoned, oracle[2])  # the non-finite step changed nothing on either rank
+    assert poisoned[1].updates == STEPS - 1
+    assert round_trip
+    assert [h[0] for h in results[1][0][0]] == [h[0] for h in single[0]]  # the same loss on every rank
+
+
+def _bf16_on_rank(names: list[str]) -> Any:
+    return {name: train(name, 2, "bf16")[0] for name in names}
+
+
+def test_bf16_follows_fp32(oracle: Any) -> None:
+    names = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+    histories = run_ranks(_bf16_on_rank, 2, names)[0]
+    expected = torch.tensor(oracle[1][0])[:, 0]
+    for name in names:
+        losses = torch.tensor(histories[name])[:, 0]
+        torch.testing.assert_close(losses, expected, rtol=0.02, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+    torch.testing.assert_close(torch.tensor(histories["zero2"]), torch.tensor(histories["fsdp"]), rtol=1e-5, atol=0)
+
+
+def _hybrid_on_rank() -> Any:
+    config = validate(small_config("unused", "unused", engine={"name": "fsdp", "shard_degree": 2}))
+    engine = build_engine(config, check_world(config, 4), lambda: build(config), torch.device("cpu"), None)
+    generator = torch.Generator().manual_seed(0)
+    views = torch.randn(2, 16, 3, 32, 32, generator=generator)[:, distributed.rank() * 4 : distributed.rank() * 4 + 4]
+    out = engine.forward([views], 0)
+    engine.backward(out["loss"], True)
+    placements = str(next(engine.module.parameters()).placements)
+    return out["loss"].item(), float(engine.step(1e-3, 0.0)), placements
+
+
+def test_hybrid_sharding_on_four_ranks() -> None:
+    """HSDP 2 x 2: the loss and gradient norm of one process."""
+    config = validate(small_config("unused", "unused"))
+    engine = build_engine(config, check_world(config, 1), lambda: build(config), torch.device("cpu"), None)
+    out = engine.forward([torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))], 0)
+    engine.backward(out["loss"], True)
+    expected = out["loss"].item(), float(engine.step(1e-3, 0.0))
+    for loss, norm, placements in run_ranks(_hybrid_on_rank, 4):
+        assert (loss, norm) == pytest.approx(expected, rel=1e-5)
+        assert "Replicate" in placements
+        assert "Shard" in placements
