@@ -1,0 +1,163 @@
+"""The launcher as a user runs it: training, resuming, stopping, every engine's launcher."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Command, small_config
+from safetensors.torch import load_file
+
+from lejepa_scale.checkpoint import load_encoder
+
+TRAIN = ROOT / "launchers/train.py"
+KEYS = {
+    "step", "loss", "loss_prediction", "loss_sigreg", "loss_normalized", "grad_norm", "lr", "samples",
+    "images_per_second", "data_wait_fraction", "effective_rank", "probe_accuracy",
+}  # fmt: skip
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_print_config_resolves_and_starts_nothing(command: Command, tmp_path: Path) -> None:
+    result = command(TRAIN, "--config", command.config(small_config(tmp_path / "run", "none")), "--print-config")
+    assert result.returncode == 0
+    assert "knots: 17" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_teaches(command: Command) -> None:
+    result = command(TRAIN, "--help")
+    assert result.returncode == 0
+    assert "torchrun" in result.stdout
+    assert "train.steps=100" in result.stdout
+
+
+def test_single_process_writes_what_the_contract_says(command: Command, tmp_path: Path, scenes: Path) -> None:
+    run = tmp_path / "run"
+    path = command.config(small_config(run, scenes, checkpoint={"every": 2, "keep": 1}))
+    result = command(TRAIN, "--config", path)
+    assert result.returncode == 0, result.stderr
+    lines = records(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert set(lines[0]) >= KEYS
+    assert lines[-1]["samples"] == 64
+    assert lines[0]["loss_normalized"] == pytest.approx(lines[0]["loss"] / 0.05**0.4)
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step_00000004"]
+    assert (run / "config.yaml").exists()
+    again = command(TRAIN, "--config", path)
+    assert again.returncode == 0
+    assert "trained to step 4 already" in again.stdout
+    encoder, _ = load_encoder(run)
+    untrained, _ = load_encoder(run, trained=False)
+    assert not any(p.allclose(q) for p, q in zip(encoder.parameters(), untrained.parameters(), strict=True) if p.ndim > 1)
+
+
+@pytest.mark.parametrize(("engine", "launcher"), [("fsdp", "torchrun"), ("zero3", "deepspeed")])
+def test_resume_is_exact(command: Command, tmp_path: Path, scenes: Path, engine: str, launcher: str) -> None:
+    """Six steps at once, and again from step 3: the same numbers and weights, bit for bit."""
+    run = tmp_path / "run"
+    tree = small_config(
+        run,
+        scenes,
+        train={"steps": 6, "global_batch": 16, "micro_batch": 4},
+        engine={"name": engine},
+        model={"encoder": "vit_nano", "drop_path": 0.2},
+        checkpoint={"every": 3, "keep": 5},
+    )
+    path = command.config(tree)
+    first = command(TRAIN, "--config", path, ranks=2, launcher=launcher)
+    assert first.returncode == 0, first.stderr
+    whole = records(run)
+    last = run / "checkpoints/step_00000006"
+    before = {name: load_file(last / name) for name in ("model.safetensors", "optimizer.safetensors", "probe.safetensors")}
+    shutil.rmtree(last)
+    second = command(TRAIN, "--config", path, ranks=2, launcher=launcher)
+    assert second.returncode == 0, second.stderr
+    assert "resuming from" in second.stdout
+    exact = ("step", "loss", "loss_prediction", "loss_sigreg", "grad_norm", "lr", "effective_rank", "probe_accuracy")
+    assert [[r[k] for k in exact] for r in records(run)] == [[r[k] for k in exact] for r in whole]
+    for name, tensors in before.items():
+        after = load_file(last / name)
+        assert after.keys() == tensors.keys()
+        for key, tensor in tensors.items():
+            assert tensor.equal(after[key]), f"{name}: {key}"
+
+
+def test_engines_and_world_sizes_share_checkpoints(command: Command, tmp_path: Path, scenes: Path) -> None:
+    """One rank to step 2, two FSDP ranks from there: the losses of one rank all along."""
+    tree = small_config(tmp_path / "whole", scenes, checkpoint={"every": 2, "keep": 5})
+    assert command(TRAIN, "--config", command.config(tree)).returncode == 0
+    moved = tmp_path / "moved"
+    shutil.copytree(tmp_path / "whole", moved)
+    shutil.rmtree(moved / "checkpoints/step_00000004")
+    arguments = ("--config", command.config(tree), f"run.dir={moved}", "engine.name=fsdp")
+    result = command(TRAIN, *arguments, ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "engine.name: single -> fsdp" in result.stdout
+    losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("whole", "moved")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(command: Command, tmp_path: Path, scenes: Path) -> None:
+    run = tmp_path / "run"
+    path = command.config(small_config(run, scenes, train={"steps": 100000}, data={"workers": 1}))
+    process = subprocess.Popen([sys.executable, str(TRAIN), "--config", str(path)], cwd=ROOT, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert b"stopped by a signal" in stderr
+    (saved,) = (run / "checkpoints").iterdir()
+    step = int(saved.name.removeprefix("step_"))
+    result = command(TRAIN, "--config", path, f"train.steps={step + 1}")
+    assert result.returncode == 0, result.stderr
+    assert records(run)[-1]["step"] == step + 1
+
+
+@pytest.mark.parametrize("encoder", ["vit_nano", "resnet18", "convnext_atto"])
+def test_other_encoders_train_with_the_same_configuration(
+    command: Command, tmp_path: Path, scenes: Path, encoder: str
+) -> None:
+    """Only model.encoder differs: the loss falls, and the embeddings keep their rank."""
+    run = tmp_path / encoder
+    tree = small_config(
+        run,
+        scenes,
+        train={"steps": 14, "global_batch": 32},
+        data={"views": {"global": {"count": 2, "size": 32, "scale": [0.5, 1]}, "local": {"count": 1, "size": 32, "scale": [0.2, 0.5]}}},
+        model={"encoder": encoder, "options": {}},
+        optim={"lr": 1e-3},
+    )  # fmt: skip
+    result = command(TRAIN, "--config", command.config(tree))
+    assert result.returncode == 0, result.stderr
+    lines = records(run)
+    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    assert lines[-1]["effective_rank"] > 5  # of 17
+
+
+def test_export_verify_evaluate_and_draw(command: Command, tmp_path: Path, scenes: Path) -> None:
+    run = tmp_path / "run"
+    assert command(TRAIN, "--config", command.config(small_config(run, scenes))).returncode == 0
+    target = tmp_path / "encoder.safetensors"
+    result = command(ROOT / "tools/convert_checkpoint.py", run, target, "--verify")
+    assert result.returncode == 0, result.stderr
+    assert "verified with timm" in result.stdout
+    result = command(ROOT / "tools/evaluate.py", run, "--train", scenes, "--test", scenes, "--k", 5)
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((run / "evaluation.json").read_text())
+    assert [row["name"] for row in rows] == ["trained", "untrained", "raw pixels"]
+    result = command(ROOT / "tools/visualize.py", run, "--shards", scenes, "--out", tmp_path / "p.png", "--images", 3)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "p.png").stat().st_size > 10_000
