@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -52,6 +53,8 @@ def fail(error: UserError) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank == 0 or not error.everywhere:
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+    else:
+        time.sleep(3)  # torchrun ends the other ranks when the first one leaves: rank 0 speaks before that
     sys.stdout.flush()
     sys.stderr.flush()
     return 2

@@ -42,11 +42,14 @@ class Means:
 
 def effective_rank(rows: Float[Tensor, "b d"]) -> float:
     """exp of the entropy of the normalised singular values of all ranks' centred rows (RankMe, arXiv 2210.02885):
-    1 for a collapsed batch, up to D for an isotropic one."""
+    1 for a collapsed batch, up to D for an isotropic one, NaN where a row is not finite."""
     rows = rows.double()
     sums = all_reduce_sum(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
     rows = rows - sums[:-1] / sums[-1]
-    spectrum = torch.linalg.eigvalsh(all_reduce_sum(rows.T @ rows)).clamp_min(0).sqrt()
+    covariance = all_reduce_sum(rows.T @ rows)
+    if not torch.isfinite(covariance).all():
+        return math.nan
+    spectrum = torch.linalg.eigvalsh(covariance).clamp_min(0).sqrt()
     p = spectrum / spectrum.sum().clamp_min(1e-30)
     return float(torch.exp(-(p * p.clamp_min(1e-30).log()).sum()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import timedelta
 from pathlib import Path
 
@@ -68,9 +69,8 @@ def train(config: Config) -> Path:
     reporter = Reporter(config, progress.step, active=distributed.rank() == 0)
     reporter.say(_greeting(config, plan, sources, engine, device, progress))
     run = _Run(config, plan, engine, probe, store, reporter, sources, progress, device)
-    with _StopSignal() as stop:
+    with _StopSignal() as stop, closing(reporter):
         run.steps(iter(loader), stop)
-    reporter.close()
     distributed.barrier()
     distributed.stop()
     return config.run.dir

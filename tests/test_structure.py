@@ -46,5 +46,7 @@ def test_imports_point_one_way(path: Path) -> None:
 def test_optional_libraries_are_imported_lazily() -> None:
     for library, homes in ALONE.items():
         for home in homes:
-            top = [n for n in ast.parse((PACKAGE / home).read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)]
+            top = [
+                n for n in ast.parse((PACKAGE / home).read_text()).body if isinstance(n, ast.Import | ast.ImportFrom)
+            ]
             assert not any(library in ast.dump(node) for node in top)

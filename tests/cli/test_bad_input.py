@@ -28,7 +28,7 @@ def refused(result: Any, *needles: str) -> None:
     assert len(errors) == 1, result.stderr
     for needle in needles:
         assert needle in errors[0], errors[0]
-    assert "Traceback (most recent call last):\n  File \"" + str(TRAIN) not in result.stderr
+    assert 'Traceback (most recent call last):\n  File "' + str(TRAIN) not in result.stderr
 
 
 @pytest.mark.parametrize(

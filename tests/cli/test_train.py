@@ -59,7 +59,9 @@ def test_single_process_writes_what_the_contract_says(command: Command, tmp_path
     assert "trained to step 4 already" in again.stdout
     encoder, _ = load_encoder(run)
     untrained, _ = load_encoder(run, trained=False)
-    assert not any(p.allclose(q) for p, q in zip(encoder.parameters(), untrained.parameters(), strict=True) if p.ndim > 1)
+    assert not any(
+        p.allclose(q) for p, q in zip(encoder.parameters(), untrained.parameters(), strict=True) if p.ndim > 1
+    )
 
 
 @pytest.mark.parametrize(("engine", "launcher"), [("fsdp", "torchrun"), ("zero3", "deepspeed")])
@@ -79,7 +81,9 @@ def test_resume_is_exact(command: Command, tmp_path: Path, scenes: Path, engine:
     assert first.returncode == 0, first.stderr
     whole = records(run)
     last = run / "checkpoints/step_00000006"
-    before = {name: load_file(last / name) for name in ("model.safetensors", "optimizer.safetensors", "probe.safetensors")}
+    before = {
+        name: load_file(last / name) for name in ("model.safetensors", "optimizer.safetensors", "probe.safetensors")
+    }
     shutil.rmtree(last)
     second = command(TRAIN, "--config", path, ranks=2, launcher=launcher)
     assert second.returncode == 0, second.stderr

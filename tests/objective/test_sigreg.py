@@ -76,7 +76,9 @@ def test_directions_follow_the_step_alone() -> None:
     torch.testing.assert_close(a.norm(dim=0), torch.ones(16))
 
 
-@pytest.mark.parametrize("arguments", [{"num_slices": 0}, {"knots": 1}, {"t_max": 0.0}, {"estimator": "w"}, {"scale": 3}])
+@pytest.mark.parametrize(
+    "arguments", [{"num_slices": 0}, {"knots": 1}, {"t_max": 0.0}, {"estimator": "w"}, {"scale": 3}]
+)
 def test_impossible_settings_are_refused(arguments: dict) -> None:
     with pytest.raises(ValueError, match="SIGReg"):
         SIGReg(**arguments)
