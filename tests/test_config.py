@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,7 @@ def test_batch_arithmetic_is_shown() -> None:
     assert plan_batches(config(global_batch=48), 3).micro_batch == 16
     with pytest.raises(UserError, match=r"50.*8 x 3 = 24.*50 / 24 = 2.08"):
         plan_batches(config(global_batch=50, micro_batch=8), 3)
-    with pytest.raises(UserError, match="16 cannot be split over 3 ranks.*for instance 18"):
+    with pytest.raises(UserError, match=r"16 cannot be split over 3 ranks.*for instance 18"):
         plan_batches(config(global_batch=16), 3)
     with pytest.raises(UserError, match="single runs one process, but 2"):
         check_world(config(), 2)
@@ -91,4 +92,4 @@ def test_learning_rate_warms_up_and_decays() -> None:
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(1e-3)
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    assert all(a >= b for a, b in pairwise(rates[4:]))

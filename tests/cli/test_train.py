@@ -136,11 +136,15 @@ def test_other_encoders_train_with_the_same_configuration(
 ) -> None:
     """Only model.encoder differs: the loss falls, and the embeddings keep their rank."""
     run = tmp_path / encoder
+    views = {
+        "global": {"count": 2, "size": 32, "scale": [0.5, 1]},
+        "local": {"count": 1, "size": 32, "scale": [0.2, 0.5]},
+    }
     tree = small_config(
         run,
         scenes,
         train={"steps": 14, "global_batch": 32},
-        data={"views": {"global": {"count": 2, "size": 32, "scale": [0.5, 1]}, "local": {"count": 1, "size": 32, "scale": [0.2, 0.5]}}},
+        data={"views": views},
         model={"encoder": encoder, "options": {}},
         optim={"lr": 1e-3},
     )  # fmt: skip

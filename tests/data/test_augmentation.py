@@ -53,7 +53,7 @@ def test_identity_is_normalisation() -> None:
         ({"solarize": 1}, lambda: reference.solarize(X, 128 / 255)),
     ],
 )
-def test_each_operation_equals_torchvision(columns: dict, expected) -> None:  # noqa: ANN001
+def test_each_operation_equals_torchvision(columns: dict, expected) -> None:
     torch.testing.assert_close(augmented(**columns), expected(), atol=2e-3, rtol=0)
 
 

@@ -57,11 +57,11 @@ def test_ranks_partition_each_micro_batch() -> None:
 
 
 @pytest.fixture
-def config(scenes: Path, tmp_path: Path):  # noqa: ANN201
+def config(scenes: Path, tmp_path: Path):
     return validate(small_config(tmp_path, scenes, train={"steps": 9, "global_batch": 12}))
 
 
-def test_batches_depend_on_nothing_but_the_step(config, scenes: Path) -> None:  # noqa: ANN001
+def test_batches_depend_on_nothing_but_the_step(config, scenes: Path) -> None:
     """Workers, ranks and the step one starts at change no pixel and no augmentation parameter."""
     sources = open_sources(config.data)
     reference = list(islice(Loader(sources, config, plan(1, 12), rank=0, first_step=0, pin_memory=False), 10))
@@ -88,7 +88,7 @@ def test_batches_depend_on_nothing_but_the_step(config, scenes: Path) -> None:  
     assert first.views[1].shape == (2, 12, 3, 16, 16)
 
 
-def test_labels_and_fingerprint(config, scenes: Path) -> None:  # noqa: ANN001
+def test_labels_and_fingerprint(config, scenes: Path) -> None:
     sources = open_sources(config.data)
     assert (sources.num_samples, sources.num_classes) == (96, 10)
     batch = next(iter(Loader(sources, config, plan(1, 12), rank=0, first_step=0, pin_memory=False)))
@@ -110,9 +110,9 @@ def test_index_finds_the_bytes_and_is_rebuilt_when_the_shard_changes(scenes: Pat
         assert read(shard, int(index.offsets[i]), int(index.sizes[i])).startswith(b"\x89PNG")
     shard.write_bytes(sorted(scenes.glob("*.tar"))[1].read_bytes())
     (again,) = index_shards([shard])
-    assert again.keys[0] != index.keys[0] or again.nbytes == index.nbytes
+    assert again.keys[0] == "00000032"
     with pytest.raises(UserError, match="ends before byte"):
-        read(shard, index.nbytes - 10, 100)
+        read(shard, again.nbytes - 10, 100)
 
 
 @pytest.mark.parametrize("cut", ["boundary", "header", "middle"])

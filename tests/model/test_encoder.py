@@ -76,13 +76,13 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 def test_unknown_names_and_impossible_sizes_are_refused() -> None:
-    with pytest.raises(UserError, match="did you mean .*vit_small_patch16_224"):
+    with pytest.raises(UserError, match=r"did you mean .*vit_small_patch16_224"):
         Encoder("vit_smal_patch16_224")
     with pytest.raises(UserError, match="timm refuses"):
         Encoder("vit_nano", options={"dept": 3})
     with torch.device("meta"):
         encoder = Encoder("vit_nano", image_size=32)
-    with pytest.raises(UserError, match="30 px .* use 32 px"):
+    with pytest.raises(UserError, match=r"30 px .* use 32 px"):
         encoder.check_sizes([32, 30])
 
 
