@@ -24,9 +24,10 @@ class OnlineProbe:
         """One update; top-1 accuracy on this batch *before* it (so on images not yet seen by the probe), global."""
         logits = self.head(features.float())
         F.cross_entropy(logits, labels).backward()
-        for parameter in self.head.parameters():
-            assert parameter.grad is not None
-            parameter.grad = all_reduce_sum(parameter.grad) / world_size()
+        gradients = [all_reduce_sum(p.grad) / world_size() for p in self.head.parameters() if p.grad is not None]
+        finite = torch.stack([g.isfinite().all() for g in gradients]).all()  # features of a non-finite step teach nothing
+        for parameter, gradient in zip(self.head.parameters(), gradients, strict=True):
+            parameter.grad = torch.where(finite, gradient, 0.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         hits = (logits.argmax(1) == labels).sum()

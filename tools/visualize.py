@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.data.photometric import normalise
 from lejepa_scale.errors import UserError
-from lejepa_scale.evaluation.pca import pca_maps
+from lejepa_scale.evaluation.pca import dense_features, pca_maps
+
+_SHIFTS = 4  # maps are this many times finer than the encoder's patches
 
 
 def draw(run: Path, shards: list[str], out: Path, images: int, size: int | None) -> None:
@@ -31,21 +32,22 @@ def draw(run: Path, shards: list[str], out: Path, images: int, size: int | None)
         raise UserError(f"{run} is not a run directory: it has no metrics.jsonl.")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     encoder, config = load_encoder(run)
-    # twice the training size gives four times the patches: a finer map
     side = size or 2 * config.image_size
     pictures, _ = next(iter(evaluation_batches(shards, image_size=side, batch_size=images, limit=images)))
-    with torch.inference_mode():
-        maps = pca_maps(encoder.patch_features(normalise(pictures)))
+    maps = pca_maps(dense_features(encoder, normalise(pictures), _SHIFTS))
 
-    figure = pyplot.figure(figsize=(14, 5), layout="constrained")
-    left, right = list(figure.subfigures(1, 2, width_ratios=[1, 1.5]))  # type: ignore[arg-type, call-overload]
+    columns = math.ceil(len(pictures) / 2)
+    figure = pyplot.figure(figsize=(6 + 1.5 * columns, 6), layout="constrained")
+    left, right = list(figure.subfigures(1, 2, width_ratios=[6, 1.5 * columns]))  # type: ignore[arg-type, call-overload]
     _curves(left, records)
-    axes = right.subplots(2, len(pictures))
-    right.suptitle("patch features: first three principal components")
-    for column, (picture, colours) in enumerate(zip(pictures, maps, strict=True)):
-        for row, content in enumerate((picture.permute(1, 2, 0), colours)):
-            axes[row, column].imshow(content, interpolation="nearest")
-            axes[row, column].axis("off")
+    right.suptitle("images, and the first three principal components of their patch features", fontsize="medium")
+    axes = right.subplots(4, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, (picture, colours) in enumerate(zip(pictures, maps, strict=True)):
+        row, column = 2 * (i // columns), i % columns
+        axes[row, column].imshow(picture.permute(1, 2, 0))
+        axes[row + 1, column].imshow(colours, interpolation="bicubic")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)
 

@@ -43,10 +43,11 @@ def folder(root: Path, shuffle: int | None, labelled: bool) -> Source:
     paths = sorted(p for p in root.rglob("*") if p.is_file() and _extension(p.name) in IMAGE_EXTENSIONS)
     parts = {str(p.relative_to(root)): p for p in paths}
     names, classes = _classes(list(parts), f"folder {root}", labelled)
+    keys = _keys(list(parts))
 
     def samples() -> Iterator[Sample]:
         for name in _shuffled(list(parts), shuffle):
-            yield Sample(_key(name), _extension(name), parts[name].read_bytes(), names[name])
+            yield Sample(keys[name], _extension(name), parts[name].read_bytes(), names[name])
 
     return Source(samples(), len(parts), classes)
 
@@ -65,13 +66,14 @@ def tar(path: Path, prefix: str, shuffle: int | None, labelled: bool) -> Source:
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a readable tar file: {error}.") from error
     names, classes = _classes(sorted(members), f"tar {path}" + (f" under {prefix}" if prefix else ""), labelled)
+    keys = _keys(sorted(members))
 
     def samples() -> Iterator[Sample]:
         with archive:
             for name in _shuffled(sorted(members), shuffle):
                 file = archive.extractfile(members[name])
                 assert file is not None
-                yield Sample(_key(name), _extension(name), file.read(), names[name])
+                yield Sample(keys[name], _extension(name), file.read(), names[name])
 
     return Source(samples(), len(members), classes)
 
@@ -165,6 +167,15 @@ def _extension(name: str) -> str:
     return name.rpartition(".")[2].lower()
 
 
-def _key(name: str) -> str:
-    """A WebDataset key: no dots in the base name, one level."""
-    return name.rpartition(".")[0].replace("/", "_").replace(".", "_")
+def _keys(names: list[str]) -> dict[str, str]:
+    """A WebDataset key for each path: one level, no dots; numbered where `a.jpg` and `a.png` would share one."""
+    taken: set[str] = set()
+    keys: dict[str, str] = {}
+    for name in names:
+        key = plain = name.rpartition(".")[0].replace("/", "_").replace(".", "_")
+        number = 2
+        while key in taken:
+            key, number = f"{plain}-{number}", number + 1
+        taken.add(key)
+        keys[name] = key
+    return keys

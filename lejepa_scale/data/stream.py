@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 from functools import cache
+from glob import glob
 from pathlib import Path
 
 import webdataset as wds
@@ -23,7 +24,7 @@ def expand(patterns: list[str]) -> list[str]:
             if not is_remote(url) and Path(url).is_dir():
                 urls += sorted(str(path) for path in Path(url).glob("*.tar"))
             elif not is_remote(url) and any(c in url for c in "*?["):
-                urls += sorted(str(path) for path in Path().glob(url))
+                urls += sorted(glob(url, recursive=True))
             else:
                 urls.append(url)
     if not urls:

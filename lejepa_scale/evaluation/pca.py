@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
+
+from lejepa_scale.model import Encoder
+
+
+@torch.no_grad()
+def dense_features(encoder: Encoder, images: Float[Tensor, "b 3 s s"], shifts: int) -> Float[Tensor, "b h w e"]:
+    """Patch features on a grid `shifts` times finer than the encoder's own: the image is moved by fractions of a patch,
+    mirrored at its border, and the maps are interleaved. Costs shifts^2 forwards."""
+    side = images.shape[-1]
+    coarse = encoder.patch_features(images)
+    stride = side // coarse.shape[1]
+    shifts = min(shifts, stride)
+    reach = stride // 2
+    padded = F.pad(images, [reach] * 4, mode="reflect")
+    starts = [reach + round((i + 0.5) * stride / shifts - stride / 2) for i in range(shifts)]
+    moved = [padded[..., top : top + side, left : left + side] for top in starts for left in starts]
+    maps = torch.stack([encoder.patch_features(x) for x in moved])
+    return rearrange(maps, "(i j) b h w e -> b (h i) (w j) e", i=shifts)
 
 
 def pca_maps(features: Float[Tensor, "b h w e"]) -> Float[Tensor, "b h w 3"]:

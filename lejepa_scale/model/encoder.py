@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -99,15 +100,12 @@ class Encoder(nn.Module):
 
     def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w e"]:
         """Normalised features of the patches (or of the last feature map) in their place."""
-        if self.packed:
-            (tokens,) = self._packed_tokens([images])
-            grid = [side // self.backbone.patch_embed.patch_size[i] for i, side in enumerate(images.shape[-2:])]
-            return tokens[:, self.backbone.num_prefix_tokens :].unflatten(1, grid)
-        features = self.backbone.forward_features(images)
-        if features.ndim == 3:  # unpacked token models
-            grid = [side // self.backbone.patch_embed.patch_size[i] for i, side in enumerate(images.shape[-2:])]
-            return features[:, self.backbone.num_prefix_tokens :].unflatten(1, grid)
-        return features.movedim(1, -1)
+        features = self._packed_tokens([images])[0] if self.packed else self.backbone.forward_features(images)
+        if features.ndim == 4:
+            return features.movedim(1, -1)
+        patches = features[:, self.backbone.num_prefix_tokens :]
+        rows = images.shape[-2] // self.backbone.patch_embed.patch_size[0]
+        return rearrange(patches, "b (h w) e -> b h w e", h=rows)
 
     def _packed_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Embed each resolution, run the blocks once over all tokens, split again: [B_i, L_i, E] each."""

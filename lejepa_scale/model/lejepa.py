@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -28,18 +29,18 @@ class LeJEPA(nn.Module):
         Returns the scalars `loss`, `prediction`, `sigreg` (of the global batch, equal on all ranks) and, detached, the
         mean over the global views of `features` [B, E] and `embeddings` [B, D].
         """
-        features = self.encoder([group.flatten(0, 1) for group in views])
-        z = self.projector(torch.cat(features))  # [V B, D]; one batch for the normalisation
-        batch, num_global = views[0].shape[1], views[0].shape[0]
-        predicted = None if self.predictor is None else self.predictor(z).unflatten(0, (-1, batch))
-        z = z.unflatten(0, (-1, batch))  # [V, B, D]
+        num_global, batch = views[0].shape[:2]
+        features = self.encoder([rearrange(group, "v b c h w -> (v b) c h w") for group in views])
+        z = self.projector(torch.cat(features))  # one batch of all views for the normalisation
+        predicted = None if self.predictor is None else rearrange(self.predictor(z), "(v b) d -> v b d", b=batch)
+        z = rearrange(z, "(v b) d -> v b d", b=batch)
         terms = self.loss(z, num_global, step=step, predicted=predicted)
         return {
             "loss": terms.loss,
             "prediction": terms.prediction.detach(),
             "sigreg": terms.sigreg.detach(),
-            "features": features[0].detach().unflatten(0, (num_global, batch)).mean(0),
-            "embeddings": z[:num_global].detach().mean(0),
+            "features": reduce(features[0].detach(), "(v b) e -> b e", "mean", v=num_global),
+            "embeddings": reduce(z[:num_global].detach(), "v b d -> b d", "mean"),
         }
 
 

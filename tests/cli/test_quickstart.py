@@ -1,0 +1,59 @@
+"""The quickstart's recipe in small: two engines, two launchers, one story; and the benchmark's own code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Command
+
+TRAIN = ROOT / "launchers/train.py"
+
+
+def losses(run: Path) -> list[Any]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [[line[k] for k in ("loss", "loss_prediction", "loss_sigreg")] for line in lines]
+
+
+def test_quickstart_is_the_same_under_fsdp_and_zero3(command: Command, tmp_path: Path) -> None:
+    """Twenty steps of the recipe with smaller batches: FSDP under torchrun, ZeRO-3 under deepspeed."""
+    shards = tmp_path / "scenes"
+    made = command(ROOT / "tools/make_shards.py", "synthetic", "--out", shards, "--count", 200, "--size", 48)
+    assert made.returncode == 0, made.stderr
+    found = []
+    for engine, launcher in (("fsdp", "torchrun"), ("zero3", "deepspeed")):
+        run = tmp_path / engine
+        result = command(
+            TRAIN, "--config", ROOT / "configs/quickstart.yaml", f"run.dir={run}", f"data.shards={shards}",
+            "train.steps=20", "train.global_batch=16", "optim.warmup_steps=5", "log.every=1", f"engine.name={engine}",
+            ranks=2, launcher=launcher,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        found.append(losses(run))
+    assert len(found[0]) == 20
+    for fsdp, zero3 in zip(*found, strict=True):
+        assert zero3 == pytest.approx(fsdp, rel=1e-4)
+
+
+def test_the_gpu_benchmark_refuses_without_one(command: Command, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: run tools/bench.py gpu")
+    result = command(ROOT / "tools/bench.py", "gpu", "--json", tmp_path / "r.json")
+    assert result.returncode == 2
+    assert "nothing was measured" in result.stderr
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_toy_sizes(command: Command, tmp_path: Path) -> None:
+    result = command(ROOT / "tools/bench.py", "gpu", "--smoke", "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == {
+        "attention", "precision", "training", "step rates", "sigreg", "colours",
+    }  # fmt: skip
+    assert not [row for row in rows if row.get("ok") is False or "not measured" in row]

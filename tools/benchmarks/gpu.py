@@ -1,0 +1,348 @@
+"""Checks and timings of everything that behaves differently on a GPU. Each section is a function from sizes to rows;
+a row holds numbers, and `ok` where something was checked rather than measured."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import mean, median
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from lejepa_scale.config import Config, check_world, load
+from lejepa_scale.data import photometric
+from lejepa_scale.engine import Engine, build_engine
+from lejepa_scale.errors import UserError
+from lejepa_scale.model import build
+from lejepa_scale.model.attention import BACKENDS, Packing
+from lejepa_scale.objective import SIGReg
+from lejepa_scale.planning import peak_flops, training_flops_per_image
+
+ROOT = Path(__file__).resolve().parents[2]
+Row = dict[str, Any]
+
+
+class Results(TypedDict):
+    machine: dict[str, str]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """One scale of the whole benchmark."""
+
+    heads: tuple[tuple[int, int], ...]  # (heads, width of a head)
+    packing: Packing
+    precision: tuple[str, tuple[str, ...], int]  # recipe, overrides, images
+    sigreg: tuple[tuple[int, int, int], ...]  # (samples, width, slices)
+    views: tuple[int, int]  # (images, side) of the colour operations
+    training: tuple[int, int]  # (steps, global batch) of the short run
+    steps: tuple[tuple[str, tuple[str, ...], int], ...]  # recipe, overrides, images a step
+    repeats: int
+
+
+FULL = Sizes(
+    heads=((6, 64), (16, 64), (24, 64), (16, 88), (16, 104)),  # ViT-S, L, g/14 of DINOv2, g/14 of timm, gigantic
+    packing=Packing(((2 * 16, 257), (8 * 16, 50))),
+    precision=("configs/vitl_in1k.yaml", ("model.encoder=vit_small_patch14_dinov2", "model.drop_path=0"), 16),
+    sigreg=((512, 64, 1024), (8192, 64, 1024), (8192, 64, 8192), (32768, 64, 1024)),
+    views=(1024, 224),
+    training=(60, 256),
+    steps=(
+        ("configs/vitl_in1k.yaml", ("model.encoder=vit_small_patch16_224", "data.views.local.size=96"), 256),
+        ("configs/vitl_in1k.yaml", (), 64),
+        ("configs/vitg_lvd.yaml", ("engine.activation_checkpointing=false",), 24),
+        ("configs/vitg_lvd.yaml", (), 48),
+    ),
+    repeats=10,
+)
+TOY = Sizes(
+    heads=((2, 16),),
+    packing=Packing(((4, 17), (6, 5))),
+    precision=("configs/vits_cifar10.yaml", (), 8),
+    sigreg=((256, 16, 64),),
+    views=(8, 32),
+    training=(12, 32),
+    steps=(("configs/vits_cifar10.yaml", (), 8),),
+    repeats=2,
+)
+
+
+def measure(sizes: Sizes, device: torch.device, minutes: float) -> Results:
+    """Every section in turn, printed as it comes; those that the time does not reach say so."""
+    deadline = time.monotonic() + 60 * minutes
+    results = Results(machine=describe(device), rows=[])
+    print(", ".join(f"{k} {v}" for k, v in results["machine"].items()), flush=True)
+    for section in (attention, precision, training, step_rates, sigreg, colours):
+        name = section.__name__.replace("_", " ")
+        rows = iter(section(sizes, device))
+        while True:
+            if time.monotonic() > deadline:
+                rows = iter(({"case": "rest of the section", "not measured": "out of time"},))
+            try:
+                row = next(rows, None)
+            except torch.OutOfMemoryError as error:
+                row = {"case": "rest of the section", "not measured": str(error).split(". ")[0]}
+                rows = iter(())
+            if row is None:
+                break
+            row = {"section": name, **row}
+            results["rows"].append(row)
+            print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+            if "not measured" in row:
+                break
+    return results
+
+
+def describe(device: torch.device) -> dict[str, str]:
+    """What the numbers belong to."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    out = {"date": time.strftime("%Y-%m-%d"), "device": chip, "python": platform.python_version()}
+    for package in ("torch", "timm", "xformers", "deepspeed", "triton"):
+        try:
+            out[package] = version(package)
+        except PackageNotFoundError:
+            out[package] = "absent"
+    return out
+
+
+def attention(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """Each packed backend against float64 attention per sequence: output and gradients; then its time."""
+    for heads, width in sizes.heads:
+        tokens = sum(sizes.packing.lengths)
+        generator = torch.Generator(device).manual_seed(0)
+        exact = torch.randn(4, tokens, heads, width, generator=generator, device=device, dtype=torch.float64)
+        truth = _attention_with_gradients(BACKENDS["sdpa"], exact, sizes.packing)
+        for name, backend in BACKENDS.items():
+            row: Row = {"case": f"{name} {heads} heads of {width}", "tokens": tokens}
+            low = exact.to(torch.bfloat16)
+            try:
+                found = _attention_with_gradients(backend, low, sizes.packing)
+            except (UserError, RuntimeError, NotImplementedError, ValueError) as error:
+                yield row | {"cannot run": str(error).strip().split("\n")[0][:90]}
+                continue
+            error = max(
+                float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)
+            )  # bf16 rounds to 2^-9
+            milliseconds = _milliseconds(
+                lambda: _attention_with_gradients(backend, low, sizes.packing), device, sizes.repeats  # noqa: B023
+            )
+            yield row | {"ok": error < 2e-2, "error": error, "ms": milliseconds}
+
+
+def _attention_with_gradients(backend: Any, qkvg: Tensor, packing: Packing) -> list[Tensor]:
+    q, k, v = (x.detach().clone().requires_grad_() for x in qkvg[:3])
+    out = backend(q, k, v, packing)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), qkvg[3])]
+
+
+def precision(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """One step of the same weights in fp32 and in bf16: the losses and the direction of the gradient."""
+    recipe, overrides, images = sizes.precision
+    found = {}
+    for name in ("fp32", "bf16"):
+        config = _single(recipe, (*overrides, f"engine.precision={name}"), images)
+        engine = _engine(config, device)
+        views = _views(config, images, device)
+        out = engine.forward(views, 0)
+        engine.backward(out["loss"], True)
+        gradient = torch.cat([p.grad.flatten().float().cpu() for p in engine.module.parameters() if p.grad is not None])
+        found[name] = out["loss"].item(), gradient
+        del engine
+    (exact, g32), (low, g16) = found["fp32"], found["bf16"]
+    cosine = float(torch.nn.functional.cosine_similarity(g32.double(), g16.double(), dim=0))
+    difference = abs(low - exact) / exact
+    yield {
+        "case": f"{recipe} bf16 against fp32",
+        "ok": difference < 0.02 and cosine > 0.98,
+        "loss": exact,
+        "relative difference": difference,
+        "gradient cosine": cosine,
+    }
+
+
+def training(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """The launcher on rendered scenes, engine by engine: the loss falls, and all engines tell the same story."""
+    steps, batch = sizes.training
+    with tempfile.TemporaryDirectory() as folder:
+        shards = Path(folder, "scenes")
+        _call("tools/make_shards.py", "synthetic", "--out", shards, "--count", max(256, 4 * batch), "--size", 64)
+        reference: list[float] = []
+        for engine in ("single", "ddp", "fsdp", "zero1", "zero3"):
+            run = Path(folder, engine)
+            started = time.monotonic()
+            arguments = [
+                "launchers/train.py", "--config", "configs/vits_cifar10.yaml", f"run.dir={run}", f"data.shards={shards}",
+                f"train.steps={steps}", f"train.global_batch={batch}", f"engine.name={engine}", "engine.precision=bf16",
+                "optim.warmup_steps=2", "log.every=1", "checkpoint.every=1000000", "data.workers=2", "run.seed=1",
+            ]  # fmt: skip
+            failure = _try(*arguments)
+            if failure is not None:
+                yield {"case": f"{engine}, {steps} steps of {batch}", "ok": False, "failure": failure}
+                continue
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            losses = [line["loss"] for line in lines]
+            quarter = len(losses) // 4
+            reference = reference or losses
+            drift = max(abs(a / b - 1) for a, b in zip(losses[:5], reference[:5], strict=True))
+            yield {
+                "case": f"{engine}, {steps} steps of {batch}",
+                "ok": mean(losses[-quarter:]) < mean(losses[:quarter]) and drift < 0.05,
+                "loss, first quarter": mean(losses[:quarter]),
+                "loss, last quarter": mean(losses[-quarter:]),
+                "drift from single, 5 steps": drift,
+                "images/s": median([line["images_per_second"] for line in lines[len(lines) // 2 :]]),
+                "seconds in all": time.monotonic() - started,
+            }
+
+
+def step_rates(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """Whole optimizer steps on views that lie on the device already: what the input pipeline has to keep up with."""
+    for recipe, overrides, images in sizes.steps:
+        config = _single(recipe, (*overrides, "engine.precision=bf16"), images)
+        engine = _engine(config, device)
+        views = _views(config, images, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+        def step(engine: Engine = engine, views: list[Tensor] = views) -> None:
+            out = engine.forward(views, 0)
+            engine.backward(out["loss"], True)
+            engine.step(1e-5, 0.05)
+
+        seconds = _milliseconds(step, device, sizes.repeats) / 1e3
+        row: Row = {
+            "case": f"{config.model.encoder}, batch {images}"
+            + (", recomputing blocks" if config.engine.activation_checkpointing else ""),
+            "images/s": images / seconds,
+            "tokens/s": images * _tokens_per_image(config) / seconds,
+        }
+        flops, peak = training_flops_per_image(config), peak_flops(device)
+        row["TFLOP/s"] = images * flops / seconds / 1e12
+        row["MFU"] = images * flops / seconds / peak if peak else "not measured"
+        if device.type == "cuda":
+            row["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
+        yield row
+        del engine, views, step
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def sigreg(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """SIGReg forward and backward, fused against the textbook form, and the two GEMMs alone as the floor."""
+    for samples, width, slices in sizes.sigreg:
+        z = torch.randn(samples, width, device=device, generator=torch.Generator(device).manual_seed(0))
+        row: Row = {"case": f"N={samples} D={width} M={slices}"}
+        values = {}
+        for backend in ("fused", "reference"):
+            module = SIGReg(num_slices=slices, backend=backend)  # type: ignore[arg-type]
+
+            def work(module: SIGReg = module) -> tuple[Tensor, Tensor]:
+                x = z.detach().requires_grad_()  # noqa: B023
+                loss = module(x, step=0)
+                return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+            try:
+                values[backend] = work()
+                row[f"{backend} ms"] = _milliseconds(work, device, sizes.repeats)
+            except torch.OutOfMemoryError:
+                row[f"{backend} ms"] = "not measured: out of memory"
+        a = SIGReg(num_slices=slices).directions(0, width, device, z.dtype)
+        row["GEMMs ms"] = _milliseconds(lambda: (z @ a) @ a.T, device, sizes.repeats)  # noqa: B023
+        if len(values) == 2:
+            (x, gx), (y, gy) = values["fused"], values["reference"]
+            row["ok"] = bool(abs(x / y - 1) < 1e-4 and (gx - gy).norm() < 1e-3 * gy.norm())
+        yield row
+
+
+def colours(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """Batched colour operations on the device, against the CPU's result."""
+    import numpy as np
+
+    from lejepa_scale.config import Augment
+
+    images, side = sizes.views
+    pictures = torch.randint(
+        0, 256, (images, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    parameters = torch.from_numpy(photometric.draw(images, Augment(), np.random.default_rng(0)))
+    moved = pictures.to(device)
+    few = slice(0, min(64, images))
+    difference = photometric.apply(moved[few], parameters[few]).cpu() - photometric.apply(pictures[few], parameters[few])
+    seconds = _milliseconds(lambda: photometric.apply(moved, parameters), device, sizes.repeats) / 1e3
+    # a value within rounding of the solarize threshold may fall on either side
+    differing = float((difference.abs() > 1e-3).float().mean())
+    yield {
+        "case": f"{images} views of {side} px",
+        "ok": differing < 1e-4,
+        "share that differs": differing,
+        "views/s": images / seconds,
+    }
+
+
+def _single(recipe: str, overrides: tuple[str, ...], images: int) -> Config:
+    """A recipe as one process runs it on one batch."""
+    return load(
+        ROOT / recipe, [*overrides, f"train.global_batch={images}", f"train.micro_batch={images}", "engine.name=single"]
+    )
+
+
+def _engine(config: Config, device: torch.device) -> Engine:
+    return build_engine(config, check_world(config, 1), lambda: build(config), device, None)
+
+
+def _views(config: Config, images: int, device: torch.device) -> list[Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    groups = [g for g in (config.data.views.global_, config.data.views.local) if g.count]
+    return [torch.randn(g.count, images, 3, g.size, g.size, generator=generator, device=device) for g in groups]
+
+
+def _tokens_per_image(config: Config) -> int:
+    with torch.device("meta"):
+        encoder = build(config).encoder
+    patch, prefix = encoder.patch_size, encoder.backbone.num_prefix_tokens
+    if patch is None:
+        raise UserError(f"{config.model.encoder} has no patches to count as tokens.")
+    groups = (config.data.views.global_, config.data.views.local)
+    return sum(g.count * ((g.size // patch) ** 2 + prefix) for g in groups)
+
+
+def _milliseconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median time of one call after three to warm up."""
+    times = []
+    for i in range(3 + repeats):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        if i >= 3:
+            times.append(1e3 * (time.perf_counter() - started))
+    return median(times)
+
+
+def _call(*arguments: object) -> None:
+    failure = _try(*arguments)
+    if failure is not None:
+        raise UserError(f"{arguments[0]} failed: {failure}")
+
+
+def _try(*arguments: object) -> str | None:
+    """Run one of our programs; None, or the end of what it said."""
+    command = [sys.executable, *map(str, arguments)]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return "no end after 120 s"
+    return None if result.returncode == 0 else result.stderr.strip()[-300:]
