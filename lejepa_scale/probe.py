@@ -25,7 +25,7 @@ class OnlineProbe:
         logits = self.head(features.float())
         F.cross_entropy(logits, labels).backward()
         gradients = [all_reduce_sum(p.grad) / world_size() for p in self.head.parameters() if p.grad is not None]
-        finite = torch.stack([g.isfinite().all() for g in gradients]).all()  # features of a non-finite step teach nothing
+        finite = torch.stack([g.isfinite().all() for g in gradients]).all()  # a non-finite step teaches nothing
         for parameter, gradient in zip(self.head.parameters(), gradients, strict=True):
             parameter.grad = torch.where(finite, gradient, 0.0)
         self.optimizer.step()

@@ -27,7 +27,8 @@ def shards(command: Command, tmp_path: Path) -> dict[str, Path]:
 def test_raw_pixels_score_what_is_known(shards: dict[str, Path]) -> None:
     """Cosine 20-NN on raw pixels: about 39 %, measured independently of this project."""
     train, test = (
-        raw_pixels(evaluation_batches([str(shards[split])], image_size=32, batch_size=500)) for split in ("train", "test")
+        raw_pixels(evaluation_batches([str(shards[split])], image_size=32, batch_size=500))
+        for split in ("train", "test")
     )
     assert (len(train.rows), len(test.rows)) == (10_000, 2_000)
     assert knn_accuracy(train, test, k=20) == pytest.approx(0.39, abs=0.015)

@@ -51,7 +51,9 @@ def test_linear_probe_separates_what_a_line_separates() -> None:
     shuffled = Features(shuffled.rows, shuffled.labels[torch.randperm(400)])
     assert linear_accuracy(shuffled, clusters(400, 0.2, 2))[0] < 0.6
     # a feature that differs in scale by 1e4 is worth as much as any other
-    scaled = [Features(f.rows * torch.logspace(-2, 2, 12), f.labels) for f in (clusters(400, 1.0, 1), clusters(200, 1.0, 2))]
+    scaled = [
+        Features(f.rows * torch.logspace(-2, 2, 12), f.labels) for f in (clusters(400, 1.0, 1), clusters(200, 1.0, 2))
+    ]
     plain = linear_accuracy(clusters(400, 1.0, 1), clusters(200, 1.0, 2))
     assert linear_accuracy(*scaled)[0] == pytest.approx(plain[0], abs=0.011)
 

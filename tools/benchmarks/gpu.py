@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, median
@@ -125,19 +126,14 @@ def attention(sizes: Sizes, device: torch.device) -> Iterator[Row]:
         truth = _attention_with_gradients(BACKENDS["sdpa"], exact, sizes.packing)
         for name, backend in BACKENDS.items():
             row: Row = {"case": f"{name} {heads} heads of {width}", "tokens": tokens}
-            low = exact.to(torch.bfloat16)
+            work = partial(_attention_with_gradients, backend, exact.to(torch.bfloat16), sizes.packing)
             try:
-                found = _attention_with_gradients(backend, low, sizes.packing)
-            except (UserError, RuntimeError, NotImplementedError, ValueError) as error:
-                yield row | {"cannot run": str(error).strip().split("\n")[0][:90]}
+                found = work()
+            except (UserError, RuntimeError, NotImplementedError, ValueError) as reason:
+                yield row | {"cannot run": str(reason).strip().split("\n")[0][:90]}
                 continue
-            error = max(
-                float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True)
-            )  # bf16 rounds to 2^-9
-            milliseconds = _milliseconds(
-                lambda: _attention_with_gradients(backend, low, sizes.packing), device, sizes.repeats  # noqa: B023
-            )
-            yield row | {"ok": error < 2e-2, "error": error, "ms": milliseconds}
+            error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
+            yield row | {"ok": error < 2e-2, "error": error, "ms": _milliseconds(work, device, sizes.repeats)}
 
 
 def _attention_with_gradients(backend: Any, qkvg: Tensor, packing: Packing) -> list[Tensor]:
@@ -278,10 +274,10 @@ def colours(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     parameters = torch.from_numpy(photometric.draw(images, Augment(), np.random.default_rng(0)))
     moved = pictures.to(device)
     few = slice(0, min(64, images))
-    difference = photometric.apply(moved[few], parameters[few]).cpu() - photometric.apply(pictures[few], parameters[few])
+    ours, oracle = (photometric.apply(x[few], parameters[few]).cpu() for x in (moved, pictures))
     seconds = _milliseconds(lambda: photometric.apply(moved, parameters), device, sizes.repeats) / 1e3
     # a value within rounding of the solarize threshold may fall on either side
-    differing = float((difference.abs() > 1e-3).float().mean())
+    differing = float(((ours - oracle).abs() > 1e-3).float().mean())
     yield {
         "case": f"{images} views of {side} px",
         "ok": differing < 1e-4,
