@@ -13,8 +13,10 @@ from lejepa_scale.errors import UserError
 
 
 def state(value: float) -> CanonicalState:
-    tensors = {"a.weight": torch.full((3, 2), value), "b": torch.tensor(value)}
-    return CanonicalState(tensors, {"exp_avg": tensors, "exp_avg_sq": tensors}, updates=7)
+    def tensors() -> dict[str, torch.Tensor]:
+        return {"a.weight": torch.full((3, 2), value), "b": torch.tensor(value)}
+
+    return CanonicalState(tensors(), {"exp_avg": tensors(), "exp_avg_sq": tensors()}, updates=7)
 
 
 def save(store: Store, step: int) -> Path:

@@ -169,3 +169,16 @@ def test_export_verify_evaluate_and_draw(command: Command, tmp_path: Path, scene
     result = command(ROOT / "tools/visualize.py", run, "--shards", scenes, "--out", tmp_path / "p.png", "--images", 3)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_wandb_is_offline_without_a_key(
+    command: Command, tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # no key in a netrc either
+    run = tmp_path / "run"
+    path = command.config(small_config(run, scenes, train={"steps": 2}, log={"wandb": {"enabled": True}}))
+    result = command(TRAIN, "--config", path)
+    assert result.returncode == 0, result.stderr
+    assert list((run / "wandb").glob("offline-run-*"))

@@ -1,0 +1,67 @@
+"""What a run reports: counted FLOPs, kept means, lines of metrics.jsonl, a probe that survives a bad step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import small_config
+
+from lejepa_scale.config import validate
+from lejepa_scale.metrics import Means, Reporter
+from lejepa_scale.planning import peak_flops, training_flops_per_image
+from lejepa_scale.probe import OnlineProbe
+
+
+def test_counted_flops_are_those_of_the_formula() -> None:
+    """Multiply-adds of a plain ViT by hand: linear layers, both attention products, patches, projector, slices."""
+    config = validate(small_config("r", "s", model={"encoder": "vit_nano", "options": {"depth": 3}}))
+    width, depth, patch = 128, 3, 8
+    macs = 0
+    for count, side in ((2, 32), (2, 16)):
+        patches = (side // patch) ** 2
+        tokens = patches + 1
+        per_view = patches * 3 * patch**2 * width + depth * (tokens * 12 * width**2 + 2 * tokens**2 * width)
+        macs += count * per_view
+    hidden, dim = 65, 17
+    macs += 4 * (width * hidden + hidden * hidden + hidden * dim) + 4 * dim * 32
+    assert training_flops_per_image(config) == pytest.approx(3 * 2 * macs, rel=1e-6)
+
+
+def test_a_peak_that_is_not_known_is_not_guessed() -> None:
+    assert peak_flops(torch.device("cpu")) is None
+
+
+def test_means_start_again_after_each_read() -> None:
+    means = Means()
+    means.add(a=torch.tensor(1.0), b=torch.tensor(5.0))
+    means.add(a=torch.tensor(2.0))
+    assert means.read() == {"a": 1.5, "b": 5.0}
+    assert means.read() == {}
+
+
+def test_a_resumed_run_forgets_the_lines_it_takes_again(tmp_path: Path) -> None:
+    config = validate(small_config(tmp_path, "s"))
+    reporter = Reporter(config, 0, active=True)
+    for step in (1, 2, 3):
+        reporter.log({"step": step, "loss": math.nan if step == 2 else 0.5})
+    reporter.close()
+    Reporter(config, 2, active=True).close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
+
+
+def test_the_probe_survives_features_that_are_not_finite() -> None:
+    probe = OnlineProbe(4, 3, 1e-2, 0, torch.device("cpu"))
+    features, labels = torch.randn(8, 4), torch.arange(8) % 3
+    probe.step(features, labels)
+    before = probe.state_dict()
+    hits = probe.step(features * torch.nan, labels)
+    assert hits[1] == 8
+    assert all(t.isfinite().all() for t in probe.state_dict().values())
+    other = OnlineProbe(4, 3, 1e-2, 1, torch.device("cpu"))
+    other.load_state_dict(before)
+    assert all(torch.equal(other.state_dict()[k], before[k]) for k in before)
