@@ -66,6 +66,8 @@ class Encoder(nn.Module):
         if self.packed:
             for i, block in enumerate(backbone.blocks):
                 backbone.blocks[i] = PackedBlock(block, attention)
+        elif activation_checkpointing:
+            backbone.set_grad_checkpointing()
         self.backbone: Any = synchronised(backbone)
 
     @property

@@ -63,10 +63,11 @@ def test_stochastic_depth_drops_whole_sequences_and_keeps_the_mean() -> None:
     assert torch.equal(block.eval()._drop(ones, packing), ones)
 
 
-def test_activation_checkpointing_changes_no_gradient() -> None:
+@pytest.mark.parametrize("name", ["vit_nano", "resnet18"])  # packed, and timm's own
+def test_activation_checkpointing_changes_no_gradient(name: str) -> None:
     torch.manual_seed(1)
-    plain = Encoder("vit_nano", image_size=32)
-    recomputed = Encoder("vit_nano", image_size=32, activation_checkpointing=True)
+    plain = Encoder(name, image_size=32)
+    recomputed = Encoder(name, image_size=32, activation_checkpointing=True)
     recomputed.load_state_dict(plain.state_dict())
     image = torch.randn(2, 3, 32, 32)
     for encoder in (plain, recomputed):
