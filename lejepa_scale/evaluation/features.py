@@ -43,10 +43,11 @@ def extract(encoder: Encoder, batches: Batches, device: torch.device, name: str 
 
 
 def raw_pixels(batches: Batches, side: int = 32) -> Features:
-    """The baseline without an encoder: pixels in 0..1, averaged down to at most side x side, flattened."""
+    """The baseline without an encoder: what the encoder is given (normalised pixels, so that a cosine does not measure
+    brightness), averaged down to at most side x side, flattened."""
     rows, labels = [], []
     for images, label in batches:
-        x = images.float() / 255
+        x = normalise(images)
         if x.shape[-1] > side:
             x = F.interpolate(x, size=(side, side), mode="area")
         rows.append(x.flatten(1))
