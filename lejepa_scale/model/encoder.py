@@ -97,7 +97,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Sequence[Float[Tensor, "b 3 h w"]]) -> list[Float[Tensor, "b e"]]:
         if not self.packed:
-            return [self.backbone(x) for x in images]
+            return [self.backbone(x.contiguous(memory_format=torch.channels_last)) for x in images]
         return [self.backbone.forward_head(tokens, pre_logits=True) for tokens in self._packed_tokens(images)]
 
     def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w e"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -39,15 +40,14 @@ class BatchNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c *rest"]) -> Float[Tensor, "b c *rest"]:
         wide = x if x.dtype == torch.float64 else x.float()
-        shape = _per_channel(x)
+        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
         if self.training or not self.track:
-            y, mean, var, count = _Standardise.apply(wide, self.eps)
+            y, mean, var, count = _Normalise.apply(wide, weight, bias, self.eps)
             if self.track and self.training:
                 self._update(mean, var, count)
         else:
             mean, var = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
-            y = (wide - mean.view(shape)) * (var.view(shape) + self.eps).rsqrt()
-        y = y * self.weight.to(wide.dtype).view(shape) + self.bias.to(wide.dtype).view(shape)
+            y = F.batch_norm(wide, mean, var, weight, bias, eps=self.eps)
         return self.act(y.to(x.dtype))
 
     @torch.no_grad()
@@ -58,31 +58,46 @@ class BatchNorm(nn.Module):
         self.num_batches_tracked += 1
 
 
-class _Standardise(torch.autograd.Function):
+class _Normalise(torch.autograd.Function):
+    """torch's own one-pass kernels for each half of the work, with the ranks' statistics exchanged between the halves."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        dims, shape = _all_but_channel(x), _per_channel(x)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = x.numel() // x.shape[1]
-        mean = x.mean(dims) if n else x.new_zeros(x.shape[1])
-        m2 = (x - mean.view(shape)).square().sum(dims)
+        if n:
+            mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+        else:
+            mean = var = x.new_zeros(x.shape[1])
         # Chan's combination of (count, mean, M2) per rank: no cancellation when the mean is large
-        parts = all_gather(torch.cat([x.new_tensor([n]), mean, m2]))  # [W, 1 + 2C]
+        parts = all_gather(torch.cat([x.new_tensor([n]), mean, var * n]))  # [W, 1 + 2C]
         counts, means, m2s = parts[:, :1], *parts[:, 1:].chunk(2, dim=1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
         var = (m2s + counts * (means - mean).square()).sum(0) / count
-        inverse = (var + eps).rsqrt()
-        y = (x - mean.view(shape)) * inverse.view(shape)
-        ctx.save_for_backward(y, inverse, count)
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, count)
-        return y, mean, var, count
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        y, inverse, count = ctx.saved_tensors
-        dims, shape = _all_but_channel(grad), _per_channel(grad)
-        sums = all_reduce_sum(torch.stack([grad.sum(dims), (grad * y).sum(dims)])) / count
-        return inverse.view(shape) * (grad - sums[0].view(shape) - y * sums[1].view(shape)), None
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+        """With y = (x - mean) / sigma before the affine part, sums over all ranks and N samples in all:
+        dx = weight / sigma (grad - sum(grad) / N - y sum(grad y) / N), whose y is spread over x and mean."""
+        x, weight, mean, var, count = ctx.saved_tensors
+        own_sums = x.new_zeros(2, x.shape[1])  # of grad y and grad on this rank: the affine parameters' gradients
+        if x.numel():
+            own_sums = torch.stack(
+                torch.ops.aten.native_batch_norm_backward(
+                    grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+                )[1:]
+            )
+        of_product, of_grad = all_reduce_sum(own_sums) / count
+        inverse = (var + ctx.eps).rsqrt()
+        scale, shape = weight * inverse, [1, -1, *[1] * (x.ndim - 2)]
+        slope = -scale * inverse * of_product
+        dx = grad * scale.view(shape)
+        dx.addcmul_(x, slope.view(shape)).sub_((scale * of_grad + slope * mean).view(shape))
+        return dx, own_sums[0], own_sums[1], None
 
 
 def synchronised(module: nn.Module) -> nn.Module:
@@ -95,11 +110,3 @@ def synchronised(module: nn.Module) -> nn.Module:
         else:
             synchronised(child)
     return module
-
-
-def _all_but_channel(x: Tensor) -> list[int]:
-    return [0, *range(2, x.ndim)]
-
-
-def _per_channel(x: Tensor) -> list[int]:
-    return [1, x.shape[1], *[1] * (x.ndim - 2)]
