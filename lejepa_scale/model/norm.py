@@ -64,10 +64,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         n = x.numel() // x.shape[1]
-        if n:
-            mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-        else:
-            mean = var = x.new_zeros(x.shape[1])
+        mean, var = _moments(x) if n else x.new_zeros(2, x.shape[1])
         # Chan's combination of (count, mean, M2) per rank: no cancellation when the mean is large
         parts = all_gather(torch.cat([x.new_tensor([n]), mean, var * n]))  # [W, 1 + 2C]
         counts, means, m2s = parts[:, :1], *parts[:, 1:].chunk(2, dim=1)
@@ -98,6 +95,14 @@ class _Normalise(torch.autograd.Function):
         dx = grad * scale.view(shape)
         dx.addcmul_(x, slope.view(shape)).sub_((scale * of_grad + slope * mean).view(shape))
         return dx, own_sums[0], own_sums[1], None
+
+
+def _moments(x: Float[Tensor, "b c *rest"]) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel."""
+    if x.is_meta or torch.compiler.is_compiling():  # the fast kernel is not known to either
+        var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
+        return mean, var
+    return torch.batch_norm_update_stats(x, None, None, 0.0)
 
 
 def synchronised(module: nn.Module) -> nn.Module:
