@@ -143,7 +143,18 @@ class Model(Section):
 
 
 class Objective(Section):
-    lambda_: float = Field(0.05, alias="lambda", gt=0, lt=1, description="weight of SIGReg against prediction")
+    regularizer: Literal["sigreg", "weak_sigreg"] = Field(
+        "sigreg", description="what keeps the embeddings apart; weak_sigreg: second moments alone"
+    )
+    lambda_: float = Field(0.05, alias="lambda", gt=0, lt=1, description="weight of the regularizer against prediction")
+    weighting: Literal["convex", "additive"] = Field(
+        "convex", description="convex: (1 - lambda) prediction + lambda regularizer; additive: prediction at weight 1"
+    )
+    prediction: Literal["mean", "sum"] = Field("mean", description="reduction of the squared error over dimensions")
+    joint: bool = Field(False, description="one statistic over the views' pooled embeddings, not one per view")
+    scale_centre: float = Field(
+        0.0, ge=0, description="weight of VISReg's scale and centre terms beside the regularizer"
+    )
     num_slices: Positive = Field(1024, description="random directions per step")
     knots: Annotated[int, Field(ge=2)] = Field(17, description="quadrature points on [0, t_max]")
     t_max: float = Field(3.0, gt=0)
@@ -152,6 +163,18 @@ class Objective(Section):
         "n", description="factor before the statistic: samples, reference_n, or 1"
     )
     reference_n: Positive = Field(256, description="samples that scale=reference stands for")
+    accumulation: Literal["micro", "unbiased", "exact"] = Field(
+        "micro",
+        description="where a step has several micro-batches: the objective of each (micro); the same, unbiased for that of "
+        "the whole batch (unbiased, with estimator=u); or the whole batch's own, at one more forward pass (exact)",
+    )
+    sketch: Positive = Field(64, description="weak_sigreg: directions of its covariance")
+    communication: Literal["auto", "sums", "embeddings", "distinct"] = Field(
+        "auto", description="how ranks meet in SIGReg; all give the same value, auto is the cheapest"
+    )
+    backend: Literal["auto", "reference", "fused", "compiled", "triton"] = Field(
+        "auto", description="SIGReg's arithmetic; all give the same value"
+    )
 
 
 class Optim(Section):
@@ -203,6 +226,12 @@ class Config(Section):
             raise ValueError(f"optim.warmup_steps = {self.optim.warmup_steps} exceeds train.steps = {self.train.steps}")
         if self.engine.shard_degree is not None and self.engine.name != "fsdp":
             raise ValueError(f"engine.shard_degree is for engine.name=fsdp, not {self.engine.name}")
+        objective = self.objective
+        if objective.accumulation == "unbiased" and (objective.regularizer, objective.estimator) != ("sigreg", "u"):
+            raise ValueError(
+                "objective.accumulation=unbiased needs objective.regularizer=sigreg and objective.estimator=u, not "
+                f"{objective.regularizer} and {objective.estimator}"
+            )
         return self
 
     @property

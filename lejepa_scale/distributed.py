@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lejepa_scale.errors import UserError
 
@@ -95,6 +98,69 @@ def sum_replicated(x: Tensor, group: Group = None) -> Tensor:
     collective. Frameworks divide gradients by W afterwards, which leaves the gradient of the global scalar.
     """
     return _SumReplicated.apply(x, group) if world_size(group) > 1 else x
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: Sequence[int], same_use: bool, group: Group) -> Tensor:
+        ctx.counts, ctx.same_use, ctx.group, ctx.dtype = counts, same_use, group, x.dtype
+        parts = all_gather(_padded(x, max(counts)), group)  # [W, V, longest, D]
+        rows = torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
+        return rows if x.dtype == torch.float64 else rows.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        parts = grad.split(list(ctx.counts), 1)
+        me, longest = rank(ctx.group), max(ctx.counts)
+        if ctx.same_use:
+            mine = parts[me] * len(parts)
+        else:
+            mine = grad.new_empty(len(grad), longest, grad.shape[2])
+            dist.reduce_scatter(mine, [_padded(part, longest) for part in parts], group=ctx.group)
+            mine = mine[:, : ctx.counts[me]]
+        return mine.to(ctx.dtype), None, None, None
+
+
+def _padded(x: Float[Tensor, "v n d"], rows: int) -> Float[Tensor, "v rows d"]:
+    return torch.cat([x, x.new_zeros(len(x), rows - x.shape[1], x.shape[2])], 1)
+
+
+def gather_rows(
+    x: Float[Tensor, "v n d"], counts: Sequence[int], *, same_use: bool, group: Group = None
+) -> Float[Tensor, "v total d"]:
+    """Every rank's rows along dim 1 in rank order, sent as they are and returned in fp32 (fp64 for fp64); rank r has
+    counts[r] of them. Differentiable; gradients are reduced in the precision of the result.
+
+    Gradients follow `sum_replicated`: W times that of the global scalar. With `same_use` every rank goes on to the same
+    scalar from all rows, so that its own part of the gradient, times W, needs no collective. Without, each rank makes
+    another part of a sum that `sum_replicated` closes, and the parts are added in the backward pass.
+    """
+    return _GatherRows.apply(x, counts, same_use, group)
+
+
+def counts_of_ranks(count: int, group: Group = None) -> list[int]:
+    """Each rank's `count`, exchanged between hosts: waits for the slowest, but not for the device."""
+    if world_size(group) == 1:
+        return [count]
+    counts: list[int] = [0] * world_size(group)
+    dist.all_gather_object(counts, count, group=group)
+    return counts
+
+
+class CountBytes(TorchDispatchMode):
+    """Inside, the bytes that this rank hands to each kind of collective: counted, not derived."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            sent = args[1] if name.startswith(("allgather", "reduce_scatter")) else args[0]
+            tensors = [t for t in tree_leaves(sent) if isinstance(t, Tensor)]
+            self.calls.append((name, sum(t.numel() * t.element_size() for t in tensors)))
+        return func(*args, **(kwargs or {}))
 
 
 def on_rank_zero(work: Callable[[], T]) -> T:

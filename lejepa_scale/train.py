@@ -21,7 +21,8 @@ from lejepa_scale.data.loader import Sources
 from lejepa_scale.engine import Engine, build_engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.metrics import Means, Reporter, effective_rank
-from lejepa_scale.model import build, check
+from lejepa_scale.model import Replay, build, check
+from lejepa_scale.objective import SIGReg
 from lejepa_scale.planning import peak_flops, training_flops_per_image
 from lejepa_scale.probe import OnlineProbe
 from lejepa_scale.schedule import learning_rate
@@ -96,25 +97,21 @@ class _Run:
         self.fingerprint = sources.fingerprint
         self.nonfinite, self.skipped = progress.nonfinite, progress.skipped_images
         self.elapsed_before, self.started = progress.seconds, time.monotonic()
-        self.first_step = progress.step
+        self.first_step, self.waited = progress.step, 0.0
         peak = peak_flops(device)
         self.flops_share = training_flops_per_image(config) / (peak * plan.ranks) if peak else None
 
     def steps(self, batches: Iterator[Batch], stop: _StopSignal) -> None:
         config, plan, reporter = self.config, self.plan, self.reporter
-        means, waited, window_start, window_steps, nonfinite_run = Means(), 0.0, time.monotonic(), 0, 0
+        means, window_start, window_steps, nonfinite_run = Means(), time.monotonic(), 0, 0
         hits = torch.zeros(2, dtype=torch.float64, device=self.device)
         for step in range(self.first_step, config.train.steps):
             # forward and backward, micro-batch by micro-batch
             keys: list[str] = []
-            for micro in range(plan.accumulation):
-                asked = time.monotonic()
-                batch = next(batches)
-                waited += time.monotonic() - asked
-                self._note_skipped(batch)
+            for micro, (batch, replay) in enumerate(self._micro_batches(batches, step)):
                 keys += batch.keys
                 _seed_step(config.run.seed, step, micro)
-                out = self.engine.forward(batch.augmented(self.device), step)
+                out = self.engine.forward(batch.augmented(self.device), step, replay)
                 self.engine.backward(out["loss"] / plan.accumulation, micro == plan.accumulation - 1)
                 means.add(loss=out["loss"], loss_prediction=out["prediction"], loss_sigreg=out["sigreg"])
                 if self.probe is not None:
@@ -139,7 +136,7 @@ class _Run:
                 record = {"step": done, **means.read(), "lr": lr, "samples": done * config.train.global_batch}
                 record["loss_normalized"] = record["loss"] / config.objective.lambda_**0.4
                 record["images_per_second"] = rate = window_steps * config.train.global_batch / seconds
-                record["data_wait_fraction"] = waited / seconds
+                record["data_wait_fraction"] = self.waited / seconds
                 record["effective_rank"] = effective_rank(out["embeddings"])
                 record |= {"nonfinite_steps": self.nonfinite, "skipped_images": self.skipped}
                 if self.flops_share is not None:
@@ -148,7 +145,7 @@ class _Run:
                     record["probe_accuracy"] = float(hits[0] / hits[1])
                     hits.zero_()
                 reporter.log(record)
-                waited, window_start, window_steps = 0.0, time.monotonic(), 0
+                self.waited, window_start, window_steps = 0.0, time.monotonic(), 0
 
             # save, and stop where asked to
             stopping = distributed.any_rank(stop.asked, torch.device("cpu")) and not last
@@ -159,6 +156,29 @@ class _Run:
                         f"stopped by a signal after step {done}; saved {path}. The same command goes on from here."
                     )
                     return
+
+    def _micro_batches(self, batches: Iterator[Batch], step: int) -> Iterator[tuple[Batch, Replay | None]]:
+        """A step's micro-batches. For an exact objective all of them are read and encoded without a graph first, with the
+        random numbers that the second pass will draw again."""
+        count = self.plan.accumulation
+        if count == 1 or self.config.objective.accumulation != "exact":
+            for _ in range(count):
+                yield self._next(batches), None
+            return
+        held = [self._next(batches) for _ in range(count)]
+        features = []
+        for micro, batch in enumerate(held):
+            _seed_step(self.config.run.seed, step, micro)
+            features.append(self.engine.encode(batch.augmented(self.device)))
+        for micro, batch in enumerate(held):
+            yield batch, Replay(features, micro)
+
+    def _next(self, batches: Iterator[Batch]) -> Batch:
+        asked = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - asked
+        self._note_skipped(batch)
+        return batch
 
     def _save(self, step: int) -> Path:
         state = self.engine.save()
@@ -267,7 +287,29 @@ def _greeting(
         f"{config.engine.precision} on {plan.ranks} x {device.type}; batch {config.train.global_batch} = "
         f"{plan.micro_batch} x {plan.ranks} ranks x {plan.accumulation}; {sources.num_samples:,} images in "
         f"{sum(len(s) for s in sources.shards):,} shards; steps {progress.step} to {config.train.steps}."
+        + _objective_notice(config, plan, engine)
     )
+
+
+def _objective_notice(config: Config, plan: BatchPlan, engine: Engine) -> str:
+    """How the objective meets ranks and micro-batches, where there is more than one of either."""
+    notice = ""
+    accumulation, regularizer = config.objective.accumulation, engine.module.loss.regularizer
+    if isinstance(regularizer, SIGReg) and plan.ranks > 1:
+        views = config.data.views.global_.count + config.data.views.local.count
+        count = plan.micro_batch * (plan.accumulation if accumulation == "exact" else 1)
+        itemsize = 2 if config.engine.precision == "bf16" else 4
+        arguments = views, [count] * plan.ranks, config.model.projector.dim, itemsize
+        notice += (
+            f"\nSIGReg over ranks by {regularizer.mode(*arguments)} (bytes a rank sends per evaluation: "
+            f"{regularizer.traffic(*arguments)})."
+        )
+    if plan.accumulation > 1 and accumulation == "micro":
+        notice += (
+            f"\nThe objective is that of micro-batches of {plan.micro_batch * plan.ranks} images, not of all "
+            f"{config.train.global_batch}; objective.accumulation=exact changes that for one more forward pass."
+        )
+    return notice
 
 
 def _seed_step(seed: int, step: int, micro: int) -> None:

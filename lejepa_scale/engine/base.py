@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from lejepa_scale.checkpoint.canonical import MOMENTS, CanonicalState
 from lejepa_scale.distributed import rank, world_size
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import LeJEPA
+from lejepa_scale.model import LeJEPA, Replay
 
 Factory = Callable[[], LeJEPA]
 
@@ -28,8 +29,13 @@ class Engine(ABC):
     device: torch.device
 
     @abstractmethod
-    def forward(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+    def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
         """The module's outputs, in the engine's precision."""
+
+    @torch.no_grad()
+    def encode(self, views: Sequence[Tensor]) -> Float[Tensor, "v b e"]:
+        """Features of all views, without a graph: the first pass of a replayed step."""
+        return self.forward(views, None)["features"]
 
     @abstractmethod
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:

@@ -12,6 +12,7 @@ from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.distributed import world_size
 from lejepa_scale.engine.base import Factory
 from lejepa_scale.engine.torch_native import TorchEngine
+from lejepa_scale.model import Replay
 
 
 class ReplicaEngine(TorchEngine):
@@ -26,11 +27,11 @@ class ReplicaEngine(TorchEngine):
         if world_size() > 1:
             self.ddp = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def forward(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+    def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
         if self.ddp is not None:  # DDP decides in the forward pass whether the next backward reduces
             self.ddp.require_backward_grad_sync = self.done == self.accumulation - 1
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return (self.ddp or self.module)(views, step)
+            return (self.ddp or self.module)(views, step, replay)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         loss.backward()

@@ -14,6 +14,7 @@ from lejepa_scale.distributed import world_size
 from lejepa_scale.engine.base import Factory
 from lejepa_scale.engine.torch_native import TorchEngine
 from lejepa_scale.engine.wrap import parameters_on_meta, sharding_units
+from lejepa_scale.model import Replay
 
 
 class FSDPEngine(TorchEngine):
@@ -35,8 +36,8 @@ class FSDPEngine(TorchEngine):
         _materialise(module, device)
         super().__init__(module, config, device)
 
-    def forward(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
-        return self.module(views, step)
+    def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
+        return self.module(views, step, replay)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         loss.backward()

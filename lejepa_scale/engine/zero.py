@@ -14,6 +14,7 @@ from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.distributed import rank
 from lejepa_scale.engine.base import Engine, Factory
 from lejepa_scale.errors import UserError
+from lejepa_scale.model import Replay
 from lejepa_scale.optim import adamw, set_hyperparameters
 
 _MINIMUM = (0, 19, 5)
@@ -79,9 +80,9 @@ class ZeROEngine(Engine):
         self.optimizer.check_grad_overflow = True  # DeepSpeed sets this for 16-bit runs alone
         self._create_moments()
 
-    def forward(self, views: Sequence[Tensor], step: int) -> dict[str, Tensor]:
+    def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
         dtype = self.engine.get_data_types()[0]
-        return self.engine([view.to(dtype) for view in views], step)
+        return self.engine([view.to(dtype) for view in views], step, replay)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)

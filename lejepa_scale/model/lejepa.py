@@ -4,6 +4,7 @@ other than the number that selects SIGReg's directions."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from einops import rearrange, reduce
@@ -11,9 +12,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lejepa_scale.config import Config
+from lejepa_scale.distributed import world_size
+from lejepa_scale.errors import UserError
 from lejepa_scale.model.encoder import Encoder
+from lejepa_scale.model.norm import BatchNorm
 from lejepa_scale.model.projector import Predictor, Projector
-from lejepa_scale.objective import LeJEPALoss, SIGReg
+from lejepa_scale.objective import LeJEPALoss, Regularizer, SIGReg, WeakSIGReg
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What makes a micro-batch's loss that of the whole batch: the features of all micro-batches, computed without a graph
+    in a first pass, in whose place at `index` this micro-batch now computes its own with a graph.
+
+    The heads and the loss see all features each time. Their gradient is therefore whole in every micro-batch, while an
+    encoder's part comes once: it is multiplied by the number of micro-batches, by which the trainer divides the loss.
+    """
+
+    features: Sequence[Float[Tensor, "v b e"]]
+    index: int
+
+    def joined(self, own: Float[Tensor, "v b e"]) -> Float[Tensor, "v all_b e"]:
+        if own.requires_grad:
+            own.register_hook(lambda gradient: gradient * len(self.features))
+        return torch.cat([*self.features[: self.index], own, *self.features[self.index + 1 :]], 1)
 
 
 class LeJEPA(nn.Module):
@@ -23,23 +45,31 @@ class LeJEPA(nn.Module):
         super().__init__()
         self.encoder, self.projector, self.predictor, self.loss = encoder, projector, predictor, loss
 
-    def forward(self, views: Sequence[Float[Tensor, "v b 3 h w"]], step: int) -> dict[str, Tensor]:
-        """views: one tensor per resolution, the global views first; this rank's samples.
+    def forward(
+        self, views: Sequence[Float[Tensor, "v b 3 h w"]], step: int | None, replay: Replay | None = None
+    ) -> dict[str, Tensor]:
+        """views: one tensor per resolution, the global views first; this rank's samples, as many as every rank's.
 
         Returns the scalars `loss`, `prediction`, `sigreg` (of the global batch, equal on all ranks) and, detached, the
-        mean over the global views of `features` [B, E] and `embeddings` [B, D].
+        mean over the global views of `features` [B, E] and `embeddings` [B, D] (of all micro-batches with `replay`).
+        Without a step, the `features` [V, B, E] of all views alone.
         """
         num_global, batch = views[0].shape[:2]
-        features = self.encoder([rearrange(group, "v b c h w -> (v b) c h w") for group in views])
-        z = self.projector(torch.cat(features))  # one batch of all views for the normalisation
-        predicted = None if self.predictor is None else rearrange(self.predictor(z), "(v b) d -> v b d", b=batch)
-        z = rearrange(z, "(v b) d -> v b d", b=batch)
-        terms = self.loss(z, num_global, step=step, predicted=predicted)
+        pooled = self.encoder([rearrange(group, "v b c h w -> (v b) c h w") for group in views])
+        features = rearrange(torch.cat(pooled), "(v b) e -> v b e", b=batch)
+        if step is None:
+            return {"features": features}
+        whole = features if replay is None else replay.joined(features)
+        count = whole.shape[1]
+        z = self.projector(whole.flatten(0, 1))  # one batch of all views for the normalisation
+        predicted = None if self.predictor is None else rearrange(self.predictor(z), "(v b) d -> v b d", b=count)
+        z = rearrange(z, "(v b) d -> v b d", b=count)
+        terms = self.loss(z, num_global, step=step, predicted=predicted, counts=[count] * world_size())
         return {
             "loss": terms.loss,
             "prediction": terms.prediction.detach(),
             "sigreg": terms.sigreg.detach(),
-            "features": reduce(features[0].detach(), "(v b) e -> b e", "mean", v=num_global),
+            "features": reduce(features[:num_global].detach(), "v b e -> b e", "mean"),
             "embeddings": reduce(z[:num_global].detach(), "v b d -> b d", "mean"),
         }
 
@@ -63,6 +93,11 @@ def check(config: Config) -> int:
         model = build(config)
     views = config.data.views
     model.encoder.check_sizes([config.image_size, *(g.size for g in (views.global_, views.local) if g.count)])
+    if config.objective.accumulation == "exact" and any(isinstance(m, BatchNorm) for m in model.encoder.modules()):
+        raise UserError(
+            f"objective.accumulation=exact cannot be exact for model.encoder={config.model.encoder}: its batch "
+            "normalisation sees one micro-batch at a time. Use micro or unbiased, or an encoder without batch normalisation."
+        )
     return sum(p.numel() for p in model.parameters())
 
 
@@ -71,21 +106,40 @@ def build(config: Config) -> LeJEPA:
     encoder = build_encoder(config)
     head = config.model.projector
     predictor = config.model.predictor
-    objective = config.objective
     return LeJEPA(
         encoder,
         Projector(encoder.embed_dim, head.hidden, head.dim, head.layers),
         Predictor(head.dim, predictor.hidden) if predictor else None,
-        LeJEPALoss(
-            SIGReg(
-                objective.num_slices,
-                objective.knots,
-                objective.t_max,
-                objective.estimator,
-                objective.scale,
-                reference_n=objective.reference_n,
-                seed=config.run.seed,
-            ),
-            objective.lambda_,
-        ),
+        build_loss(config),
+    )
+
+
+def build_loss(config: Config) -> LeJEPALoss:
+    objective = config.objective
+    regularizer: Regularizer
+    if objective.regularizer == "weak_sigreg":
+        regularizer = WeakSIGReg(objective.sketch, joint=objective.joint, seed=config.run.seed)
+    else:
+        scale, reference_n = objective.scale, objective.reference_n
+        if objective.accumulation == "unbiased" and scale == "n":  # the n of the whole batch, not of a micro-batch
+            views = config.data.views.global_.count + config.data.views.local.count
+            scale, reference_n = "reference", config.train.global_batch * (views if objective.joint else 1)
+        regularizer = SIGReg(
+            objective.num_slices,
+            objective.knots,
+            objective.t_max,
+            objective.estimator,
+            scale,
+            objective.backend,
+            reference_n=reference_n,
+            joint=objective.joint,
+            communication=objective.communication,
+            seed=config.run.seed,
+        )
+    return LeJEPALoss(
+        regularizer,
+        objective.lambda_,
+        weighting=objective.weighting,
+        prediction=objective.prediction,
+        scale_centre=objective.scale_centre,
     )

@@ -1,15 +1,16 @@
-"""The whole LeJEPA loss in one reduction: prediction towards the global views' mean, and SIGReg over all views."""
+"""The whole LeJEPA loss: prediction towards the global views' mean, and a regularizer over all views, in one reduction."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lejepa_scale.distributed import sum_replicated
-from lejepa_scale.objective.sigreg import SIGReg
+from lejepa_scale.objective.moments import scale_and_centre, scale_and_centre_sums
+from lejepa_scale.objective.regularizer import Regularizer, wide
 
 
 class LossTerms(NamedTuple):
@@ -19,20 +20,41 @@ class LossTerms(NamedTuple):
 
 
 class LeJEPALoss(nn.Module):
-    r"""L = (1 - lambda) L_pred + lambda SIGReg (arXiv 2511.08544, Algorithm 2), over the global batch:
+    r"""L = (1 - lambda) L_pred + lambda R (arXiv 2511.08544, Algorithm 2), over the global batch:
 
         mu_n   = mean of the global views' embeddings of sample n
         L_pred = mean over views, samples and dimensions of (z_vn - mu_n)^2
+        R      = the regularizer, SIGReg in the paper
+
+    weighting: "convex" as above, or "additive": L = L_pred + lambda R (equal up to a factor, at lambda / (1 - lambda)).
+    prediction: "mean" over dimensions as above, or their "sum": D times as much.
+    scale_centre: adds this much of VISReg's scale and centre terms to R.
 
     No stop-gradient and no teacher. With `predicted` (the output of a JEPA predictor), predicted_vn replaces z_vn in
-    L_pred. Values are those of the global batch on every rank; gradients follow SIGReg's convention (W times).
+    L_pred. Values are those of the global batch on every rank; gradients follow Regularizer's convention (W times).
     """
 
-    def __init__(self, sigreg: SIGReg, lambda_: float = 0.05) -> None:
+    def __init__(
+        self,
+        regularizer: Regularizer,
+        lambda_: float = 0.05,
+        *,
+        weighting: Literal["convex", "additive"] = "convex",
+        prediction: Literal["mean", "sum"] = "mean",
+        scale_centre: float = 0.0,
+    ) -> None:
         super().__init__()
         if not 0 <= lambda_ <= 1:
             raise ValueError(f"lambda must lie in [0, 1]; got {lambda_}.")
-        self.sigreg, self.lambda_ = sigreg, lambda_
+        if scale_centre < 0:
+            raise ValueError(f"scale_centre must not be negative; got {scale_centre}.")
+        if weighting not in ("convex", "additive") or prediction not in ("mean", "sum"):
+            raise ValueError(
+                "LeJEPALoss knows weighting convex and additive, prediction mean and sum; got "
+                f"{weighting!r} and {prediction!r}."
+            )
+        self.regularizer, self.lambda_, self.scale_centre = regularizer, lambda_, scale_centre
+        self.weighting, self.prediction = weighting, prediction
 
     def forward(
         self,
@@ -41,16 +63,21 @@ class LeJEPALoss(nn.Module):
         *,
         step: int,
         predicted: Float[Tensor, "v n d"] | None = None,
+        counts: Sequence[int] | None = None,
     ) -> LossTerms:
-        """z: this rank's embeddings, the `num_global` global views first."""
-        v, n, d = z.shape
-        z = z if z.dtype == torch.float64 else z.float()
-        target = z[:num_global].mean(0)  # [N, D]
-        squared = ((z if predicted is None else predicted.to(z.dtype)) - target).square().sum()
-        sums = self.sigreg.local_sums(z, step)
-        packed = torch.cat([sums.flatten(), squared[None], squared.new_tensor([n])])
-        total = sum_replicated(packed, self.sigreg.group)
-        count = total[-1]
-        prediction = total[-2] / (v * d * count)
-        sigreg = self.sigreg.statistic(total[:-2].view_as(sums), count)
-        return LossTerms((1 - self.lambda_) * prediction + self.lambda_ * sigreg, prediction, sigreg)
+        """z: this rank's embeddings, the `num_global` global views first. counts: as for Regularizer."""
+        views, n, width = z.shape
+        x = wide(z)
+        target = x[:num_global].mean(0)  # [N, D]
+        squared = ((x if predicted is None else wide(predicted)) - target).square().sum()
+        sums = [squared[None], squared.new_full((1,), n)]
+        if self.scale_centre:
+            sums.append(scale_and_centre_sums(x).flatten())
+        regularizer, total = self.regularizer.reduced(z, torch.cat(sums), step=step, counts=counts)
+        count = total[1]
+        prediction = total[0] / (views * count * (width if self.prediction == "mean" else 1))
+        if self.scale_centre:
+            moments = total[2:].view(2, views, width)
+            regularizer = regularizer + self.scale_centre * scale_and_centre(moments, count)
+        share = 1 - self.lambda_ if self.weighting == "convex" else 1.0
+        return LossTerms(share * prediction + self.lambda_ * regularizer, prediction, regularizer)

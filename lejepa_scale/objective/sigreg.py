@@ -3,34 +3,49 @@ section 4). Owns the statistic and its directions; refuses to keep a step counte
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from lejepa_scale.distributed import Group, sum_replicated
-from lejepa_scale.objective.characteristic import fused_sums, reference_sums
+from lejepa_scale.distributed import Group, counts_of_ranks, gather_rows, rank, sum_replicated, world_size
+from lejepa_scale.objective import characteristic
+from lejepa_scale.objective.communication import MODES, Mode, Traffic, traffic
+from lejepa_scale.objective.regularizer import Regularizer
+
+Backend = Literal["auto", "reference", "fused", "compiled", "triton"]
+_WORTH_COMPILING = 1 << 20  # projections per call on a CPU
 
 
-class SIGReg(nn.Module):
+class SIGReg(Regularizer):
     r"""Mean over views and random directions of the Epps-Pulley statistic of the projected embeddings.
 
-    With p = z A for unit directions A, over the N samples of the *global* batch (all ranks of `group`):
+    With p = z a^T for unit directions a, over the N samples of the *global* batch (all ranks of `group`):
 
         C_k = mean_n cos(t_k p_n),  S_k = mean_n sin(t_k p_n),  phi_k = exp(-t_k^2 / 2)
         T   = N sum_k w_k [ (C_k - phi_k)^2 + S_k^2 ]                                     estimator="v"
         T_U = N sum_k w_k [ (C_k - phi_k)^2 + S_k^2 - (1 - C_k^2 - S_k^2) / (N - 1) ]     estimator="u"
 
-    where t_k is equally spaced on [0, t_max] and w_k are trapezoid weights of the whole line times phi_k. T_U has mean
-    zero at N(0, I) for every N >= 2 and may be negative.
+    where t_k is equally spaced on [0, t_max] and w_k are trapezoid weights of the whole line times phi_k (any number of
+    knots from 2 will do). E[T] = N sum_k w_k |phi_P - phi_k|^2 + sum_k w_k (1 - |phi_P|^2) (Theorem 6): the second term is
+    a bias that T_U removes. T_U has mean zero at N(0, I) for every N >= 2 and may be negative.
 
-    `scale` is the factor in front: "n" (the paper), "reference" (`reference_n`, so that lambda keeps its meaning when the
-    global batch changes) or "none" (1).
+    scale: the factor in front: "n" (the paper), "reference" (`reference_n`, so that lambda keeps its meaning when the global
+    batch changes) or "none" (1). joint: see Regularizer; N is then V N.
 
-    The value is the same on every rank. After `backward`, `z.grad` holds W times the gradient of that value, W being the
-    ranks of `group`, which is what an engine that averages gradients over ranks needs. One all-reduce of
-    2 V M (knots - 1) + 1 numbers forward, none backward; unequal numbers of samples per rank are right.
+    communication: how ranks meet; the value is the same (communication.Traffic has the costs).
+    - "sums": one all-reduce of 2 V M (knots - 1) + 1 numbers forward, none backward.
+    - "embeddings": gather, and every rank does all the arithmetic. No collective backward.
+    - "distinct": gather, and each rank takes its share of the M directions. A reduce-scatter backward.
+    - "auto": the cheapest for the `counts` that the call is given; "sums" without them. The explicit gathers exchange
+      missing counts between hosts.
+
+    backend: "reference" (textbook), "fused" (eager, blocked), "compiled" (torch.compile), "triton" (CUDA), or "auto": triton
+    on CUDA; on a CPU compiled where that pays, else fused. Embeddings that are not finite give NaN, never a wrong number.
+
+    Raises ValueError for settings or embeddings that have no such statistic.
     """
 
     def __init__(
@@ -40,61 +55,123 @@ class SIGReg(nn.Module):
         t_max: float = 3.0,
         estimator: Literal["v", "u"] = "v",
         scale: Literal["n", "reference", "none"] = "n",
-        backend: Literal["auto", "reference", "fused"] = "auto",
+        backend: Backend = "auto",
         group: Group = None,
+        *,
         reference_n: int = 256,
+        joint: bool = False,
+        communication: Literal["auto"] | Mode = "auto",
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        if num_slices < 1 or knots < 2 or t_max <= 0:
+        super().__init__(joint=joint, group=group, seed=seed)
+        if num_slices < 1 or knots < 2 or not t_max > 0 or reference_n < 1:
             raise ValueError(
-                f"SIGReg needs num_slices >= 1, knots >= 2 and t_max > 0; got {num_slices}, {knots}, {t_max}."
+                "SIGReg needs num_slices >= 1, knots >= 2, t_max > 0 and reference_n >= 1; got "
+                f"{num_slices}, {knots}, {t_max} and {reference_n}."
             )
         for name, value, allowed in (
             ("estimator", estimator, ("v", "u")),
             ("scale", scale, ("n", "reference", "none")),
-            ("backend", backend, ("auto", "reference", "fused")),
+            ("backend", backend, get_args(Backend)),
+            ("communication", communication, ("auto", *MODES)),
         ):
             if value not in allowed:
                 raise ValueError(f"SIGReg {name} must be one of {', '.join(allowed)}; got {value!r}.")
         self.num_slices, self.knots, self.dt = num_slices, knots, t_max / (knots - 1)
         self.estimator, self.scale, self.reference_n = estimator, scale, reference_n
-        self.group, self.seed = group, seed
-        self._sums = reference_sums if backend == "reference" else fused_sums
+        self.backend, self.communication = backend, communication
 
-    def directions(self, step: int, width: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "d m"]:
-        """Unit columns drawn from (seed, step) alone: the same on every rank, others at the next step, no hidden state."""
-        generator = torch.Generator(device).manual_seed(_mix(self.seed, step))
-        a = torch.randn(width, self.num_slices, generator=generator, device=device, dtype=dtype)
-        return a / a.norm(dim=0, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+    def directions(self, step: int, width: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "m d"]:
+        """Unit rows drawn from (seed, step) alone: the same on every rank, others at the next step, no hidden state."""
+        a = normal(self.seed, step, self.num_slices, width, device, dtype)
+        return a / a.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+
+    def traffic(self, views: int, counts: Sequence[int], width: int, itemsize: int = 4) -> Traffic:
+        """What each way of communication costs for embeddings [views, counts[r], width] on rank r."""
+        if self.joint:
+            views, counts = 1, [views * count for count in counts]
+        return traffic(views, counts, width, slices=self.num_slices, knots=self.knots, itemsize=itemsize)
+
+    def mode(self, views: int, counts: Sequence[int] | None, width: int, itemsize: int = 4) -> Mode:
+        """The communication of a call; the same answer on every rank."""
+        if self.communication != "auto":
+            return self.communication
+        if counts is None or len(counts) == 1:
+            return "sums"
+        return self.traffic(views, counts, width, itemsize).cheapest
+
+    def reduced(
+        self, z: Float[Tensor, "v n d"], extra: Float[Tensor, "e"], *, step: int, counts: Sequence[int] | None = None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "e"]]:
+        views, count, width = z.shape
+        world = world_size(self.group)
+        least = 2 if self.estimator == "u" else 1
+        if world == 1 and count * (views if self.joint else 1) < least:
+            raise ValueError(
+                f"SIGReg with estimator {self.estimator!r} needs at least {least} sample{'s' * (least > 1)}; got "
+                f"embeddings of shape {list(z.shape)}."
+            )
+        mode = self.mode(views, counts, width, z.element_size())
+        if mode == "sums" or world == 1:
+            return super().reduced(z, extra, step=step, counts=counts)
+        counts = counts_of_ranks(count, self.group) if counts is None else counts
+        z = self._sample(z)
+        if self.joint:
+            counts = [views * n for n in counts]
+        with torch.autocast(z.device.type, enabled=False):
+            rows = gather_rows(z, counts, same_use=mode == "embeddings", group=self.group)
+            a = self.directions(step, width, z.device, rows.dtype)
+            if mode == "distinct":
+                a = a.tensor_split(world)[rank(self.group)]
+            part = self.statistic(self._sums(rows, a), rows.new_full((), sum(counts)), step)
+            if mode == "embeddings":
+                return part, sum_replicated(extra, self.group)
+            packed = sum_replicated(torch.cat([part[None], extra.to(part.dtype)]), self.group)
+            return packed[0], packed[1:]
 
     def local_sums(self, z: Float[Tensor, "v n d"], step: int) -> Float[Tensor, "2 k v m"]:
-        """Cosine and sine sums over this rank's samples, in fp32 (fp64 for fp64 embeddings)."""
-        z = z if z.dtype == torch.float64 else z.float()
-        a = self.directions(step, z.shape[-1], z.device, z.dtype)
-        with torch.autocast(z.device.type, enabled=False):
-            return self._sums(z @ a, self.dt, self.knots)
+        """Cosine and sine sums over this rank's samples."""
+        return self._sums(z, self.directions(step, z.shape[-1], z.device, z.dtype))
 
-    def statistic(self, sums: Float[Tensor, "2 k v m"], count: Tensor) -> Float[Tensor, ""]:
-        """The scaled statistic from sums over `count` samples in all."""
+    def _sums(self, z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"]) -> Float[Tensor, "2 k v m"]:
+        backend = self._backend(z, a)
+        if backend == "reference":
+            return characteristic.reference_sums(z, a, self.dt, self.knots)
+        return characteristic.fused_sums(z, a, self.dt, self.knots, backend)
+
+    def _backend(self, z: Tensor, a: Tensor) -> Backend:
+        if self.backend != "auto":
+            return self.backend
+        if z.is_cuda:
+            return "triton" if characteristic.has_triton() else "compiled"
+        projections = z.shape[0] * z.shape[1] * len(a)
+        return "compiled" if projections >= _WORTH_COMPILING and characteristic.has_compiler() else "fused"
+
+    def statistic(self, sums: Float[Tensor, "2 k v m"], count: Tensor, step: int) -> Float[Tensor, ""]:
+        """Of M' <= num_slices directions, their share of the mean over directions."""
         cos, sin = sums / count
         t = self.dt * torch.arange(1, self.knots, device=sums.device, dtype=sums.dtype)
         phi = torch.exp(-0.5 * t**2)
         trapezoid = torch.full_like(t, 2 * self.dt)  # both halves of the line
         trapezoid[-1] = self.dt
         phi, weight = phi[:, None, None], (trapezoid * phi)[:, None, None]
-        error = (cos - phi) ** 2 + sin**2  # [K-1, V, M]
+        error = (cos - phi) ** 2 + sin**2  # [K-1, V, M']
         if self.estimator == "u":
             error = error - (1 - cos**2 - sin**2) / (count - 1)
         factor = {"n": count, "reference": self.reference_n, "none": 1.0}[self.scale]
-        return factor * (weight * error).sum(0).mean()
+        return factor * (weight * error).sum() / (sums.shape[2] * self.num_slices)
 
-    def forward(self, z: Float[Tensor, "*v n d"], *, step: int) -> Float[Tensor, ""]:
-        """z: this rank's embeddings, [V, N, D] or [N, D]. `step` selects the directions."""
-        z = z if z.ndim == 3 else z.unsqueeze(0)
-        sums = self.local_sums(z, step)
-        total = sum_replicated(torch.cat([sums.flatten(), sums.new_tensor([z.shape[1]])]), self.group)
-        return self.statistic(total[:-1].view_as(sums), total[-1])
+
+@torch.library.custom_op("lejepa_scale::normal", mutates_args=())  # opaque, so that torch.compile has no graph break
+def normal(seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Standard normal [rows, columns] from (seed, step) alone."""
+    generator = torch.Generator(device).manual_seed(_mix(seed, step))
+    return torch.randn(rows, columns, generator=generator, device=device, dtype=dtype)
+
+
+@normal.register_fake
+def _(seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.empty(rows, columns, device=device, dtype=dtype)
 
 
 def _mix(seed: int, step: int) -> int:

@@ -1,0 +1,103 @@
+"""Every way of computing characteristic-function sums against the textbook form, and what it costs in memory."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lejepa_scale.objective import SIGReg
+from lejepa_scale.objective.characteristic import fused_sums, has_compiler, has_triton, reference_sums
+
+KNOTS = (2, 3, 5, 17, 18, 33)
+
+
+def errors(backend: str, knots: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[float, float]:
+    """Largest differences from the textbook form in float64: of means over samples, and of gradients over the largest."""
+    views, samples, width, slices = shape
+    z = torch.randn(views, samples, width, dtype=torch.float64, requires_grad=True)
+    a = torch.randn(slices, width, dtype=torch.float64) / width**0.5
+    true = reference_sums(z, a, 0.1875, knots)
+    weights = torch.randn_like(true)
+    (true_gradient,) = torch.autograd.grad(true, z, weights)
+    x = z.detach().to(dtype).requires_grad_()
+    found = fused_sums(x, a.to(dtype), 0.1875, knots, backend)
+    (gradient,) = torch.autograd.grad(found, x, weights.to(dtype))
+    if not samples:
+        assert not found.any()
+        return 0.0, 0.0
+    gradient_error = (gradient - true_gradient).abs().max() / true_gradient.abs().max()
+    return float((found - true).detach().abs().max()) / samples, float(gradient_error)
+
+
+@pytest.mark.parametrize("knots", KNOTS)
+@pytest.mark.parametrize("shape", [(3, 50, 7, 33), (1, 1, 1, 1), (2, 0, 3, 4), (1, 70_000, 2, 3)])
+def test_eager_equals_the_textbook_form(knots: int, shape: tuple[int, int, int, int]) -> None:
+    assert max(errors("fused", knots, shape, torch.float64)) < 1e-12
+    assert max(errors("fused", knots, shape, torch.float32)) < 1e-5
+
+
+@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler for torch.compile")
+def test_compiled_equals_the_textbook_form() -> None:
+    assert max(errors("compiled", 17, (2, 50, 7, 33), torch.float32)) < 1e-5
+
+
+@pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
+def test_triton_kernels_equal_the_textbook_form_in_the_interpreter(tmp_path: Path) -> None:
+    """In a process of its own, since Triton decides at import whether it interprets."""
+    script = tmp_path / "interpret.py"
+    script.write_text(
+        "import os, sys\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import torch\n"
+        "from test_characteristic import KNOTS, errors\n"
+        "for knots in KNOTS:\n"
+        "    for shape in ((2, 1, 3, 5), (2, 700, 3, 5), (1, 512, 3, 2), (2, 0, 3, 4)):\n"
+        "        assert max(errors('triton', knots, shape, torch.float64)) < 1e-12, (knots, shape)\n"
+        "        assert max(errors('triton', knots, shape, torch.float32)) < 1e-5, (knots, shape)\n"
+    )
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+
+
+def _peak_bytes(backend: str, samples: int, tmp_path: Path) -> int:
+    """Most bytes allocated at once by forward and backward, above what was there before, by the allocator's own record."""
+    import json
+
+    z = torch.randn(samples, 32, requires_grad=True)
+    sigreg = SIGReg(num_slices=256, backend=backend)
+    sigreg(z, step=0).backward()  # compiles where it must
+    z.grad = None
+    trace = tmp_path / "trace.json"
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        sigreg(z, step=0).backward()
+    profiler.export_chrome_trace(str(trace))
+    events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+    before = events[0]["Total Allocated"] - events[0]["Bytes"]
+    return max(e["Total Allocated"] for e in events) - before
+
+
+def test_memory_is_two_projections_at_most(tmp_path: Path) -> None:
+    """Twice N x M floats, the gradient and small blocks: against 3 x 16 times N x M for the textbook form."""
+    samples = 16384
+    projections = 4 * samples * 256
+    fused = _peak_bytes("fused", samples, tmp_path)
+    assert fused < 2.6 * projections, fused / projections
+    assert _peak_bytes("reference", samples // 8, tmp_path) > 30 * projections / 8
+
+
+def test_no_graph_break_under_compile() -> None:
+    """fullgraph raises where torch.compile would break the graph; the directions still follow the step."""
+    sigreg = SIGReg(num_slices=8, backend="fused")
+    z = torch.randn(20, 6, dtype=torch.float64)
+    whole = torch.compile(lambda x, step: sigreg(x, step=step), fullgraph=True, backend="aot_eager")
+    for step in (0, 1, 7):
+        x, y = z.clone().requires_grad_(), z.clone().requires_grad_()
+        value, expected = whole(x, step), sigreg(y, step=step)
+        value.backward()
+        expected.backward()
+        torch.testing.assert_close((value, x.grad), (expected, y.grad))
