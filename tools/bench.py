@@ -1,9 +1,11 @@
 """Measure and check what is ours on this machine.
 
   python tools/bench.py gpu --json gpu.json      everything worth checking on a CUDA GPU, in one run of under 9 minutes
-  python tools/bench.py gpu --smoke              the same code at toy sizes, on a CPU too: checks the benchmark itself
+  python tools/bench.py sigreg                   SIGReg's time, memory, growth and traffic against the textbook form
+  python tools/bench.py isotropy --plot FILE     free embeddings under SIGReg's gradient: is every direction Gaussian?
 
-Results go to docs/benchmarks.md with the date, the chip and the command.
+--smoke runs the same code at toy sizes on whatever is here: it checks the benchmark itself. Results go to
+docs/benchmarks.md with the date, the machine and the command.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import gpu
+from benchmarks import gpu, reach, sigreg
+from benchmarks.measure import Results, run_sections
 
 from lejepa_scale.errors import UserError
 
@@ -22,13 +25,19 @@ from lejepa_scale.errors import UserError
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parser.add_subparsers(dest="kind", required=True)
-    kind = kinds.add_parser("gpu", help="attention, precision, a short training run, step throughput and MFU")
-    kind.add_argument("--smoke", action="store_true", help="toy sizes on whatever device is here")
+    options = argparse.ArgumentParser(add_help=False)
+    options.add_argument("--smoke", action="store_true", help="toy sizes on whatever device is here")
+    options.add_argument("--json", type=Path, help="also write the results as JSON")
+    kind = kinds.add_parser("gpu", parents=[options], help="attention, precision, a short training run, steps and MFU")
     kind.add_argument("--minutes", type=float, default=8.5, help="sections not begun by then are not measured")
-    kind.add_argument("--json", type=Path, help="also write the results as JSON")
+    kind = kinds.add_parser("sigreg", parents=[options], help="SIGReg alone, on the GPU where there is one")
+    kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    kind.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    kind = kinds.add_parser("isotropy", parents=[options], help="does SIGReg reach isotropy from far away?")
+    kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG of every direction's statistic over the steps")
     arguments = parser.parse_args()
     try:
-        results = _gpu(arguments)
+        results = {"gpu": _gpu, "sigreg": _sigreg, "isotropy": _isotropy}[arguments.kind](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -40,7 +49,7 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def _gpu(arguments: argparse.Namespace) -> gpu.Results:
+def _gpu(arguments: argparse.Namespace) -> Results:
     if arguments.smoke:
         return gpu.measure(gpu.TOY, torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.minutes)
     if not torch.cuda.is_available():
@@ -49,6 +58,20 @@ def _gpu(arguments: argparse.Namespace) -> gpu.Results:
             "On a machine without one, --smoke runs the same code at toy sizes."
         )
     return gpu.measure(gpu.FULL, torch.device("cuda"), arguments.minutes)
+
+
+def _sigreg(arguments: argparse.Namespace) -> Results:
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    sizes = sigreg.CUDA if device.type == "cuda" else sigreg.CPU
+    return sigreg.measure(sigreg.TOY if arguments.smoke else sizes, device)
+
+
+def _isotropy(arguments: argparse.Namespace) -> Results:
+    sizes = {"steps": 400, "samples": 256, "width": 8} if arguments.smoke else {}
+    sections = {"isotropy": reach.reach(arguments.plot, **sizes)}
+    return run_sections(sections, torch.device("cpu"), minutes=60)
 
 
 if __name__ == "__main__":

@@ -64,30 +64,21 @@ def test_triton_kernels_equal_the_textbook_form_in_the_interpreter(tmp_path: Pat
     assert result.returncode == 0, result.stderr
 
 
-def _peak_bytes(backend: str, samples: int, tmp_path: Path) -> int:
-    """Most bytes allocated at once by forward and backward, above what was there before, by the allocator's own record."""
-    import json
+def _peak(backend: str, samples: int) -> int:
+    from benchmarks.measure import peak_bytes  # not known to the process with the interpreter
 
     z = torch.randn(samples, 32, requires_grad=True)
     sigreg = SIGReg(num_slices=256, backend=backend)
-    sigreg(z, step=0).backward()  # compiles where it must
-    z.grad = None
-    trace = tmp_path / "trace.json"
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        sigreg(z, step=0).backward()
-    profiler.export_chrome_trace(str(trace))
-    events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
-    before = events[0]["Total Allocated"] - events[0]["Bytes"]
-    return max(e["Total Allocated"] for e in events) - before
+    return peak_bytes(lambda: torch.autograd.grad(sigreg(z, step=0), z), z.device)
 
 
-def test_memory_is_two_projections_at_most(tmp_path: Path) -> None:
+def test_memory_is_two_projections_at_most() -> None:
     """Twice N x M floats, the gradient and small blocks: against 3 x 16 times N x M for the textbook form."""
     samples = 16384
     projections = 4 * samples * 256
-    fused = _peak_bytes("fused", samples, tmp_path)
+    fused = _peak("fused", samples)
     assert fused < 2.6 * projections, fused / projections
-    assert _peak_bytes("reference", samples // 8, tmp_path) > 30 * projections / 8
+    assert _peak("reference", samples // 8) > 30 * projections / 8
 
 
 def test_no_graph_break_under_compile() -> None:

@@ -73,15 +73,69 @@ def test_directions_follow_the_step_alone() -> None:
     a, again, other = (sigreg.directions(step, *arguments) for step in (7, 7, 8))
     assert torch.equal(a, again)
     assert not torch.allclose(a, other)
-    torch.testing.assert_close(a.norm(dim=0), torch.ones(16))
+    torch.testing.assert_close(a.norm(dim=1), torch.ones(16))
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"num_slices": 0}, {"knots": 1}, {"t_max": 0.0}, {"estimator": "w"}, {"scale": 3}]
+    "arguments",
+    [
+        {"num_slices": 0},
+        {"knots": 1},
+        {"t_max": 0.0},
+        {"t_max": math.nan},
+        {"estimator": "w"},
+        {"scale": 3},
+        {"backend": "cuda"},
+        {"communication": "smoke"},
+    ],
 )
 def test_impossible_settings_are_refused(arguments: dict) -> None:
     with pytest.raises(ValueError, match="SIGReg"):
         SIGReg(**arguments)
+
+
+def test_samples_that_have_no_statistic_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"at least 1 sample; got .*\[2, 0, 3\]"):
+        SIGReg(num_slices=4)(torch.zeros(2, 0, 3), step=0)
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        SIGReg(num_slices=4, estimator="u")(torch.zeros(1, 3), step=0)
+
+
+@pytest.mark.parametrize("backend", ["reference", "fused"])
+@pytest.mark.parametrize("fault", [math.nan, math.inf, -math.inf])
+def test_faulty_embeddings_are_never_a_number(backend: str, fault: float) -> None:
+    z = torch.randn(40, 3)
+    z[7, 1] = fault
+    z.requires_grad_()
+    value = SIGReg(num_slices=4, backend=backend)(z, step=0)
+    value.backward()
+    assert value.isnan()
+    assert not torch.isfinite(z.grad).all()
+
+
+def test_one_dimension_and_one_sample_have_a_statistic() -> None:
+    """D = 1 leaves the directions +1 and -1, which agree; N = 1 has |ECF| = 1 everywhere."""
+    x = torch.randn(20, 1, dtype=torch.float64)
+    torch.testing.assert_close(SIGReg(num_slices=7)(x, step=1), SIGReg(num_slices=1)(-x, step=2))
+    assert float(SIGReg(num_slices=7)(torch.zeros(1, 5), step=0)) == pytest.approx(0.402, abs=1e-3)
+
+
+def test_even_numbers_of_knots_converge_to_the_same_integral() -> None:
+    """The trapezoid rule needs no odd number of knots."""
+    z = torch.randn(100, 4, dtype=torch.float64)
+    even, odd = (SIGReg(num_slices=9, knots=k)(z, step=0) for k in (16, 17))
+    torch.testing.assert_close(even, odd, rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_embeddings_have_fp32_statistics(dtype: torch.dtype) -> None:
+    z = torch.randn(300, 16).to(dtype).requires_grad_()
+    x = z.detach().float().requires_grad_()
+    value, expected = (SIGReg(num_slices=32)(y, step=0) for y in (z, x))
+    value.backward()
+    expected.backward()
+    assert torch.equal(value, expected)
+    assert torch.equal(z.grad, x.grad.to(dtype))
 
 
 def _loss_on_rank(z: torch.Tensor, counts: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:

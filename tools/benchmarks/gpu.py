@@ -4,38 +4,31 @@ a row holds numbers, and `ok` where something was checked rather than measured."
 from __future__ import annotations
 
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.measure import Results, Row, milliseconds, run_sections
+from benchmarks.sigreg import Shape, compare
 from lejepa_scale.config import Config, check_world, load
 from lejepa_scale.data import photometric
 from lejepa_scale.engine import Engine, build_engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import build
 from lejepa_scale.model.attention import BACKENDS, Packing
-from lejepa_scale.objective import SIGReg
 from lejepa_scale.planning import peak_flops, training_flops_per_image
 
 ROOT = Path(__file__).resolve().parents[2]
-Row = dict[str, Any]
-
-
-class Results(TypedDict):
-    machine: dict[str, str]
-    rows: list[Row]
 
 
 @dataclass(frozen=True)
@@ -45,7 +38,7 @@ class Sizes:
     heads: tuple[tuple[int, int], ...]  # (heads, width of a head)
     packing: Packing
     precision: tuple[str, tuple[str, ...], int]  # recipe, overrides, images
-    sigreg: tuple[tuple[int, int, int], ...]  # (samples, width, slices)
+    sigreg: tuple[Shape, ...]
     views: tuple[int, int]  # (images, side) of the colour operations
     training: tuple[int, int]  # (steps, global batch) of the short run
     steps: tuple[tuple[str, tuple[str, ...], int], ...]  # recipe, overrides, images a step
@@ -56,7 +49,13 @@ FULL = Sizes(
     heads=((6, 64), (16, 64), (24, 64), (16, 88), (16, 104)),  # ViT-S, L, g/14 of DINOv2, g/14 of timm, gigantic
     packing=Packing(((2 * 16, 257), (8 * 16, 50))),
     precision=("configs/vitl_in1k.yaml", ("model.encoder=vit_small_patch14_dinov2", "model.drop_path=0"), 16),
-    sigreg=((512, 64, 1024), (8192, 64, 1024), (8192, 64, 8192), (32768, 64, 1024)),
+    sigreg=(
+        Shape(512, 64, 1024),
+        Shape(8192, 64, 1024),
+        Shape(8192, 256, 1024),
+        Shape(8192, 64, 8192),
+        Shape(32768, 64, 1024),
+    ),
     views=(1024, 224),
     training=(60, 256),
     steps=(
@@ -71,7 +70,7 @@ TOY = Sizes(
     heads=((2, 16),),
     packing=Packing(((4, 17), (6, 5))),
     precision=("configs/vits_cifar10.yaml", (), 8),
-    sigreg=((256, 16, 64),),
+    sigreg=(Shape(256, 16, 64),),
     views=(8, 32),
     training=(12, 32),
     steps=(("configs/vits_cifar10.yaml", (), 8),),
@@ -80,41 +79,9 @@ TOY = Sizes(
 
 
 def measure(sizes: Sizes, device: torch.device, minutes: float) -> Results:
-    """Every section in turn, printed as it comes; those that the time does not reach say so."""
-    deadline = time.monotonic() + 60 * minutes
-    results = Results(machine=describe(device), rows=[])
-    print(", ".join(f"{k} {v}" for k, v in results["machine"].items()), flush=True)
-    for section in (attention, precision, training, step_rates, sigreg, colours):
-        name = section.__name__.replace("_", " ")
-        rows = iter(section(sizes, device))
-        while True:
-            if time.monotonic() > deadline:
-                rows = iter(({"case": "rest of the section", "not measured": "out of time"},))
-            try:
-                row = next(rows, None)
-            except torch.OutOfMemoryError as error:
-                row = {"case": "rest of the section", "not measured": str(error).split(". ")[0]}
-                rows = iter(())
-            if row is None:
-                break
-            row = {"section": name, **row}
-            results["rows"].append(row)
-            print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
-            if "not measured" in row:
-                break
-    return results
-
-
-def describe(device: torch.device) -> dict[str, str]:
-    """What the numbers belong to."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    out = {"date": time.strftime("%Y-%m-%d"), "device": chip, "python": platform.python_version()}
-    for package in ("torch", "timm", "xformers", "deepspeed", "triton"):
-        try:
-            out[package] = version(package)
-        except PackageNotFoundError:
-            out[package] = "absent"
-    return out
+    """Every section in turn; those that the time does not reach say so."""
+    sections = (attention, precision, training, step_rates, sigreg, colours)
+    return run_sections({s.__name__.replace("_", " "): s(sizes, device) for s in sections}, device, minutes)
 
 
 def attention(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -133,7 +100,7 @@ def attention(sizes: Sizes, device: torch.device) -> Iterator[Row]:
                 yield row | {"cannot run": str(reason).strip().split("\n")[0][:90]}
                 continue
             error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
-            yield row | {"ok": error < 2e-2, "error": error, "ms": _milliseconds(work, device, sizes.repeats)}
+            yield row | {"ok": error < 2e-2, "error": error, "ms": milliseconds(work, device, sizes.repeats)}
 
 
 def _attention_with_gradients(backend: Any, qkvg: Tensor, packing: Packing) -> list[Tensor]:
@@ -216,7 +183,7 @@ def step_rates(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             engine.backward(out["loss"], True)
             engine.step(1e-5, 0.05)
 
-        seconds = _milliseconds(step, device, sizes.repeats) / 1e3
+        seconds = milliseconds(step, device, sizes.repeats) / 1e3
         row: Row = {
             "case": f"{config.model.encoder}, batch {images}"
             + (", recomputing blocks" if config.engine.activation_checkpointing else ""),
@@ -235,30 +202,9 @@ def step_rates(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 
 def sigreg(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """SIGReg forward and backward, fused against the textbook form, and the two GEMMs alone as the floor."""
-    for samples, width, slices in sizes.sigreg:
-        z = torch.randn(samples, width, device=device, generator=torch.Generator(device).manual_seed(0))
-        row: Row = {"case": f"N={samples} D={width} M={slices}"}
-        values = {}
-        for backend in ("fused", "reference"):
-            module = SIGReg(num_slices=slices, backend=backend)  # type: ignore[arg-type]
-
-            def work(module: SIGReg = module) -> tuple[Tensor, Tensor]:
-                x = z.detach().requires_grad_()  # noqa: B023
-                loss = module(x, step=0)
-                return loss.detach(), torch.autograd.grad(loss, x)[0]
-
-            try:
-                values[backend] = work()
-                row[f"{backend} ms"] = _milliseconds(work, device, sizes.repeats)
-            except torch.OutOfMemoryError:
-                row[f"{backend} ms"] = "not measured: out of memory"
-        a = SIGReg(num_slices=slices).directions(0, width, device, z.dtype)
-        row["GEMMs ms"] = _milliseconds(lambda: (z @ a) @ a.T, device, sizes.repeats)  # noqa: B023
-        if len(values) == 2:
-            (x, gx), (y, gy) = values["fused"], values["reference"]
-            row["ok"] = bool(abs(x / y - 1) < 1e-4 and (gx - gy).norm() < 1e-3 * gy.norm())
-        yield row
+    """SIGReg in every arithmetic that runs here, against the textbook form and the two GEMMs alone."""
+    for shape in sizes.sigreg:
+        yield compare(shape, device, sizes.repeats)
 
 
 def colours(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -275,7 +221,7 @@ def colours(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     moved = pictures.to(device)
     few = slice(0, min(64, images))
     ours, oracle = (photometric.apply(x[few], parameters[few]).cpu() for x in (moved, pictures))
-    seconds = _milliseconds(lambda: photometric.apply(moved, parameters), device, sizes.repeats) / 1e3
+    seconds = milliseconds(lambda: photometric.apply(moved, parameters), device, sizes.repeats) / 1e3
     # a value within rounding of the solarize threshold may fall on either side
     differing = float(((ours - oracle).abs() > 1e-3).float().mean())
     yield {
@@ -311,21 +257,6 @@ def _tokens_per_image(config: Config) -> int:
         raise UserError(f"{config.model.encoder} has no patches to count as tokens.")
     groups = (config.data.views.global_, config.data.views.local)
     return sum(g.count * ((g.size // patch) ** 2 + prefix) for g in groups)
-
-
-def _milliseconds(work: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of one call after three to warm up."""
-    times = []
-    for i in range(3 + repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        started = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if i >= 3:
-            times.append(1e3 * (time.perf_counter() - started))
-    return median(times)
 
 
 def _call(*arguments: object) -> None:
