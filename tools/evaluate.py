@@ -34,8 +34,9 @@ def evaluate(
     def batches(shards: list[str]) -> Batches:
         return evaluation_batches(shards, image_size=config.image_size, batch_size=batch)
 
-    def features(name: str, model: Encoder) -> list[Features]:
-        return [extract(model, batches(shards), device, name) for shards in (train, test)]
+    def features(name: str, model: Encoder) -> tuple[Features, Features]:
+        found = [extract(model, batches(shards), device, name) for shards in (train, test)]
+        return found[0], found[1]
 
     trained = features("trained", encoder)
     rows = [

@@ -41,11 +41,7 @@ def fused_sums(
     Time is linear in V N M. The projections are kept for the backward pass, which recomputes the rest: V N M floats, and as
     many again while it runs.
     """
-    if torch.compiler.is_compiling():
-        arithmetic = _traced
-    else:
-        arithmetic = {"fused": lambda: _fused, "compiled": _compiled, "triton": _triton}[backend]()
-    return _FusedSums.apply(z, a, dt, knots, arithmetic)
+    return _FusedSums.apply(z, a, dt, knots, _arithmetic(backend))
 
 
 @dataclass(frozen=True)
@@ -174,6 +170,14 @@ def _horner_gradient(p: Tensor, weights: Tensor, dt: float) -> Tensor:
 
 _traced = Arithmetic(_rotated_sums, _horner_gradient)
 _fused = Arithmetic(_blocked_sums, _blocked_gradient)
+
+
+def _arithmetic(backend: str) -> Arithmetic:
+    if torch.compiler.is_compiling():
+        return _traced
+    if backend == "fused":
+        return _fused
+    return _compiled() if backend == "compiled" else _triton()
 
 
 @lru_cache
