@@ -277,7 +277,17 @@ def check_world(config: Config, ranks: int) -> BatchPlan:
     degree = config.engine.shard_degree
     if degree is not None and ranks % degree:
         raise UserError(f"engine.shard_degree = {degree} does not divide the {ranks} ranks of this run.")
-    return plan_batches(config, ranks)
+    plan = plan_batches(config, ranks)
+    objective = config.objective
+    samples = plan.micro_batch * ranks * (plan.accumulation if objective.accumulation == "exact" else 1)
+    if samples < 2 and (
+        objective.regularizer == "weak_sigreg" or objective.estimator == "u" or objective.scale_centre > 0
+    ):
+        raise UserError(
+            "objective.estimator=u, objective.regularizer=weak_sigreg and objective.scale_centre need at least 2 images per "
+            f"micro-batch over all ranks; this is train.micro_batch = {plan.micro_batch} on {ranks} rank(s)."
+        )
+    return plan
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:

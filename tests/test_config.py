@@ -81,6 +81,15 @@ def test_batch_arithmetic_is_shown() -> None:
         check_world(config(), 2)
 
 
+def test_statistics_of_one_sample_are_refused_before_anything_starts() -> None:
+    for objective in ({"estimator": "u"}, {"regularizer": "weak_sigreg"}, {"scale_centre": 0.1}):
+        tree = small_config("r", "s", train={"global_batch": 2, "micro_batch": 1}, objective=objective)
+        with pytest.raises(UserError, match="at least 2 images"):
+            check_world(validate(tree), 1)
+        exact = validate({**tree, "objective": {**objective, "accumulation": "exact"}})
+        assert check_world(exact, 1).accumulation == 2
+
+
 def test_configuration_imports_no_torch() -> None:
     code = "import sys, lejepa_scale.config; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -69,7 +69,7 @@ def _sigreg(arguments: argparse.Namespace) -> Results:
 
 
 def _isotropy(arguments: argparse.Namespace) -> Results:
-    sizes = {"steps": 400, "samples": 256, "width": 8} if arguments.smoke else {}
+    sizes = {"steps": 300, "samples": 256, "width": 8} if arguments.smoke else {}
     sections = {"isotropy": reach.reach(arguments.plot, **sizes)}
     return run_sections(sections, torch.device("cpu"), minutes=60)
 

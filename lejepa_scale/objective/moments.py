@@ -20,7 +20,7 @@ class WeakSIGReg(Regularizer):
     """
 
     def __init__(self, sketch: int = 64, group: Group = None, *, joint: bool = False, seed: int = 0) -> None:
-        super().__init__(joint=joint, group=group, seed=seed)
+        super().__init__(joint=joint, group=group, seed=seed, least=2)
         if sketch < 1:
             raise ValueError(f"WeakSIGReg needs a sketch of at least 1; got {sketch}.")
         self.sketch = sketch

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lejepa_scale.distributed import Group, sum_replicated
+from lejepa_scale.distributed import Group, sum_replicated, world_size
 
 
 class Regularizer(nn.Module, ABC):
@@ -19,12 +19,12 @@ class Regularizer(nn.Module, ABC):
     averages gradients over ranks needs. Ranks may hold unequal numbers of samples, or none.
 
     With `joint` the views are pooled into one sample of V N; otherwise each view is a sample of N and the V values are
-    averaged.
+    averaged. With fewer than `least` samples in all there is no value: ValueError, where the total is known.
     """
 
-    def __init__(self, *, joint: bool, group: Group, seed: int) -> None:
+    def __init__(self, *, joint: bool, group: Group, seed: int, least: int) -> None:
         super().__init__()
-        self.joint, self.group, self.seed = joint, group, seed
+        self.joint, self.group, self.seed, self.least = joint, group, seed, least
 
     @abstractmethod
     def local_sums(self, z: Float[Tensor, "v n d"], step: int) -> Tensor:
@@ -46,12 +46,23 @@ class Regularizer(nn.Module, ABC):
         self, z: Float[Tensor, "v n d"], extra: Float[Tensor, "e"], *, step: int, counts: Sequence[int] | None = None
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "e"]]:
         """The value, and the caller's own sums `extra` over all ranks, in the same all-reduce."""
+        self._refuse_too_few(z, counts)
         z = self._sample(z)
         with torch.autocast(z.device.type, enabled=False):
             sums = self.local_sums(wide(z), step)
             packed = torch.cat([sums.flatten(), extra.to(sums.dtype), sums.new_full((1,), z.shape[1])])
             sums_of_all, extra, count = sum_replicated(packed, self.group).split([sums.numel(), len(extra), 1])
             return self.statistic(sums_of_all.view_as(sums), count[0], step), extra
+
+    def _refuse_too_few(self, z: Float[Tensor, "v n d"], counts: Sequence[int] | None) -> None:
+        if counts is None and world_size(self.group) > 1:
+            return  # unknown without another collective
+        samples = (z.shape[1] if counts is None else sum(counts)) * (len(z) if self.joint else 1)
+        if samples < self.least:
+            raise ValueError(
+                f"{type(self).__name__} needs at least {self.least} sample{'s' * (self.least > 1)} over all ranks; got "
+                f"{samples}, embeddings of shape {list(z.shape)} here."
+            )
 
     def _sample(self, z: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
         return z.flatten(0, 1).unsqueeze(0) if self.joint else z

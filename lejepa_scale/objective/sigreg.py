@@ -63,7 +63,7 @@ class SIGReg(Regularizer):
         communication: Literal["auto"] | Mode = "auto",
         seed: int = 0,
     ) -> None:
-        super().__init__(joint=joint, group=group, seed=seed)
+        super().__init__(joint=joint, group=group, seed=seed, least=2 if estimator == "u" else 1)
         if num_slices < 1 or knots < 2 or not t_max > 0 or reference_n < 1:
             raise ValueError(
                 "SIGReg needs num_slices >= 1, knots >= 2, t_max > 0 and reference_n >= 1; got "
@@ -105,16 +105,11 @@ class SIGReg(Regularizer):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "e"]]:
         views, count, width = z.shape
         world = world_size(self.group)
-        least = 2 if self.estimator == "u" else 1
-        if world == 1 and count * (views if self.joint else 1) < least:
-            raise ValueError(
-                f"SIGReg with estimator {self.estimator!r} needs at least {least} sample{'s' * (least > 1)}; got "
-                f"embeddings of shape {list(z.shape)}."
-            )
         mode = self.mode(views, counts, width, z.element_size())
         if mode == "sums" or world == 1:
             return super().reduced(z, extra, step=step, counts=counts)
         counts = counts_of_ranks(count, self.group) if counts is None else counts
+        self._refuse_too_few(z, counts)
         z = self._sample(z)
         if self.joint:
             counts = [views * n for n in counts]
@@ -149,6 +144,10 @@ class SIGReg(Regularizer):
 
     def statistic(self, sums: Float[Tensor, "2 k v m"], count: Tensor, step: int) -> Float[Tensor, ""]:
         """Of M' <= num_slices directions, their share of the mean over directions."""
+        return self.of_each(sums, count).sum() / (sums.shape[2] * self.num_slices)
+
+    def of_each(self, sums: Float[Tensor, "2 k v m"], count: Tensor) -> Float[Tensor, "v m"]:
+        """The scaled statistic of each view and direction."""
         cos, sin = sums / count
         t = self.dt * torch.arange(1, self.knots, device=sums.device, dtype=sums.dtype)
         phi = torch.exp(-0.5 * t**2)
@@ -159,7 +158,7 @@ class SIGReg(Regularizer):
         if self.estimator == "u":
             error = error - (1 - cos**2 - sin**2) / (count - 1)
         factor = {"n": count, "reference": self.reference_n, "none": 1.0}[self.scale]
-        return factor * (weight * error).sum() / (sums.shape[2] * self.num_slices)
+        return factor * (weight * error).sum(0)
 
 
 @torch.library.custom_op("lejepa_scale::normal", mutates_args=())  # opaque, so that torch.compile has no graph break

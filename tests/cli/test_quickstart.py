@@ -1,4 +1,4 @@
-"""The quickstart's recipe in small: two engines, two launchers, one story; and the benchmark's own code."""
+"""The quickstart's recipe in small: two engines, two launchers, one story."""
 
 from __future__ import annotations
 
@@ -37,25 +37,3 @@ def test_quickstart_is_the_same_under_fsdp_and_zero3(command: Command, tmp_path:
     assert len(found[0]) == 20
     for fsdp, zero3 in zip(*found, strict=True):
         assert zero3 == pytest.approx(fsdp, rel=1e-4)
-
-
-def test_the_gpu_benchmark_refuses_without_one(command: Command, tmp_path: Path) -> None:
-    import torch
-
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU: run tools/bench.py gpu")
-    result = command(ROOT / "tools/bench.py", "gpu", "--json", tmp_path / "r.json")
-    assert result.returncode == 2
-    assert "nothing was measured" in result.stderr
-    assert not (tmp_path / "r.json").exists()
-
-
-@pytest.mark.slow
-def test_the_gpu_benchmark_runs_at_toy_sizes(command: Command, tmp_path: Path) -> None:
-    result = command(ROOT / "tools/bench.py", "gpu", "--smoke", "--json", tmp_path / "r.json")
-    assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert {row["section"] for row in rows} == {
-        "attention", "precision", "training", "step rates", "sigreg", "colours",
-    }  # fmt: skip
-    assert not [row for row in rows if row.get("ok") is False or "not measured" in row]

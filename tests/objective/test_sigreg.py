@@ -9,7 +9,7 @@ import torch
 from ranks import run_ranks
 
 from lejepa_scale import distributed
-from lejepa_scale.objective import LeJEPALoss, SIGReg
+from lejepa_scale.objective import LeJEPALoss, SIGReg, WeakSIGReg
 
 
 def exact_integral(x: torch.Tensor) -> torch.Tensor:
@@ -95,10 +95,12 @@ def test_impossible_settings_are_refused(arguments: dict) -> None:
 
 
 def test_samples_that_have_no_statistic_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"at least 1 sample; got .*\[2, 0, 3\]"):
+    with pytest.raises(ValueError, match=r"at least 1 sample over .*\[2, 0, 3\]"):
         SIGReg(num_slices=4)(torch.zeros(2, 0, 3), step=0)
     with pytest.raises(ValueError, match="at least 2 samples"):
         SIGReg(num_slices=4, estimator="u")(torch.zeros(1, 3), step=0)
+    with pytest.raises(ValueError, match="WeakSIGReg needs at least 2 samples"):
+        WeakSIGReg()(torch.zeros(1, 3), step=0)
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])

@@ -14,7 +14,7 @@ from benchmarks.measure import Row
 from lejepa_scale.evaluation.isotropy import epps_pulley
 from lejepa_scale.objective import SIGReg
 
-STEPS, SAMPLES, WIDTH = 1500, 1024, 32
+STEPS, SAMPLES, WIDTH = 600, 1024, 32
 _UNUSED_SEED = 987654
 
 
@@ -34,10 +34,10 @@ def per_direction(z: Float[Tensor, "n d"], directions: int = 512) -> Float[Tenso
     return epps_pulley(z @ a.T)
 
 
-def descend(start: Float[Tensor, "n d"], steps: int, lr: float = 0.03) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+def descend(start: Float[Tensor, "n d"], steps: int, lr: float = 0.1) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     """(final embeddings, statistics per direction along the way)."""
     z = start.clone().requires_grad_()
-    optimizer, sigreg = torch.optim.Adam([z], lr=lr), SIGReg(num_slices=128, backend="fused")
+    optimizer, sigreg = torch.optim.Adam([z], lr=lr, betas=(0.9, 0.95)), SIGReg(num_slices=128, backend="fused")
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     path = []
     for step in range(steps + 1):

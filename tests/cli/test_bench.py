@@ -1,0 +1,45 @@
+"""The benchmarks' own code, at toy sizes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Command
+
+
+def test_the_gpu_benchmark_refuses_without_one(command: Command, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU: run tools/bench.py gpu")
+    result = command(ROOT / "tools/bench.py", "gpu", "--json", tmp_path / "r.json")
+    assert result.returncode == 2
+    assert "nothing was measured" in result.stderr
+    assert not (tmp_path / "r.json").exists()
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_at_toy_sizes(command: Command, tmp_path: Path) -> None:
+    result = command(ROOT / "tools/bench.py", "gpu", "--smoke", "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == {
+        "attention", "precision", "training", "step rates", "sigreg", "colours",
+    }  # fmt: skip
+    assert not [row for row in rows if row.get("ok") is False or "not measured" in row]
+
+
+def test_the_sigreg_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> None:
+    """Agreement with the textbook form, and the bytes of real and of simulated ranks, are checked; times are not."""
+    result = command(ROOT / "tools/bench.py", "sigreg", "--smoke", "--json", tmp_path / "r.json")
+    assert result.returncode == 0, result.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert {row["section"] for row in rows} == {"arithmetic", "growth", "compilation", "ranks", "simulated ranks"}
+    (compared,) = (row for row in rows if row["section"] == "arithmetic")
+    assert compared["ok"]
+    assert {"reference ms", "fused ms", "GEMMs ms", "times the GEMMs"} <= compared.keys()
+    sums = [row["bytes"] for row in rows if ", sums," in row["case"]]
+    assert len(set(sums)) == 1  # whatever the number of samples and of ranks
+    assert len(sums) == 4
