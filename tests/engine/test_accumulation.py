@@ -69,7 +69,8 @@ def test_four_micro_batches_equal_one_batch() -> None:
     for name, (numbers, of_four) in found.items():
         assert numbers == pytest.approx([loss] * 4 + [norm], rel=1e-5), name
         for key, gradient in gradients.items():
-            difference = float((of_four[key] - gradient).norm() / gradient.norm().clamp_min(1e-3 * norm))
+            # a bias that the projector's normalisation removes has a gradient of nothing but rounding
+            difference = float((of_four[key] - gradient).norm() / gradient.norm().clamp_min(1e-2 * norm))
             assert difference < 1e-5, (name, key, difference)
 
 
