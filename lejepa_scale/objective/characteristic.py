@@ -35,7 +35,7 @@ def fused_sums(
     """sum_n cos(t_k p_n) and sum_n sin(t_k p_n) of the projections p = z a^T, for t_k = k dt, k = 1 .. knots-1 (k = 0 is
     constant and left out). Differentiable in z; the directions `a` are constants.
 
-    backend: `fused` (eager), `compiled` (for each shape at its first call; torch keeps the result on disk for the next
+    backend: `fused` (eager), `compiled` (at the first call, for all shapes; torch keeps the result on disk for the next
     process) or `triton`. Inside torch.compile all are the same traced code.
 
     Time is linear in V N M. The projections are kept for the backward pass, which recomputes the rest: V N M floats, and as
@@ -183,8 +183,8 @@ def _arithmetic(backend: str) -> Arithmetic:
 @lru_cache
 def _compiled() -> Arithmetic:
     return Arithmetic(
-        torch.compile(_rotated_sums, dynamic=False, fullgraph=True),
-        torch.compile(_horner_gradient, dynamic=False, fullgraph=True),
+        torch.compile(_rotated_sums, dynamic=True, fullgraph=True),
+        torch.compile(_horner_gradient, dynamic=True, fullgraph=True),
     )
 
 
