@@ -172,7 +172,7 @@ class Objective(Section):
     communication: Literal["auto", "sums", "embeddings", "distinct"] = Field(
         "auto", description="how ranks meet in SIGReg; all give the same value, auto is the cheapest"
     )
-    backend: Literal["auto", "reference", "fused", "compiled", "triton"] = Field(
+    backend: Literal["auto", "reference", "fused", "native", "triton"] = Field(
         "auto", description="SIGReg's arithmetic; all give the same value"
     )
 

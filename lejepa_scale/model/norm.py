@@ -78,8 +78,7 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
-        """With y = (x - mean) / sigma before the affine part, sums over all ranks and N samples in all:
-        dx = weight / sigma (grad - sum(grad) / N - y sum(grad y) / N), whose y is spread over x and mean."""
+        """dx = weight / sigma (grad - sum(grad) / N - y sum(grad y) / N), with y = (x - mean) / sigma."""
         x, weight, mean, var, count = ctx.saved_tensors
         own_sums = x.new_zeros(2, x.shape[1])  # of grad y and grad on this rank: the affine parameters' gradients
         if x.numel():
@@ -92,8 +91,8 @@ class _Normalise(torch.autograd.Function):
         inverse = (var + ctx.eps).rsqrt()
         scale, shape = weight * inverse, [1, -1, *[1] * (x.ndim - 2)]
         slope = -scale * inverse * of_product
-        dx = grad * scale.view(shape)
-        dx.addcmul_(x, slope.view(shape)).sub_((scale * of_grad + slope * mean).view(shape))
+        dx = x - mean.view(shape)  # first, lest sums over the batch that ought to be zero fill with rounding
+        dx.mul_(slope.view(shape)).addcmul_(grad, scale.view(shape)).sub_((scale * of_grad).view(shape))
         return dx, own_sums[0], own_sums[1], None
 
 

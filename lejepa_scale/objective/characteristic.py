@@ -4,17 +4,16 @@ holding samples x slices x knots. Owns the arithmetic on one rank; knows nothing
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from importlib.util import find_spec
-from shutil import which
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from lejepa_scale.objective import native
 
 _BLOCK = 1 << 16  # projections worked on at once on a CPU: their sixteen buffers stay near the second-level cache
 _LONGEST_SUM = 8192  # a matrix product adds its terms one after another: in fp32 an error of about 1e-6 of the mean
@@ -35,8 +34,7 @@ def fused_sums(
     """sum_n cos(t_k p_n) and sum_n sin(t_k p_n) of the projections p = z a^T, for t_k = k dt, k = 1 .. knots-1 (k = 0 is
     constant and left out). Differentiable in z; the directions `a` are constants.
 
-    backend: `fused` (eager), `compiled` (at the first call, for all shapes; torch keeps the result on disk for the next
-    process) or `triton`. Inside torch.compile all are the same traced code.
+    backend: `fused` (eager), `native` (C++, CPU) or `triton` (CUDA). Inside torch.compile all are the same traced code.
 
     Time is linear in V N M. The projections are kept for the backward pass, which recomputes the rest: V N M floats, and as
     many again while it runs.
@@ -143,7 +141,7 @@ def _blocks(p: Float[Tensor, "r n"]) -> Iterator[tuple[slice, slice]]:
             yield slice(row, row + rows), slice(column, column + columns)
 
 
-# --- Compiled: one pass over the projections with every knot in registers.
+# --- Traced: plain tensor operations for torch.compile, which fuses them into the caller's graph.
 
 
 def _rotated_sums(p: Tensor, dt: float, knots: int) -> Tensor:
@@ -170,6 +168,7 @@ def _horner_gradient(p: Tensor, weights: Tensor, dt: float) -> Tensor:
 
 _traced = Arithmetic(_rotated_sums, _horner_gradient)
 _fused = Arithmetic(_blocked_sums, _blocked_gradient)
+_native = Arithmetic(native.sums, native.gradient)
 
 
 def _arithmetic(backend: str) -> Arithmetic:
@@ -177,15 +176,7 @@ def _arithmetic(backend: str) -> Arithmetic:
         return _traced
     if backend == "fused":
         return _fused
-    return _compiled() if backend == "compiled" else _triton()
-
-
-@lru_cache
-def _compiled() -> Arithmetic:
-    return Arithmetic(
-        torch.compile(_rotated_sums, dynamic=True, fullgraph=True),
-        torch.compile(_horner_gradient, dynamic=True, fullgraph=True),
-    )
+    return _native if backend == "native" else _triton()
 
 
 def _triton() -> Arithmetic:
@@ -196,9 +187,3 @@ def _triton() -> Arithmetic:
 
 def has_triton() -> bool:
     return find_spec("triton") is not None
-
-
-@lru_cache
-def has_compiler() -> bool:
-    """Whether torch.compile can build C++ for a CPU here."""
-    return any(which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++"))

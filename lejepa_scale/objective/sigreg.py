@@ -11,12 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lejepa_scale.distributed import Group, counts_of_ranks, gather_rows, rank, sum_replicated, world_size
-from lejepa_scale.objective import characteristic
+from lejepa_scale.objective import characteristic, native
 from lejepa_scale.objective.communication import MODES, Mode, Traffic, traffic
 from lejepa_scale.objective.regularizer import Regularizer
 
-Backend = Literal["auto", "reference", "fused", "compiled", "triton"]
-_WORTH_COMPILING = 1 << 20  # projections per call on a CPU
+Backend = Literal["auto", "reference", "fused", "native", "triton"]
 
 
 class SIGReg(Regularizer):
@@ -42,8 +41,8 @@ class SIGReg(Regularizer):
     - "auto": the cheapest for the `counts` that the call is given; "sums" without them. The explicit gathers exchange
       missing counts between hosts.
 
-    backend: "reference" (textbook), "fused" (eager, blocked), "compiled" (torch.compile), "triton" (CUDA), or "auto": triton
-    on CUDA; on a CPU compiled where that pays, else fused. Embeddings that are not finite give NaN, never a wrong number.
+    backend: "reference" (textbook), "fused" (eager, blocked), "native" (C++, CPU), "triton" (CUDA), or "auto": triton on
+    CUDA; native on a CPU with a C++ compiler, else fused. Embeddings that are not finite give NaN, never a wrong number.
 
     Raises ValueError for settings or embeddings that have no such statistic.
     """
@@ -129,18 +128,19 @@ class SIGReg(Regularizer):
         return self._sums(z, self.directions(step, z.shape[-1], z.device, z.dtype))
 
     def _sums(self, z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"]) -> Float[Tensor, "2 k v m"]:
-        backend = self._backend(z, a)
+        backend = self._backend(z)
         if backend == "reference":
             return characteristic.reference_sums(z, a, self.dt, self.knots)
         return characteristic.fused_sums(z, a, self.dt, self.knots, backend)
 
-    def _backend(self, z: Tensor, a: Tensor) -> Backend:
+    def _backend(self, z: Tensor) -> Backend:
         if self.backend != "auto":
             return self.backend
+        if torch.compiler.is_compiling():
+            return "fused"
         if z.is_cuda:
-            return "triton" if characteristic.has_triton() else "compiled"
-        projections = z.shape[0] * z.shape[1] * len(a)
-        return "compiled" if projections >= _WORTH_COMPILING and characteristic.has_compiler() else "fused"
+            return "triton" if characteristic.has_triton() else "fused"
+        return "native" if z.device.type == "cpu" and native.available() else "fused"
 
     def statistic(self, sums: Float[Tensor, "2 k v m"], count: Tensor, step: int) -> Float[Tensor, ""]:
         """Of M' <= num_slices directions, their share of the mean over directions."""

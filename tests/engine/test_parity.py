@@ -94,7 +94,9 @@ def _close(found: Any, expected: Any) -> None:
     torch.testing.assert_close(torch.tensor(history), torch.tensor(true_history), rtol=1e-5, atol=0, equal_nan=True)
     assert state.updates == true_state.updates
     for name, value in true_state.model.items():
-        difference = float((state.model[name] - value).norm() / value.norm().clamp_min(1e-2))
+        difference = float(
+            (state.model[name] - value).norm() / value.norm().clamp_min(3e-2)
+        )  # see EPSILON: such a bias stays near zero
         assert difference < 1e-5, f"{name}: {difference:.1e}"
 
 

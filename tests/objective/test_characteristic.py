@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lejepa_scale.objective import SIGReg
-from lejepa_scale.objective.characteristic import fused_sums, has_compiler, has_triton, reference_sums
+from lejepa_scale.objective import SIGReg, native
+from lejepa_scale.objective.characteristic import fused_sums, has_triton, reference_sums
 
 KNOTS = (2, 3, 5, 17, 18, 33)
 
@@ -40,9 +40,38 @@ def test_eager_equals_the_textbook_form(knots: int, shape: tuple[int, int, int, 
     assert max(errors("fused", knots, shape, torch.float32)) < 1e-5
 
 
-@pytest.mark.skipif(not has_compiler(), reason="no C++ compiler for torch.compile")
-def test_compiled_equals_the_textbook_form() -> None:
-    assert max(errors("compiled", 17, (2, 50, 7, 33), torch.float32)) < 1e-5
+@pytest.mark.parametrize("knots", KNOTS)
+@pytest.mark.parametrize("shape", [(3, 50, 7, 33), (1, 1, 1, 1), (2, 0, 3, 4), (1, 64, 3, 2), (1, 70_000, 2, 3)])
+def test_native_kernels_equal_the_textbook_form(knots: int, shape: tuple[int, int, int, int]) -> None:
+    """Built here and now: CI has a C++ compiler."""
+    assert max(errors("native", knots, shape, torch.float64)) < 1e-12
+    assert max(errors("native", knots, shape, torch.float32)) < 1e-5
+
+
+def test_native_kernels_are_built_once_and_by_any_number_of_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    code = "import torch; from lejepa_scale.objective import native; native.sums(torch.ones(2, 3), 1.0, 4)"
+    processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [p.wait(120) for p in processes] == [0, 0]
+    (built,) = (tmp_path / "lejepa_scale").iterdir()
+    before = built.stat().st_mtime_ns
+    assert native._build("float") == built
+    assert built.stat().st_mtime_ns == before
+
+
+def test_without_a_compiler_the_eager_code_runs_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "which", lambda name: None)
+    for cached in (native.available, native._library):
+        cached.cache_clear()
+    z = torch.randn(30, 4)
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        value = SIGReg(num_slices=8)(z, step=0)
+    for cached in (native.available, native._library):
+        cached.cache_clear()
+    torch.testing.assert_close(value, SIGReg(num_slices=8, backend="fused")(z, step=0))
 
 
 @pytest.mark.skipif(not has_triton(), reason="Triton is not installed")
@@ -76,14 +105,15 @@ def test_memory_is_two_projections_at_most() -> None:
     """Twice N x M floats, the gradient and small blocks: against 3 x 16 times N x M for the textbook form."""
     samples = 16384
     projections = 4 * samples * 256
-    fused = _peak("fused", samples)
-    assert fused < 2.6 * projections, fused / projections
+    for backend in ("fused", "native"):
+        peak = _peak(backend, samples)
+        assert peak < 2.6 * projections, (backend, peak / projections)
     assert _peak("reference", samples // 8) > 30 * projections / 8
 
 
 def test_no_graph_break_under_compile() -> None:
     """fullgraph raises where torch.compile would break the graph; the directions still follow the step."""
-    sigreg = SIGReg(num_slices=8, backend="fused")
+    sigreg = SIGReg(num_slices=8)
     z = torch.randn(20, 6, dtype=torch.float64)
     whole = torch.compile(lambda x, step: sigreg(x, step=step), fullgraph=True, backend="aot_eager")
     for step in (0, 1, 7):

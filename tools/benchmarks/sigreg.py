@@ -1,5 +1,5 @@
 """SIGReg against its textbook form and against the two matrix products that it cannot do without: time, memory, growth,
-compilation, and the bytes that cross ranks. Each section is a function from sizes to rows."""
+building, and the bytes that cross ranks. Each section is a function from sizes to rows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.measure import Results, Row, Work, interleaved, milliseconds, peak_bytes, run_sections
 from lejepa_scale import distributed
-from lejepa_scale.objective import SIGReg
-from lejepa_scale.objective.characteristic import has_compiler, has_triton
+from lejepa_scale.objective import SIGReg, native
+from lejepa_scale.objective.characteristic import has_triton
 from lejepa_scale.objective.communication import MODES
 
 
@@ -74,7 +74,7 @@ def measure(sizes: Sizes, device: torch.device) -> Results:
     sections = {
         "arithmetic": (compare(shape, device, sizes.repeats) for shape in sizes.shapes),
         "growth": growth(sizes, device),
-        "compilation": compilation(sizes.shapes[0], device),
+        "building": building(sizes.shapes[0], device),
         "ranks": ranks(sizes),
         "simulated ranks": simulated_ranks(sizes),
     }
@@ -84,8 +84,8 @@ def measure(sizes: Sizes, device: torch.device) -> Results:
 def backends(device: torch.device) -> list[str]:
     """The ways of computing that run here, the one that `auto` prefers first."""
     if device.type == "cuda":
-        return ["triton", "compiled", "fused"] if has_triton() else ["compiled", "fused"]
-    return ["compiled", "fused"] if has_compiler() else ["fused"]
+        return ["triton", "fused"] if has_triton() else ["fused"]
+    return ["native", "fused"] if native.available() else ["fused"]
 
 
 def compare(shape: Shape, device: torch.device, repeats: int) -> Row:
@@ -151,23 +151,23 @@ def _slope(x: Tensor, y: Tensor) -> float:
     return float((x @ y) / (x @ x))
 
 
-def compilation(shape: Shape, device: torch.device) -> Iterator[Row]:
+def building(shape: Shape, device: torch.device) -> Iterator[Row]:
     """First forward and backward of a process, without and with what an earlier process left on disk."""
-    if "compiled" not in backends(device):
-        yield {"case": "torch.compile", "not measured": "no C++ compiler"}
+    if backends(device)[0] == "fused":
+        yield {"case": "kernels", "not measured": "neither Triton nor a C++ compiler"}
         return
     script = (
         "import time, torch\n"
         "from lejepa_scale.objective import SIGReg\n"
         f"torch.set_num_threads({torch.get_num_threads()})\n"
         f"z = torch.randn({shape.samples}, {shape.width}, device='{device.type}', requires_grad=True)\n"
-        f"sigreg = SIGReg({shape.slices}, {shape.knots}, backend='compiled')\n"
+        f"sigreg = SIGReg({shape.slices}, {shape.knots}, backend='{backends(device)[0]}')\n"
         "started = time.perf_counter()\n"
         "sigreg(z, step=0).backward()\n"
         "print(time.perf_counter() - started)\n"
     )
     with tempfile.TemporaryDirectory() as folder:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder}
+        environment = {**os.environ, "XDG_CACHE_HOME": folder, "TRITON_CACHE_DIR": folder}
         seconds = [
             float(subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True,
                                  check=True, timeout=300).stdout.split()[-1])
