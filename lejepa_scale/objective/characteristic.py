@@ -16,6 +16,8 @@ from torch import Tensor
 from lejepa_scale.objective import native
 
 _BLOCK = 1 << 16  # projections worked on at once on a CPU: their sixteen buffers stay near the second-level cache
+_GRADIENTS = 1 << 18  # gradients of projections that a CPU holds at once, in the cache, ...
+_ROWS = 64  # ... and the fewest directions among them, for which the matrix product is still efficient
 _LONGEST_SUM = 8192  # a matrix product adds its terms one after another: in fp32 an error of about 1e-6 of the mean
 
 
@@ -37,7 +39,7 @@ def fused_sums(
     backend: `fused` (eager), `native` (C++, CPU) or `triton` (CUDA). Inside torch.compile all are the same traced code.
 
     Time is linear in V N M. The projections are kept for the backward pass, which recomputes the rest: V N M floats, and as
-    many again while it runs.
+    many again while it runs on CUDA; on a CPU it runs in blocks.
     """
     return _FusedSums.apply(z, a, dt, knots, _arithmetic(backend))
 
@@ -67,9 +69,18 @@ class _FusedSums(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
         p, a = ctx.saved_tensors
         t = ctx.dt * torch.arange(1, grad.shape[1] + 1, device=p.device, dtype=p.dtype)
-        weights = (grad * t[:, None, None]).flatten(2)  # [2, K-1, R]
-        dp = ctx.arithmetic.gradient(p.flatten(0, 1), weights, ctx.dt).view_as(p)
-        return torch.bmm(dp.mT, a.expand(len(p), -1, -1)), None, None, None, None
+        weights = grad * t[:, None, None]  # [2, K-1, V, M]
+        if p.device.type != "cpu" or torch.compiler.is_compiling():
+            dp = ctx.arithmetic.gradient(p.flatten(0, 1), weights.flatten(2), ctx.dt).view_as(p)
+            return torch.bmm(dp.mT, a.expand(len(p), -1, -1)), None, None, None, None
+        dz = p.new_zeros(len(p), p.shape[2], a.shape[1])
+        rows = max(_ROWS, _GRADIENTS // max(1, p.shape[2]))
+        for view, (p_of_view, dz_of_view) in enumerate(zip(p, dz, strict=True)):
+            for start in range(0, len(a), rows):
+                part = slice(start, start + rows)
+                dp = ctx.arithmetic.gradient(p_of_view[part], weights[:, :, view, part], ctx.dt)
+                dz_of_view.addmm_(dp.T, a[part])
+        return dz, None, None, None, None
 
 
 # --- Eager: exp(i (a B + b) x) = exp(i a B x) exp(i b x). Some sqrt(K) powers of each kind are made by rotation, and one

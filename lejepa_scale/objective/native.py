@@ -1,5 +1,5 @@
 """The two inner loops of `characteristic` as C++, built by the machine's own compiler in a second or two and kept in the
-user's cache. Sines and cosines are torch's; the rest of the work is here. Refuses devices other than the CPU."""
+user's cache. Refuses devices other than the CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import platform
 import subprocess
 import tempfile
 import warnings
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from shutil import which
@@ -22,26 +21,22 @@ from torch import Tensor
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-O3", "-std=gnu++17", "-shared", "-fPIC")
 _BEST = ("-march=native", "-fopenmp")  # some compilers know one or neither
-_BLOCK = 1 << 18  # projections worked on at once: their sines and cosines stay in the cache
 _REALS = {torch.float32: "float", torch.float64: "double"}
 
 
 def sums(p: Float[Tensor, "r n"], dt: float, knots: int) -> Float[Tensor, "2 k r"]:
     """Cosine and sine sums of each row at angles k dt p, k = 1 .. knots-1."""
-    out = p.new_zeros(2, knots - 1, len(p))
-    kernel = _library(p.dtype).sums
-    for start, cos, sin in _blocks(p, dt):
-        kernel(cos.data_ptr(), sin.data_ptr(), out[0, 0, start:].data_ptr(), *cos.shape, *out.shape[1:], _threads())
+    p, out = p.contiguous(), p.new_empty(2, knots - 1, len(p))
+    _library(p.dtype).sums(p.data_ptr(), out.data_ptr(), dt, *p.shape, knots - 1, torch.get_num_threads())
     return out
 
 
 def gradient(p: Float[Tensor, "r n"], weights: Float[Tensor, "2 k r"], dt: float) -> Float[Tensor, "r n"]:
     """sum_k (weights_1k cos - weights_0k sin)(k dt p)."""
-    out, weights = torch.empty_like(p), weights.contiguous()
-    kernel = _library(p.dtype).gradient
-    for start, cos, sin in _blocks(p, dt):
-        pointers = (cos, sin, weights[0, 0, start:], out[start:])
-        kernel(*(t.data_ptr() for t in pointers), *cos.shape, *weights.shape[1:], _threads())
+    p, weights = p.contiguous(), weights.contiguous()
+    out = torch.empty_like(p)
+    pointers = p.data_ptr(), weights.data_ptr(), out.data_ptr()
+    _library(p.dtype).gradient(*pointers, dt, *p.shape, weights.shape[1], torch.get_num_threads())
     return out
 
 
@@ -57,29 +52,13 @@ def available() -> bool:
     return True
 
 
-def _blocks(p: Float[Tensor, "r n"], dt: float) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """First row, and cosine and sine of dt p, of some rows at a time. The buffers are used again."""
-    if not p.numel():
-        return
-    rows = max(1, _BLOCK // p.shape[1])
-    cosines, sines = p.new_empty(2, min(rows, len(p)), p.shape[1])
-    for start in range(0, len(p), rows):
-        block = p[start : start + rows]
-        cos, sin = cosines[: len(block)], sines[: len(block)]
-        torch.mul(block, dt, out=sin)
-        torch.cos(sin, out=cos)
-        yield start, cos, sin.sin_()
-
-
-def _threads() -> ctypes.c_int:
-    return ctypes.c_int(torch.get_num_threads())
-
-
 @cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
     library = ctypes.CDLL(str(_build(_REALS[dtype])))
-    library.sums.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_long] * 4 + [ctypes.c_int]
-    library.gradient.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_long] * 4 + [ctypes.c_int]
+    real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
+    integers = [ctypes.c_long] * 3 + [ctypes.c_int]
+    library.sums.argtypes = [ctypes.c_void_p] * 2 + [real, *integers]
+    library.gradient.argtypes = [ctypes.c_void_p] * 3 + [real, *integers]
     library.sums.restype = library.gradient.restype = None
     return library
 

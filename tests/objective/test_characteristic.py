@@ -48,6 +48,15 @@ def test_native_kernels_equal_the_textbook_form(knots: int, shape: tuple[int, in
     assert max(errors("native", knots, shape, torch.float32)) < 1e-5
 
 
+@pytest.mark.parametrize("largest", [1.0, 50.0, 8000.0, 9000.0, 1e6])
+def test_native_sines_are_accurate_at_any_angle(largest: float) -> None:
+    """Rows of one sample are cosine and sine themselves; beyond 8192 the C library computes them."""
+    x = (torch.rand(100_000, 1) * 2 - 1) * largest
+    found = native.sums(x, 1.0, 2).squeeze(1).double()
+    true = torch.stack([x.double().cos(), x.double().sin()]).squeeze(-1)
+    assert float((found - true).abs().max()) < 1.5e-7
+
+
 def test_native_kernels_are_built_once_and_by_any_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,12 +111,12 @@ def _peak(backend: str, samples: int) -> int:
 
 
 def test_memory_is_two_projections_at_most() -> None:
-    """Twice N x M floats, the gradient and small blocks: against 3 x 16 times N x M for the textbook form."""
+    """N x M floats, the gradient and blocks: against 3 x 16 times N x M for the textbook form."""
     samples = 16384
     projections = 4 * samples * 256
     for backend in ("fused", "native"):
         peak = _peak(backend, samples)
-        assert peak < 2.6 * projections, (backend, peak / projections)
+        assert peak < 2 * projections, (backend, peak / projections)
     assert _peak("reference", samples // 8) > 30 * projections / 8
 
 
