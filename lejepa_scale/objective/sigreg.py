@@ -161,14 +161,23 @@ class SIGReg(Regularizer):
         return factor * (weight * error).sum(0)
 
 
-@torch.library.custom_op("lejepa_scale::normal", mutates_args=())  # opaque, so that torch.compile has no graph break
 def normal(seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Standard normal [rows, columns] from (seed, step) alone."""
+    # Under torch.compile as an opaque operator, lest the graph breaks; the first call of one imports a symbolic algebra
+    # system, four seconds that an eager process need not spend.
+    draw = _opaque_draw if torch.compiler.is_compiling() else _draw
+    return draw(seed, step, rows, columns, device, dtype)
+
+
+def _draw(seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     generator = torch.Generator(device).manual_seed(_mix(seed, step))
     return torch.randn(rows, columns, generator=generator, device=device, dtype=dtype)
 
 
-@normal.register_fake
+_opaque_draw = torch.library.custom_op("lejepa_scale::normal", _draw, mutates_args=())
+
+
+@_opaque_draw.register_fake
 def _(seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, device=device, dtype=dtype)
 
