@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lejepa_scale.objective import native
 
-_BLOCK = 1 << 16  # projections worked on at once on a CPU: their sixteen buffers stay near the second-level cache
+_BLOCK = 1 << 15  # projections worked on at once on a CPU: their eight complex powers stay near the cache
 _GRADIENTS = 1 << 18  # gradients of projections that a CPU holds at once, in the cache, ...
 _ROWS = 64  # ... and the fewest directions among them, for which the matrix product is still efficient
 _LONGEST_SUM = 8192  # a matrix product adds its terms one after another: in fp32 an error of about 1e-6 of the mean
@@ -83,58 +83,51 @@ class _FusedSums(torch.autograd.Function):
         return dz, None, None, None, None
 
 
-# --- Eager: exp(i (a B + b) x) = exp(i a B x) exp(i b x). Some sqrt(K) powers of each kind are made by rotation, and one
-# small matrix product per row combines them, so that a row is swept 2 sqrt(K) times rather than K times.
+# --- Eager: exp(i (a B + b) x) = exp(i a B x) exp(i b x). Some sqrt(K) powers of each kind are made by multiplication, and
+# one small matrix product per row combines them, so that a row is swept 2 sqrt(K) times rather than K times.
 
 
 def _blocked_sums(p: Tensor, dt: float, knots: int) -> Tensor:
     count = knots - 1
-    steps, strides = _grid(count)
-    out = p.new_zeros(2, count, len(p))
-    for rows, samples in _blocks(p):
-        near, far = _powers(p[rows, samples] * dt, steps, strides)
-        products = far @ near.mT  # [R, 2 A, 2 B]: cosine and sine of one kind by those of the other
-        (cc, cs), (sc, ss) = (half.chunk(2, 2) for half in products.chunk(2, 1))
-        out[0, :, rows] += (cc - ss).flatten(1).T[:count]
-        out[1, :, rows] += (cs + sc).flatten(1).T[:count]
-    return out
+    out = p.new_zeros(count, len(p), dtype=p.dtype.to_complex())
+    for rows, _samples, near, far in _powers(p, dt, count):
+        out[:, rows] += (far @ near.mT).flatten(1).T[:count]
+    return torch.stack([out.real, out.imag])
 
 
 def _blocked_gradient(p: Tensor, weights: Tensor, dt: float) -> Tensor:
+    """Re sum_k (w_1k + i w_0k) exp(i k x)"""
     count = weights.shape[1]
     steps, strides = _grid(count)
-    padded = weights.new_zeros(2, strides * steps, len(p))
-    padded[:, :count] = weights
-    of_cos, of_sin = padded.permute(0, 2, 1).unflatten(2, (strides, steps))  # [R, A, B] each
-    # -u sin(x+y) + v cos(x+y) = cos x (v cos y - u sin y) + sin x (-u cos y - v sin y), x far and y near
-    mixing = torch.cat([torch.cat([of_sin, -of_cos], 2), torch.cat([-of_cos, -of_sin], 2)], 1)  # [R, 2 A, 2 B]
+    padded = weights.new_zeros(len(p), strides * steps, dtype=p.dtype.to_complex())
+    padded[:, :count] = torch.complex(weights[1], weights[0]).T
+    mixing = padded.unflatten(1, (strides, steps))  # [R, A, B]
     out = torch.empty_like(p)
-    for rows, samples in _blocks(p):
-        near, far = _powers(p[rows, samples] * dt, steps, strides)
-        torch.sum((mixing[rows] @ near).mul_(far), 1, out=out[rows, samples])
+    for rows, samples, near, far in _powers(p, dt, count):
+        mixed = mixing[rows] @ near  # [R, A, N]
+        out[rows, samples] = mixed.mul_(far).real.sum(1)
     return out
 
 
-def _powers(angle: Float[Tensor, "r n"], steps: int, strides: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of b x for b = 1 .. steps [R, 2 steps, N], and of a steps x for a = 0 .. strides-1 [R, 2 strides, N]."""
-    near = angle.new_empty(len(angle), 2, steps, angle.shape[1])
-    torch.cos(angle, out=near[:, 0, 0])
-    torch.sin(angle, out=near[:, 1, 0])
-    for b in range(1, steps):
-        _rotate(near[:, :, b - 1], near[:, :, 0], near[:, :, b])
-    far = angle.new_empty(len(angle), 2, strides, angle.shape[1])
-    far[:, 0, 0], far[:, 1, 0] = 1.0, 0.0
-    for a in range(1, strides):
-        _rotate(far[:, :, a - 1], near[:, :, -1], far[:, :, a])
-    return near.flatten(1, 2), far.flatten(1, 2)
-
-
-def _rotate(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """Product of unit complex numbers; cosine and sine lie along dim 1."""
-    torch.mul(x[:, 0], y[:, 0], out=out[:, 0])
-    out[:, 0].addcmul_(x[:, 1], y[:, 1], value=-1.0)
-    torch.mul(x[:, 1], y[:, 0], out=out[:, 1])
-    out[:, 1].addcmul_(x[:, 0], y[:, 1])
+def _powers(p: Float[Tensor, "r n"], dt: float, count: int) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Rows and samples of a block, and powers of u = exp(i dt p) there: u^b for b = 1 .. steps [R, steps, N], and
+    u^(a steps) for a = 0 .. strides-1 [R, strides, N]. The buffers are used again: fresh memory costs more than arithmetic.
+    """
+    steps, strides = _grid(count)
+    buffers: tuple[Tensor, Tensor] | None = None
+    for rows, samples in _blocks(p):
+        angle = p[rows, samples] * dt
+        if buffers is None:
+            shape, kind = (len(angle), steps + strides, angle.shape[1]), p.dtype.to_complex()
+            buffers = angle.new_empty(shape, dtype=kind).split([steps, strides], 1)
+        near, far = (buffer[: len(angle), :, : angle.shape[1]] for buffer in buffers)
+        near.real[:, 0], near.imag[:, 0] = angle.cos(), angle.sin()
+        for b in range(1, steps):
+            torch.mul(near[:, b - 1], near[:, 0], out=near[:, b])
+        far[:, 0] = 1.0
+        for a in range(1, strides):
+            torch.mul(far[:, a - 1], near[:, -1], out=far[:, a])
+        yield rows, samples, near, far
 
 
 def _grid(count: int) -> tuple[int, int]:
