@@ -96,7 +96,6 @@ def _close(found: Any, expected: Any) -> None:
     still = without_gradient(_config("single"))
     assert still == {"encoder.backbone.norm.bias"}
     for name, value in true_state.model.items():
-        print(name, float(value.norm()), float((state.model[name] - value).norm() / value.norm()))
         if name in still:
             assert max(value.norm(), state.model[name].norm()) < 1e-5, name
         else:
