@@ -23,7 +23,10 @@ def free_port() -> int:
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 240) -> list[Any]:
     """`function(*args)` on `world` processes inside a process group; results by rank. Fails if any rank fails or hangs."""
-    context = mp.get_context("spawn")
+    context = mp.get_context(
+        "forkserver"
+    )  # ranks are forked from a process that has imported everything and run nothing
+    context.set_forkserver_preload(["lejepa_scale.train"])
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         processes = [

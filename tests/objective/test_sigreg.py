@@ -29,10 +29,11 @@ def test_fine_quadrature_approaches_the_closed_form(mean: float) -> None:
 
 
 def test_published_settings_expect_the_known_values() -> None:
+    """In 1024 dimensions, where random directions share least; the expectation depends on neither N nor D."""
     sigreg = SIGReg(num_slices=1024)
-    values = torch.stack([sigreg(torch.randn(1024, 64), step=i) for i in range(100)])
+    values = torch.stack([sigreg(torch.randn(64, 1024), step=i) for i in range(200)])
+    assert values.std() / math.sqrt(len(values)) < 0.0035  # one per cent is three standard errors
     assert float(values.mean()) == pytest.approx(1.0525, rel=0.01)
-    assert values.std() / 10 < 0.003  # one per cent is more than three standard errors
     collapsed = sigreg(torch.zeros(1000, 8), step=0)
     assert float(collapsed) / 1000 == pytest.approx(0.402, abs=1e-3)
 
