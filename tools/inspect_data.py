@@ -22,14 +22,14 @@ from lejepa_scale.data.audit import load as load_log
 from lejepa_scale.data.keylog import header_line, record_line
 from lejepa_scale.errors import UserError
 
-_ORDER = """Print the samples of each global step without training and without decoding an image, in the format of a run's key log:
+_ORDER = """Print the samples of each global step, in the format of a run's key log. Nothing is trained or decoded.
 
   step  position  source  epoch  shard  member  name  [replacement]         (tab-separated; # opens a header)
 
-The output must not depend on --world-size, --workers, or on train.micro_batch: compare with `cmp` or `audit`."""
+The output must not depend on --world-size, --workers or train.micro_batch: compare with `cmp` or `audit`."""
 
-_AUDIT = """One log: every position of its steps must be there, no sample twice in an epoch, none missing from an epoch that is over,
-and what a restarted run took again must agree. Two logs: the first position at which they differ.
+_AUDIT = """One log: every position of its steps must be there, no sample twice in an epoch, none missing from an epoch that
+is over, and what a restarted run took again must agree. Two logs: the first position at which they differ.
 Exit status: 0 all is well, 1 it is not, 2 a log cannot be read."""
 
 

@@ -1,14 +1,14 @@
-"""The log of which sample came at which position, by the run that consumed it or by arithmetic alone: one text format for both.
+"""The log of which sample came at which position, by the run that consumed it or by arithmetic alone: one format for both.
 
-A run with `data.log_keys` keeps RUN/keys/rank00000.tsv, rank00001.tsv, ...: one file a rank, so that nothing is gathered over
-the network. A line starting with # opens each start of the run and holds, as JSON, what determines the order; after it comes
-one line a sample, tab-separated:
+A run with `data.log_keys` keeps RUN/keys/rank00000.tsv, rank00001.tsv, ...: one file a rank, so nothing is gathered over the
+network. A line starting with # opens each start of the run and holds, as JSON, what determines the order; after it comes one
+line a sample, tab-separated:
 
     step  position  source  epoch  shard  member  name  [replacement]
 
 `position` counts samples of the global stream, over all ranks; `step` is position // global_batch, from 0. (source, shard,
 member) is the sample: numbers in the order of data.shards, so that equal keys in two shards, or equal shard names in two
-folders, stay apart. `name` is shard file/key for the reader. `replacement`, where there is one, is the key that came in its place.
+folders, stay apart. `name` is shard file/key for the reader. `replacement`, where there is one, is the key that came.
 
 Lines are appended when the trainer takes the micro-batch, straight to the kernel, and so survive SIGKILL. A restarted run
 takes the steps since its checkpoint again and logs them again: the two records of a position must agree.
