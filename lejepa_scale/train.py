@@ -98,7 +98,7 @@ class _Run:
         self.fingerprint = sources.fingerprint
         self.key_log: KeyLog | None = None
         if config.data.log_keys:
-            self.key_log = KeyLog(config.run.dir, distributed.rank(), sources.key_log_header(config))
+            self.key_log = KeyLog(config.run.dir, distributed.rank(), sources.key_log_header(config, decoded=True))
         self.nonfinite, self.skipped = progress.nonfinite, progress.skipped_images
         self.elapsed_before, self.started = progress.seconds, time.monotonic()
         self.first_step, self.waited = progress.step, 0.0

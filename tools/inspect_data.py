@@ -76,7 +76,7 @@ def _order(arguments: argparse.Namespace) -> int:
     workers = [] if arguments.workers is None else [f"data.workers={arguments.workers}"]
     config = load(arguments.config, [*arguments.overrides, *workers])
     sources = open_sources(config.data)
-    sys.stdout.write(header_line(sources.key_log_header(config)))
+    sys.stdout.write(header_line(sources.key_log_header(config, decoded=False)))
     steps = arguments.steps
     for step, records in order_of_steps(sources, config, arguments.world_size, steps.start, steps.stop):
         sys.stdout.writelines(record_line(step, record) for record in records)

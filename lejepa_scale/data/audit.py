@@ -48,6 +48,11 @@ class Log:
     def global_batch(self) -> int:
         return int(self.headers[0][1]["global_batch"])
 
+    @property
+    def decoded(self) -> bool:
+        """Whether images were read, so that what could not be is marked as replaced."""
+        return bool(self.headers[0][1]["decoded"])
+
 
 def load(path: Path, steps: range | None = None) -> Log:
     """Read a run directory or a file, only `steps` of it if given. Raises UserError where there is no log to read."""
@@ -57,6 +62,8 @@ def load(path: Path, steps: range | None = None) -> Log:
             if isinstance(entry, dict):
                 log.headers.append((f"{file}, line {number}", entry))
                 continue
+            if not log.headers:
+                raise UserError(f"{file}, line {number}: records come after a header, a line that starts with #.")
             step, record = entry
             if steps is not None and step not in steps:
                 continue
@@ -67,7 +74,7 @@ def load(path: Path, steps: range | None = None) -> Log:
                     f"{before[0]}, {record} in step {step} ({file}, line {number})"
                 )
             log.repeated += before is not entry and before == entry
-    if not log.headers or not log.records:
+    if not log.records:
         which = "" if steps is None else f" of the steps {steps.start}:{steps.stop}"
         raise UserError(f"the key log {path} holds no sample{which}.")
     return log
@@ -153,10 +160,12 @@ def _omissions(log: Log) -> Iterator[str]:
 
 
 def first_difference(one: Log, two: Log) -> str | None:
-    """Where two logs part, by position; None where they hold the same samples at the same positions."""
+    """Where two logs part, by position; None where they hold the same samples at the same positions. Replacements of what
+    could not be read count where both logs can know of them."""
+    both_decoded = one.decoded and two.decoded
     for position in sorted(one.records.keys() | two.records.keys()):
         a, b = one.records.get(position), two.records.get(position)
-        if a == b:
+        if a == b or (a and b and not both_decoded and (a[0], a[1][:-1]) == (b[0], b[1][:-1])):
             continue
         for log, entry, other in ((one, a, b), (two, b, a)):
             if entry is None and other is not None:

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from lejepa_scale.errors import UserError
 
 Header = dict[str, Any]
+_HEADER = {"fingerprint", "seed", "shuffle_block", "global_batch", "samples", "decoded"}
 
 
 class Record(NamedTuple):
@@ -118,9 +119,16 @@ def read(path: Path) -> Iterator[tuple[int, Header | tuple[int, Record]]]:
             if not line.endswith("\n"):
                 return
             try:
-                yield number, json.loads(line[1:]) if line.startswith("#") else _parse(line[:-1])
+                yield number, _parse_header(line[1:]) if line.startswith("#") else _parse(line[:-1])
             except ValueError as error:
                 raise UserError(f"{path}, line {number} is not a line of a key log: {line[:80]!r}.") from error
+
+
+def _parse_header(text: str) -> Header:
+    header = json.loads(text)
+    if not isinstance(header, dict) or not header.keys() >= _HEADER:
+        raise ValueError(f"a header holds {', '.join(sorted(_HEADER))}")
+    return header
 
 
 def _parse(line: str) -> tuple[int, Record]:

@@ -80,14 +80,15 @@ class Sources:
         drawn = str(shard.keys[location.member])
         return Record(position, *location, f"{shard.path.name}/{drawn}", "" if key == drawn else key)
 
-    def key_log_header(self, config: Config) -> Header:
-        """All that the order depends on, and how many samples an epoch of each source has."""
+    def key_log_header(self, config: Config, *, decoded: bool) -> Header:
+        """All that the order depends on, how many samples an epoch of each source has, and whether images were read."""
         return {
             "fingerprint": self.fingerprint,
             "seed": config.run.seed,
             "shuffle_block": config.data.shuffle_block,
             "global_batch": config.train.global_batch,
             "samples": [sum(map(len, source)) for source in self.shards],
+            "decoded": decoded,
         }
 
 

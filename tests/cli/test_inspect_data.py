@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import inspect_data
 import pytest
 from conftest import ROOT, Command, small_config
+
+from lejepa_scale.data import sources
+from lejepa_scale.data.writer import write_shards
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -50,7 +55,11 @@ def test_order_prints_the_same_for_any_ranks_and_workers(inspect: Run, config: P
 
 
 def test_audit_of_a_run(inspect: Run, command: Command, config: Path, tmp_path: Path) -> None:
-    """Trained, and compared with what was computed."""
+    """Trained, and compared with what was computed. An image that does not decode is named with its neighbour."""
+    scenes = sources.scenes(96, 32, 0, "png", 90)
+    damaged = (replace(s, image=b"no image") if s.key == "00000037" else s for s in scenes.samples)
+    write_shards(damaged, tmp_path / "s", per_shard=32, total=96, classes=scenes.classes, description={})
+    config.write_text(re.sub(r"shards: .*", f"shards: {tmp_path / 's'}", config.read_text()))
     expected = tmp_path / "expected.tsv"
     expected.write_text(inspect("order", "--config", config, "--steps", "0:14")[1])
     result = command(ROOT / "launchers/train.py", "--config", config)
@@ -58,6 +67,7 @@ def test_audit_of_a_run(inspect: Run, command: Command, config: Path, tmp_path: 
     status, out, _ = inspect("audit", tmp_path / "run")
     assert (status, out.splitlines()[-1]) == (0, "clean: every sample once")
     assert "96 of source 0 epoch 0, 96 of source 0 epoch 1, 32 of source 0 epoch 2" in out
+    assert "0:1:5 shard-000001.tar/00000037 (epoch 0), replaced by 00000038" in out
     status, out, _ = inspect("audit", expected, tmp_path / "run")
     assert (status, out.splitlines()[-1]) == (0, "clean: the same samples at the same positions")
 
@@ -81,7 +91,8 @@ def test_audit_names_what_is_wrong(inspect: Run, config: Path, tmp_path: Path) -
     assert "1 did not come: 49 of step 3" in gone
     assert f"1 of the 96 samples of source 0 did not come in epoch 0, among them {name[50]}" in gone
     assert "16 did not come: 32 to 47 of step 2" in audit(whole[:33] + whole[49:])
-    swapped = audit(whole[:50] + ["\t".join([*whole[50].split("\t")[:2], *whole[60].split("\t")[2:]])] + whole[51:])
+    other = "\t".join([*whole[50].split("\t")[:2], *whole[60].split("\t")[2:]])
+    swapped = audit([*whole[:50], other, *whole[51:]])
     assert f"{name[60]} (epoch 0) at positions 49 and 59" in swapped
     assert f"among them {name[50]}" in swapped
     other = "\t".join([*whole[20].split("\t")[:2], *whole[22].split("\t")[2:]])
@@ -102,10 +113,19 @@ def test_what_cannot_be_read_says_so(inspect: Run, config: Path, tmp_path: Path,
     status, _, err = inspect("audit", tmp_path)
     assert status == 2
     assert "data.log_keys=true" in err
-    (tmp_path / "x.tsv").write_text("# {}\nnot a log\n")
+    (tmp_path / "x.tsv").write_text("# {}\n")
     status, _, err = inspect("audit", tmp_path / "x.tsv")
     assert status == 2
-    assert "x.tsv, line 2" in err
+    assert "x.tsv, line 1 is not a line of a key log" in err
+    order = inspect("order", "--config", config, "--steps", "0:1")[1]
+    (tmp_path / "x.tsv").write_text(order.partition("\n")[2])
+    status, _, err = inspect("audit", tmp_path / "x.tsv")
+    assert status == 2
+    assert "x.tsv, line 1: records come after a header" in err
+    (tmp_path / "x.tsv").write_text(order.partition("\n")[0] + "\n")
+    status, _, err = inspect("audit", tmp_path / "x.tsv")
+    assert status == 2
+    assert "holds no sample" in err
     status, _, err = inspect("order", "--config", config, "--world-size", 3, "--steps", "0:1")
     assert status == 2
     assert "train.global_batch = 16 cannot be split over 3 ranks" in err

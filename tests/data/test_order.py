@@ -171,7 +171,7 @@ def test_ranks_workers_and_micro_batches_do_not_change_the_order(tree: dict[str,
 def expected_log(tree: dict[str, Any], path: Path) -> Path:
     config = validate(tree)
     sources = open_sources(config.data)
-    lines = [header_line(sources.key_log_header(config))]
+    lines = [header_line(sources.key_log_header(config, decoded=False))]
     for step, records in order_of_steps(sources, config, 1, 0, config.train.steps):
         lines += [record_line(step, record) for record in records]
     path.write_text("".join(lines))
@@ -201,7 +201,7 @@ def consume(tree: dict[str, Any], ranks: int, kill_at: int | None) -> None:
     sources, split = open_sources(config.data), plan_batches(config, ranks)
     saved = config.run.dir / "saved"
     first = int(saved.read_text()) if saved.exists() else 0
-    logs = [KeyLog(config.run.dir, rank, sources.key_log_header(config)) for rank in range(ranks)]
+    logs = [KeyLog(config.run.dir, rank, sources.key_log_header(config, decoded=True)) for rank in range(ranks)]
     streams = [
         iter(Loader(sources, config, split, rank=rank, first_step=first, pin_memory=False)) for rank in range(ranks)
     ]
