@@ -3,7 +3,7 @@ epoch, none left out. Judges logs by sets, not by the arithmetic of order.py, wh
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
@@ -83,12 +83,11 @@ def load(path: Path, steps: range | None = None) -> Log:
 def summary(log: Log) -> str:
     """One line: what there is in a log."""
     steps = sorted({step for step, _ in log.records.values()})
-    epochs = Counter((record.source, record.epoch) for _, record in log.records.values())
-    parts = [
-        f"{log.path}: {len(log.records):,} samples in steps {steps[0]} to {steps[-1]}",
-        ", ".join(f"{n:,} of source {source} epoch {epoch}" for (source, epoch), n in sorted(epochs.items())),
-        f"{len(log.headers)} starts of a rank" + (f", {log.repeated:,} samples taken again" if log.repeated else ""),
-    ]
+    parts = [f"{log.path}: {len(log.records):,} samples in {_span(steps[0], steps[-1], 'step')}"]
+    for source in sorted({record.source for _, record in log.records.values()}):
+        epochs = [record.epoch for _, record in log.records.values() if record.source == source]
+        parts.append(f"{len(epochs):,} of source {source} in {_span(min(epochs), max(epochs), 'epoch')}")
+    parts.append(f"written by {len(log.headers)} starts of a rank, {log.repeated:,} samples taken again")
     replaced = [str(record) for _, record in log.records.values() if record.replacement]
     if replaced:
         parts.append(f"{len(replaced)} that could not be read were replaced: {_examples(replaced)}")
@@ -126,8 +125,11 @@ def _gaps(log: Log) -> Iterator[str]:
     absent = [position for position in expected if position not in log.records]
     runs = [[position for _, position in run] for _, run in groupby(enumerate(absent), lambda x: x[1] - x[0])]
     if runs:
-        shown = [f"{_span(run[0], run[-1])} of step {_span(run[0] // batch, run[-1] // batch)}" for run in runs]
-        yield f"omissions: of the positions of these steps {len(absent):,} did not come: {_examples(shown)}"
+        shown = [
+            f"{_span(run[0], run[-1], 'position')} of {_span(run[0] // batch, run[-1] // batch, 'step')}"
+            for run in runs
+        ]
+        yield f"omissions: {len(absent):,} of the {len(expected):,} positions did not come: {_examples(shown)}"
 
 
 def _duplicates(log: Log) -> Iterator[str]:
@@ -179,8 +181,8 @@ def first_difference(one: Log, two: Log) -> str | None:
     return None
 
 
-def _span(first: int, last: int) -> str:
-    return str(first) if first == last else f"{first} to {last}"
+def _span(first: int, last: int, unit: str) -> str:
+    return f"{unit} {first}" if first == last else f"{unit}s {first} to {last}"
 
 
 def _examples_of(title: str, found: list[str]) -> Iterator[str]:

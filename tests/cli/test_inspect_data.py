@@ -66,7 +66,7 @@ def test_audit_of_a_run(inspect: Run, command: Command, config: Path, tmp_path: 
     assert result.returncode == 0, result.stderr
     status, out, _ = inspect("audit", tmp_path / "run")
     assert (status, out.splitlines()[-1]) == (0, "clean: every sample once")
-    assert "96 of source 0 epoch 0, 96 of source 0 epoch 1, 32 of source 0 epoch 2" in out
+    assert "224 samples in steps 0 to 13; 224 of source 0 in epochs 0 to 2; written by 1 starts" in out
     assert "0:1:5 shard-000001.tar/00000037 (epoch 0), replaced by 00000038" in out
     status, out, _ = inspect("audit", expected, tmp_path / "run")
     assert (status, out.splitlines()[-1]) == (0, "clean: the same samples at the same positions")
@@ -88,9 +88,9 @@ def test_audit_names_what_is_wrong(inspect: Run, config: Path, tmp_path: Path) -
     assert audit([*whole, *whole[100:120]]) == ""  # taken again after a restart
     assert audit([*whole, "13\t12"]) == ""  # half a line, from a kill
     gone = audit(whole[:50] + whole[51:])
-    assert "1 did not come: 49 of step 3" in gone
+    assert "1 of the 224 positions did not come: position 49 of step 3" in gone
     assert f"1 of the 96 samples of source 0 did not come in epoch 0, among them {name[50]}" in gone
-    assert "16 did not come: 32 to 47 of step 2" in audit(whole[:33] + whole[49:])
+    assert "16 of the 224 positions did not come: positions 32 to 47 of step 2" in audit(whole[:33] + whole[49:])
     other = "\t".join([*whole[50].split("\t")[:2], *whole[60].split("\t")[2:]])
     swapped = audit([*whole[:50], other, *whole[51:]])
     assert f"{name[60]} (epoch 0) at positions 49 and 59" in swapped
