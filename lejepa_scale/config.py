@@ -104,8 +104,11 @@ class Data(Section):
     )
     workers: NonNegative = Field(0, description="decoding processes per rank; 0: in the training process")
     prefetch: Positive = Field(2, description="batches each worker prepares ahead")
-    shuffle_block: Positive = Field(16384, description="samples within which the order is fully random")
+    shuffle_block: Positive = Field(
+        16384, description="samples mixed among each other, shards being in random order; any size, no memory"
+    )
     cache_dir: Path | None = Field(None, description="where remote shards are copied; unset: the user's cache")
+    log_keys: bool = Field(False, description="write which samples every rank consumed to keys/ in the run directory")
     views: Views = Views()
     augment: Augment = Augment()
 

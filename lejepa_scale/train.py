@@ -17,6 +17,7 @@ from lejepa_scale import distributed
 from lejepa_scale.checkpoint import CanonicalState, Progress, Store
 from lejepa_scale.config import BatchPlan, Config, check_world, dump
 from lejepa_scale.data import Batch, Loader, open_sources
+from lejepa_scale.data.keylog import KeyLog
 from lejepa_scale.data.loader import Sources
 from lejepa_scale.engine import Engine, build_engine
 from lejepa_scale.errors import UserError
@@ -95,6 +96,9 @@ class _Run:
         self.config, self.plan, self.engine, self.probe = config, plan, engine, probe
         self.store, self.reporter, self.device = store, reporter, device
         self.fingerprint = sources.fingerprint
+        self.key_log: KeyLog | None = None
+        if config.data.log_keys:
+            self.key_log = KeyLog(config.run.dir, distributed.rank(), sources.key_log_header(config, decoded=True))
         self.nonfinite, self.skipped = progress.nonfinite, progress.skipped_images
         self.elapsed_before, self.started = progress.seconds, time.monotonic()
         self.first_step, self.waited = progress.step, 0.0
@@ -163,9 +167,9 @@ class _Run:
         count = self.plan.accumulation
         if count == 1 or self.config.objective.accumulation != "exact":
             for _ in range(count):
-                yield self._next(batches), None
+                yield self._next(batches, step), None
             return
-        held = [self._next(batches) for _ in range(count)]
+        held = [self._next(batches, step) for _ in range(count)]
         features = []
         for micro, batch in enumerate(held):
             _seed_step(self.config.run.seed, step, micro)
@@ -173,11 +177,13 @@ class _Run:
         for micro, batch in enumerate(held):
             yield batch, Replay(features, micro)
 
-    def _next(self, batches: Iterator[Batch]) -> Batch:
+    def _next(self, batches: Iterator[Batch], step: int) -> Batch:
         asked = time.monotonic()
         batch = next(batches)
         self.waited += time.monotonic() - asked
         self._note_skipped(batch)
+        if self.key_log is not None:
+            self.key_log.write(step, batch.records)
         return batch
 
     def _save(self, step: int) -> Path:

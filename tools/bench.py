@@ -3,6 +3,7 @@
   python tools/bench.py gpu --json gpu.json      everything worth checking on a CUDA GPU, in one run of under 9 minutes
   python tools/bench.py sigreg                   SIGReg's time, memory, growth and traffic against the textbook form
   python tools/bench.py isotropy --plot FILE     free embeddings under SIGReg's gradient: is every direction Gaussian?
+  python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
 --smoke runs the same code at toy sizes on whatever is here: it checks the benchmark itself. Results go to
 docs/benchmarks.md with the date, the machine and the command.
@@ -16,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import gpu, reach, sigreg
+from benchmarks import gpu, order, reach, sigreg
 from benchmarks.measure import Results, run_sections
 
 from lejepa_scale.errors import UserError
@@ -35,9 +36,10 @@ def main() -> int:
     kind.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     kind = kinds.add_parser("isotropy", parents=[options], help="does SIGReg reach isotropy from far away?")
     kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG of every direction's statistic over the steps")
+    kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments = parser.parse_args()
     try:
-        results = {"gpu": _gpu, "sigreg": _sigreg, "isotropy": _isotropy}[arguments.kind](arguments)
+        results = {"gpu": _gpu, "sigreg": _sigreg, "isotropy": _isotropy, "order": _order}[arguments.kind](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -72,6 +74,12 @@ def _isotropy(arguments: argparse.Namespace) -> Results:
     sizes = {"steps": 300, "samples": 256, "width": 8} if arguments.smoke else {}
     sections = {"isotropy": reach.reach(arguments.plot, **sizes)}
     return run_sections(sections, torch.device("cpu"), minutes=60)
+
+
+def _order(arguments: argparse.Namespace) -> Results:
+    samples, shards = (10**6, 1000) if arguments.smoke else (10**9, 100_000)
+    sections = {"scale": order.scale(samples, shards), "mixing": order.mixing(100 if arguments.smoke else 1000)}
+    return run_sections(sections, torch.device("cpu"), minutes=10)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from lejepa_scale.config import BatchPlan, Config, Data
 from lejepa_scale.data import photometric
 from lejepa_scale.data.decode import DecodeError, decode
 from lejepa_scale.data.index import ShardIndex, index_shards
+from lejepa_scale.data.keylog import Header, Record
 from lejepa_scale.data.order import Location, Order, positions
 from lejepa_scale.data.stream import expand, localise, read
 from lejepa_scale.data.views import centre_square, cut_views
@@ -36,6 +37,7 @@ class Batch:
     labels: Tensor  # int64 [B], -1 where unknown
     keys: list[str]
     skipped: list[str]  # "shard:key: reason" of images that did not decode and were replaced
+    records: list[Record]  # what was drawn, for the key log
 
     def pin_memory(self) -> Batch:
         return replace(self, views=[v.pin_memory() for v in self.views], labels=self.labels.pin_memory())
@@ -72,6 +74,23 @@ class Sources:
         text = repr([[(s.path.name, len(s), s.nbytes) for s in source] for source in self.shards]) + repr(self.weights)
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
+    def record(self, position: int, location: Location, key: str) -> Record:
+        """What was drawn at a position, where the sample called `key` came of it."""
+        shard = self.shards[location.source][location.shard]
+        drawn = str(shard.keys[location.member])
+        return Record(position, *location, f"{shard.path.name}/{drawn}", "" if key == drawn else key)
+
+    def key_log_header(self, config: Config, *, decoded: bool) -> Header:
+        """All that the order depends on, how many samples an epoch of each source has, and whether images were read."""
+        return {
+            "fingerprint": self.fingerprint,
+            "seed": config.run.seed,
+            "shuffle_block": config.data.shuffle_block,
+            "global_batch": config.train.global_batch,
+            "samples": [sum(map(len, source)) for source in self.shards],
+            "decoded": decoded,
+        }
+
 
 def open_sources(data: Data) -> Sources:
     """Expand, fetch and index every shard of the configuration. Raises UserError that names what is missing."""
@@ -95,9 +114,8 @@ class _Samples(Dataset[Batch]):
         skipped: list[str] = []
         views: list[list[np.ndarray]] = [[] for _ in self.groups]
         parameters: list[list[np.ndarray]] = [[] for _ in self.groups]
-        labels, keys = [], []
-        for position in where:
-            location = self.order.locate(position)
+        labels, keys, records = [], [], []
+        for position, location in zip(where, self.order.locate(where), strict=True):
             image, shard, member = self._image(location, skipped)
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, *location))))
             for i, group in enumerate(self.groups):
@@ -105,12 +123,14 @@ class _Samples(Dataset[Batch]):
                 parameters[i].append(photometric.draw(group.count, self.augment, rng))
             labels.append(int(shard.labels[member]))
             keys.append(str(shard.keys[member]))
+            records.append(self.sources.record(position, location, keys[-1]))
         return Batch(
             [torch.from_numpy(np.stack(v, 1).transpose(0, 1, 4, 2, 3).copy()) for v in views],
             [torch.from_numpy(np.stack(p, 1)) for p in parameters],
             torch.tensor(labels),
             keys,
             skipped,
+            records,
         )
 
     def _image(self, location: Location, skipped: list[str]) -> tuple[np.ndarray, ShardIndex, int]:
@@ -129,17 +149,35 @@ class _Samples(Dataset[Batch]):
         )
 
 
+class _Names(_Samples):
+    """The same samples, unread: batches without views."""
+
+    def __getitems__(self, where: list[int]) -> Batch:
+        found = self.order.locate(where)
+        keys = [str(self.sources.shards[x.source][x.shard].keys[x.member]) for x in found]
+        records = [self.sources.record(*drawn) for drawn in zip(where, found, keys, strict=True)]
+        return Batch([], [], torch.empty(0, dtype=torch.long), keys, [], records)
+
+
 class Loader:
     """Iterates (step, micro-batches of this rank) from `first_step` for ever; a pure function of the configuration."""
 
     def __init__(
-        self, sources: Sources, config: Config, plan: BatchPlan, *, rank: int, first_step: int, pin_memory: bool
+        self,
+        sources: Sources,
+        config: Config,
+        plan: BatchPlan,
+        *,
+        rank: int,
+        first_step: int,
+        pin_memory: bool,
+        decode: bool = True,  # without, batches name their samples and hold no views
     ) -> None:
         self.plan, self.rank, self.first_step = plan, rank, first_step
         workers = config.data.workers
         cv2.setNumThreads(1)  # workers and ranks are the parallelism
         self._loader: DataLoader[Batch] = DataLoader(
-            _Samples(sources, config),
+            (_Samples if decode else _Names)(sources, config),
             batch_sampler=_Positions(plan, rank, first_step),  # type: ignore[arg-type]
             collate_fn=_same,  # type: ignore[arg-type]
             num_workers=workers,

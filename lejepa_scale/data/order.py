@@ -1,89 +1,144 @@
 """Which sample when: a pure function of (seed, position), without state. Positions count samples of the global
-stream, so neither ranks nor workers enter the order. Refuses to touch files."""
+stream, so neither ranks nor workers enter the order. Permutations are computed, never stored: a billion samples cost what
+their list of shards costs. Refuses to touch files."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from lejepa_scale.config import BatchPlan
 
-_PERIOD = 4096  # slots of the mixture schedule: weights are honoured to 1 / 4096
+_ROUNDS = 10  # of the Feistel network; few leave a bias that shows where there are only a handful of shards
+_EPOCHS_HELD = 4
+_SHARES = 1 << 30  # weights of a mixture are rounded to parts of this
+_GAMMA, _MIX_1, _MIX_2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
 class Location(NamedTuple):
     source: int
-    epoch: int
-    shard: int
-    member: int
+    epoch: int  # of this source
+    shard: int  # in the order of the configuration
+    member: int  # in the order of the shard
 
 
 class SourceOrder:
     """Endless epochs over one source: shards permuted per epoch, samples permuted within blocks of that sequence.
 
-    Every epoch visits each sample exactly once. Reading stays local: a block spans few shards.
+    Every epoch visits each sample exactly once. Reading stays local, since a block spans few shards; a block of at least
+    the source's size makes the order one permutation of everything. Memory is 16 bytes a shard for each of the last four
+    epochs asked for; the first question about an epoch permutes its shards.
     """
 
-    def __init__(self, counts: list[int], seed: int, block: int) -> None:
-        self.counts = np.asarray(counts, dtype=np.int64)
+    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, block: int, source: int = 0) -> None:
+        self.counts = np.asarray(counts, np.int64)  # samples of each shard
         self.total = int(self.counts.sum())
-        self.seed, self.block = seed, block
-        self._shards = lru_cache(maxsize=4)(self._permuted_shards)
-        self._within = lru_cache(maxsize=8)(self._permuted_block)
+        self.block = min(block, self.total)
+        self._seed = np.random.SeedSequence((seed, source)).generate_state(1, np.uint64)
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def locate(self, index: int) -> tuple[int, int, int]:
-        """index-th sample ever drawn from this source -> (epoch, shard, member)."""
-        epoch, position = divmod(index, self.total)
-        block, offset = divmod(position, self.block)
-        position = block * self.block + int(self._within(epoch, block)[offset])
-        shards, ends = self._shards(epoch)
-        slot = int(np.searchsorted(ends, position, side="right"))
-        shard = int(shards[slot])
-        return epoch, shard, position - int(ends[slot] - self.counts[shard])
+    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """int64 [n], counting samples ever drawn from this source -> (epoch, shard, member), int64 [n] each."""
+        epoch, place = np.divmod(indices, self.total)
+        block, offset = np.divmod(place, self.block)
+        start = block * self.block
+        place = start + permute(offset, np.minimum(self.block, self.total - start), self._keys(epoch, 1 + block))
+        shard, member = np.empty_like(place), np.empty_like(place)
+        for number in set(epoch.tolist()):
+            here = epoch == number
+            shards, starts = self._permuted_shards(number)
+            slot = np.searchsorted(starts, place[here], side="right") - 1
+            shard[here] = shards[slot]
+            member[here] = place[here] - starts[slot]
+        return epoch, shard, member
 
     def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        shards = _rng(self.seed, epoch, 0).permutation(len(self.counts))
-        return shards, np.cumsum(self.counts[shards])
+        """The shards in this epoch's order, and at which place of the epoch each begins."""
+        if epoch not in self._epochs:
+            if len(self._epochs) == _EPOCHS_HELD:
+                del self._epochs[next(iter(self._epochs))]
+            number = np.arange(len(self.counts))
+            shards = permute(number, np.full_like(number, len(number)), self._keys(np.full_like(number, epoch), 0))
+            self._epochs[epoch] = shards, np.cumsum(self.counts[shards]) - self.counts[shards]
+        return self._epochs[epoch]
 
-    def _permuted_block(self, epoch: int, block: int) -> np.ndarray:
-        size = min(self.block, self.total - block * self.block)
-        return _rng(self.seed, epoch, 1, block).permutation(size)
+    def _keys(self, epoch: np.ndarray, part: np.ndarray | int) -> np.ndarray:
+        """uint64 [n]: what chooses the permutation of an epoch's shards (part 0) or of one of its blocks (1 + block)."""
+        return _mix(_mix(self._seed + epoch.astype(np.uint64) * _GAMMA) + np.asarray(part).astype(np.uint64) * _GAMMA)
 
 
 class Order:
-    """A weighted mixture of sources, interleaved by a fixed low-discrepancy schedule."""
+    """A weighted mixture of sources, each with its own epochs, interleaved evenly."""
 
-    def __init__(self, sources: list[list[int]], weights: list[float], seed: int, block: int) -> None:
-        self.sources = [SourceOrder(counts, seed + 1_000_003 * i, block) for i, counts in enumerate(sources)]
-        self._slots = _schedule(weights)
-        # _before[s][slot]: how many of the slots before `slot` belong to source s
-        one_hot = self._slots[:, None] == np.arange(len(sources))
-        self._before = np.concatenate([np.zeros((1, len(sources)), np.int64), one_hot.cumsum(0)])
+    def __init__(
+        self, counts: Sequence[Sequence[int] | np.ndarray], weights: list[float], seed: int, block: int
+    ) -> None:
+        self.sources = [SourceOrder(shards, seed, block, source) for source, shards in enumerate(counts)]
+        self._shares = [max(1, round(weight / sum(weights) * _SHARES)) for weight in weights]
 
-    def locate(self, position: int) -> Location:
-        period, slot = divmod(position, len(self._slots))
-        source = int(self._slots[slot])
-        index = period * int(self._before[-1, source]) + int(self._before[slot, source])
-        return Location(source, *self.sources[source].locate(index))
-
-
-def _schedule(weights: list[float]) -> np.ndarray:
-    """Slot -> source for one period: always the source that is furthest behind its share."""
-    if len(weights) == 1:
-        return np.zeros(1, np.int64)
-    share = np.asarray(weights) / sum(weights)
-    given = np.zeros(len(weights))
-    slots = np.empty(_PERIOD, np.int64)
-    for i in range(_PERIOD):
-        slots[i] = source = int(np.argmax(share * (i + 1) - given))
-        given[source] += 1
-    return slots
+    def locate(self, positions: Sequence[int] | np.ndarray) -> list[Location]:
+        """Where the samples at these positions of the global stream lie."""
+        source, index = interleave(np.asarray(positions, np.int64), self._shares)
+        found = np.empty((len(source), 4), np.int64)
+        for number in set(source.tolist()):
+            here = source == number
+            found[here] = np.stack([source[here], *self.sources[number].locate(index[here])], 1)
+        return [Location(*row) for row in found.tolist()]
 
 
-def _rng(*key: int) -> np.random.Generator:
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+def interleave(positions: np.ndarray, shares: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [n] -> (source, how many samples of that source came before), int64 [n] each.
+
+    The first source takes its share of all positions at even distances, the second its share of those that are left, and so
+    on: at every position each source has had what its weight promises to within 1 + ln(sources) samples.
+    """
+    source, index = np.full_like(positions, len(shares) - 1), positions.copy()
+    left, rest = np.arange(len(positions)), sum(shares)
+    for number, share in enumerate(shares[:-1]):
+        before, after = _taken(index[left], share, rest), _taken(index[left] + 1, share, rest)
+        index[left] -= before
+        mine = left[after > before]
+        source[mine], index[mine] = number, before[after > before]
+        left, rest = left[after == before], rest - share
+    return source, index
+
+
+def _taken(n: np.ndarray, share: int, rest: int) -> np.ndarray:
+    """ceil(n share / rest), without overflow."""
+    periods, n = np.divmod(n, rest)
+    return periods * share - (-n * share) // rest
+
+
+def permute(x: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
+    """Element x of the permutation of range(n) that `key` chooses, elementwise: int64, int64, uint64 [m] -> int64 [m].
+
+    A Feistel network over pairs in range(a) x range(b), a b just above n, walked on until it falls into range(n).
+    """
+    x, n = x.astype(np.uint64), n.astype(np.uint64)
+    out = _feistel(x, n, key)
+    while (outside := np.flatnonzero(out >= n)).size:
+        out[outside] = _feistel(out[outside], n[outside], key[outside])
+    return out.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
+    a = np.ceil(np.sqrt(n)).astype(np.uint64)
+    b = (n + a - np.uint64(1)) // a
+    left, right = np.divmod(x, b)
+    for _ in range(_ROUNDS):
+        key = key + _GAMMA
+        left, right = right, (left + _mix(key + right) % a) % a
+        a, b = b, a
+    return left * b + right
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finaliser: a bijection of uint64 that spreads every bit over all."""
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
 
 
 def positions(step: int, micro: int, rank: int, plan: BatchPlan) -> range:

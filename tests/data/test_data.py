@@ -1,8 +1,7 @@
-"""Index, order, loader: every sample once, the same batches however they are read."""
+"""Index and loader: the same batches however they are read."""
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import islice
 from pathlib import Path
 
@@ -14,46 +13,12 @@ from conftest import small_config
 from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.data import Loader, evaluation_batches, open_sources
 from lejepa_scale.data.index import index_shards, scan, sidecar
-from lejepa_scale.data.order import Order, SourceOrder, positions
 from lejepa_scale.data.stream import expand, localise, read
 from lejepa_scale.errors import UserError
 
 
 def plan(ranks: int, micro: int, accumulation: int = 1) -> BatchPlan:
     return BatchPlan(micro_batch=micro, ranks=ranks, accumulation=accumulation)
-
-
-@pytest.mark.parametrize("block", [1, 7, 1000])
-def test_each_epoch_visits_every_sample_once_and_epochs_differ(block: int) -> None:
-    counts = [5, 1, 30, 12]
-    order = SourceOrder(counts, seed=3, block=block)
-    epochs = [[order.locate(i) for i in range(e * 48, (e + 1) * 48)] for e in range(3)]
-    everything = {(shard, member) for shard, n in enumerate(counts) for member in range(n)}
-    for number, epoch in enumerate(epochs):
-        assert {location[0] for location in epoch} == {number}
-        assert Counter(location[1:] for location in epoch) == dict.fromkeys(everything, 1)
-    assert [x[1:] for x in epochs[0]] != [x[1:] for x in epochs[1]]
-    assert order.locate(100) == SourceOrder(counts, seed=3, block=block).locate(100)
-
-
-def test_mixture_keeps_its_weights_everywhere() -> None:
-    order = Order([[50], [50]], [3.0, 1.0], seed=0, block=16)
-    sources = [order.locate(i).source for i in range(4000)]
-    for start in range(0, 4000, 400):
-        assert abs(sum(sources[start : start + 400]) - 100) <= 1
-    drawn = [order.locate(i) for i in range(200) if sources[i] == 1]
-    assert Counter(drawn).most_common(1)[0][1] == 1  # the second source's first epoch has no repeats
-
-
-def test_ranks_partition_each_micro_batch() -> None:
-    """The same micro-batches for any split of micro_batch x ranks, and no sample on two ranks."""
-    for step in (0, 5):
-        for micro in (0, 1):
-            whole = list(positions(step, micro, 0, plan(1, 12, 2)))
-            for ranks in (2, 3, 4):
-                parts = [positions(step, micro, rank, plan(ranks, 12 // ranks, 2)) for rank in range(ranks)]
-                assert [p for part in parts for p in part] == whole
-    assert list(positions(1, 0, 0, plan(1, 4))) == [4, 5, 6, 7]
 
 
 @pytest.fixture
