@@ -16,12 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lejepa_scale.config import BatchPlan, Config, Data
-from lejepa_scale.data import photometric
+from lejepa_scale.data import photometric, views
 from lejepa_scale.data.decode import DecodeError, decode
 from lejepa_scale.data.index import ShardIndex, index_shards
 from lejepa_scale.data.order import Location, Order, positions
 from lejepa_scale.data.stream import expand, localise, read
-from lejepa_scale.data.views import centre_square, cut_views
 from lejepa_scale.errors import UserError
 
 _ATTEMPTS = 16  # neighbours tried in place of an image that does not decode
@@ -87,31 +86,33 @@ class _Samples(Dataset[Batch]):
         self.sources, self.seed = sources, config.run.seed
         counts = [[len(shard) for shard in source] for source in sources.shards]
         self.order = Order(counts, sources.weights, config.run.seed, config.data.shuffle_block)
-        views = config.data.views
-        self.groups = [group for group in (views.global_, views.local) if group.count]
+        self.groups = [group for group in (config.data.views.global_, config.data.views.local) if group.count]
+        self.enough = views.enough(self.groups)
         self.augment = config.data.augment
 
     def __getitems__(self, where: list[int]) -> Batch:
         skipped: list[str] = []
-        views: list[list[np.ndarray]] = [[] for _ in self.groups]
-        parameters: list[list[np.ndarray]] = [[] for _ in self.groups]
+        cut = [torch.empty(g.count, len(where), 3, g.size, g.size, dtype=torch.uint8) for g in self.groups]
+        parameters = [torch.empty(g.count, len(where), photometric.WIDTH) for g in self.groups]
         labels, keys = [], []
-        for position in where:
+        for b, position in enumerate(where):
             location = self.order.locate(position)
             image, shard, member = self._image(location, skipped)
-            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, *location))))
-            for i, group in enumerate(self.groups):
-                views[i].append(cut_views(image, group, rng))
-                parameters[i].append(photometric.draw(group.count, self.augment, rng))
+            for i, (group, (crops, colours)) in enumerate(zip(self.groups, self._draws(location), strict=True)):
+                cut[i][:, b] = views.cut_views(image, group, crops)
+                parameters[i][:, b] = torch.from_numpy(photometric.draw(colours, self.augment))
             labels.append(int(shard.labels[member]))
             keys.append(str(shard.keys[member]))
-        return Batch(
-            [torch.from_numpy(np.stack(v, 1).transpose(0, 1, 4, 2, 3).copy()) for v in views],
-            [torch.from_numpy(np.stack(p, 1)) for p in parameters],
-            torch.tensor(labels),
-            keys,
-            skipped,
-        )
+        return Batch(cut, parameters, torch.tensor(labels), keys, skipped)
+
+    def _draws(self, location: Location) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Uniform numbers of each group, for crops and for colours, a row per view: a function of (seed, epoch, sample,
+        group, view), so that a further view, or a group without any, changes no other."""
+        key = np.random.SeedSequence((self.seed, 2, *location)).generate_state(2, np.uint64)
+        for number, group in enumerate(self.groups):
+            generator = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, number)))
+            draws = generator.random((group.count, views.DRAWS + photometric.DRAWS))
+            yield draws[:, : views.DRAWS], draws[:, views.DRAWS :]
 
     def _image(self, location: Location, skipped: list[str]) -> tuple[np.ndarray, ShardIndex, int]:
         """The image at `location`; where it does not decode, the next of its shard that does (so the replacement does
@@ -120,7 +121,8 @@ class _Samples(Dataset[Batch]):
         for attempt in range(min(_ATTEMPTS, len(shard))):
             member = (location.member + attempt) % len(shard)
             try:
-                return decode(read(shard.path, int(shard.offsets[member]), int(shard.sizes[member]))), shard, member
+                data = read(shard.path, int(shard.offsets[member]), int(shard.sizes[member]))
+                return decode(data, self.enough), shard, member
             except DecodeError as error:
                 skipped.append(f"{shard.path}:{shard.keys[member]}: {error}")
         raise UserError(
@@ -198,7 +200,7 @@ def evaluation_batches(
                 image = decode(read(shard.path, int(shard.offsets[member]), int(shard.sizes[member])))
             except DecodeError:
                 continue
-            images.append(centre_square(image, image_size).transpose(2, 0, 1))
+            images.append(views.centre_square(image, image_size).transpose(2, 0, 1))
             labels.append(int(shard.labels[member]))
             seen += 1
             if len(images) == batch_size:
