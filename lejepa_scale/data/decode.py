@@ -48,7 +48,9 @@ def decode(data: bytes, enough: Enough | None = None, max_pixels: int = MAX_PIXE
             raise DecodeError(f"{size[1]} x {size[0]} pixels, and the limit is {max_pixels:,} in all")
         if _is_jpeg(data):
             if data.rfind(b"\xff\xd9") < _frame_header(data):
-                raise DecodeError(f"a JPEG of {size[1]} x {size[0]} pixels that is cut short: {len(data)} bytes, no end")
+                raise DecodeError(
+                    f"a JPEG of {size[1]} x {size[0]} pixels that is cut short: {len(data)} bytes, no end"
+                )
             factor = enough.reduction(*size) if enough is not None else 1
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[factor]) if data else None

@@ -42,9 +42,9 @@ class Batch:
     def augmented(self, device: torch.device) -> list[Tensor]:
         """Float views [V, B, 3, S, S] on `device`, augmented and normalised there."""
         out = []
-        for views, parameters in zip(self.views, self.parameters, strict=True):
-            moved = views.to(device, non_blocking=True).flatten(0, 1)
-            out.append(photometric.apply(moved, parameters.flatten(0, 1)).unflatten(0, views.shape[:2]))
+        for cut, parameters in zip(self.views, self.parameters, strict=True):
+            moved = cut.to(device, non_blocking=True).flatten(0, 1)
+            out.append(photometric.apply(moved, parameters.flatten(0, 1)).unflatten(0, cut.shape[:2]))
         return out
 
 

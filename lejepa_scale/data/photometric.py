@@ -1,14 +1,14 @@
 """Colour operations, drawn per view in the worker and applied in batches on the training device: flip, jitter,
-grayscale, blur, solarize, normalisation. The distributions of torchvision's transforms.
+grayscale, blur, solarize, normalisation. The distributions of torchvision's transforms. A GPU takes a batch as a whole, with
+the operations below; a CPU takes image by image, with those of photometric_cpu.py.
 
-Values run from 0 to 255 until they are normalised; every operation works in place on [n, 3, h, w].
+Values run from 0 to 255 until they are normalised; every operation here works in place on [n, 3, h, w].
 """
 
 from __future__ import annotations
 
 from itertools import permutations
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from lejepa_scale.config import Augment
+from lejepa_scale.data import photometric_cpu
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as timm's models expect
 _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601 luma
+_FACTORS = tuple(1 / (255 * std) for std in STD)
 _ORDERS = np.array(list(permutations(range(4))))  # orders of brightness, contrast, saturation, hue
 _RADIUS = 3  # of the blur: 7 taps
 FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, SIGMA, SOLARIZE, WIDTH = range(10)
@@ -48,15 +50,10 @@ def draw(draws: np.ndarray, augment: Augment) -> np.ndarray:
 
 def apply(images: UInt8[Tensor, "b 3 h w"], parameters: Float[Tensor, "b p"]) -> Float[Tensor, "b 3 h w"]:
     """Augment and normalise. `parameters` stay on the CPU: which images each operation touches is decided there, so a
-    CUDA device is never waited for. A GPU takes the batch as a whole; a CPU image by image, each held in its cache."""
-    out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
-    rows = parameters.numpy()
-    masks = _masks(rows)
-    together = 1 if images.device.type == "cpu" else max(1, len(images))
-    for start in range(0, len(images), together):
-        part = slice(start, start + together)
-        _augment(out[part], images[part], rows[part], masks[part])
-    return out
+    CUDA device is never waited for."""
+    if images.device.type == "cpu":
+        return _one_by_one(images, parameters.numpy())
+    return _together(images, parameters.numpy())
 
 
 def normalise(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
@@ -66,25 +63,44 @@ def normalise(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     return x
 
 
-def _augment(x: Tensor, images: Tensor, rows: np.ndarray, masks: np.ndarray) -> None:
-    """Write `images` into `x` [n, 3, h, w], augmented and normalised. rows [n, WIDTH], masks [n, steps]."""
+def _one_by_one(images: Tensor, parameters: np.ndarray) -> Tensor:
+    out = torch.empty(images.shape, dtype=torch.float32)
+    scale = np.float32([[*row, -mean / std] for row, mean, std in zip(np.diag(_FACTORS), MEAN, STD, strict=True)])
+    for image, target, row in zip(images.numpy(), out.numpy(), parameters.tolist(), strict=True):
+        order = _ORDERS[int(row[ORDER])] if row[ORDER] >= 0 else ()
+        photometric_cpu.augment(
+            image,
+            flip=row[FLIP] > 0,
+            jitter=[(kind, row[BRIGHTNESS + kind]) for kind in order],
+            grayscale=row[GRAYSCALE] > 0,
+            sigma=row[SIGMA],
+            solarize=row[SOLARIZE] > 0,
+            gray=_GRAY,
+            taps=2 * _RADIUS + 1,
+            scale=scale,
+            out=target,
+        )
+    return out
+
+
+def _together(images: Tensor, parameters: np.ndarray) -> Tensor:
+    x = images.float()
+    masks = _masks(parameters)
     active = [step for step in range(len(_STEPS)) if masks[:, step].any()]
-    if active:
-        chosen = [np.flatnonzero(masks[:, step]) for step in active]
-        values = [rows[images_of_step, _STEPS[step][1]] for images_of_step, step in zip(chosen, active, strict=True)]
-        sizes = [len(c) for c in chosen]  # all numbers go to the device in two copies
+    chosen = [np.flatnonzero(masks[:, step]) for step in active]
+    values = [parameters[c, _STEPS[step][1]] for c, step in zip(chosen, active, strict=True)]
+    if active:  # all numbers go to the device in two copies
+        sizes = [len(c) for c in chosen]
         numbers = torch.from_numpy(np.concatenate(chosen)).to(x.device, non_blocking=True).split(sizes)
-        factors = torch.from_numpy(np.concatenate(values)).to(x.device, non_blocking=True).view(-1, 1, 1, 1).split(sizes)
-    x.copy_(images)
+        factors = (
+            torch.from_numpy(np.concatenate(values)).to(x.device, non_blocking=True).view(-1, 1, 1, 1).split(sizes)
+        )
     for i, step in enumerate(active):
-        operation = _STEPS[step][0]
-        if sizes[i] == len(x):
-            operation(x, factors[i])
-        else:
-            some = x.index_select(0, numbers[i])
-            operation(some, factors[i])
-            x.index_copy_(0, numbers[i], some)
+        some = x.index_select(0, numbers[i])
+        _STEPS[step][0](some, factors[i])
+        x.index_copy_(0, numbers[i], some)
     _standardise(x)
+    return x
 
 
 def _masks(rows: np.ndarray) -> np.ndarray:
@@ -96,8 +112,8 @@ def _masks(rows: np.ndarray) -> np.ndarray:
 
 
 def _standardise(x: Tensor) -> None:
-    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
-        x[:, channel].mul_(1 / (255 * std)).sub_(mean / std)
+    for channel, (factor, mean, std) in enumerate(zip(_FACTORS, MEAN, STD, strict=True)):
+        x[:, channel].mul_(factor).sub_(mean / std)
 
 
 def _luma(x: Tensor) -> Tensor:
@@ -155,15 +171,6 @@ def _solarize(x: Tensor, _: Tensor) -> None:
 
 def _blur(x: Tensor, sigma: Tensor) -> None:
     """Separable Gaussian of 7 taps with a standard deviation per image, reflected at the border."""
-    if x.device.type != "cpu":
-        _blur_by_taps(x, sigma)
-        return
-    for image, s in zip(x.numpy(), sigma.flatten().tolist(), strict=True):
-        for plane in image:
-            cv2.GaussianBlur(plane, (2 * _RADIUS + 1,) * 2, s, dst=plane, borderType=cv2.BORDER_REFLECT_101)
-
-
-def _blur_by_taps(x: Tensor, sigma: Tensor) -> None:
     radius = min(_RADIUS, x.shape[-1] - 1, x.shape[-2] - 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)
     weights = torch.exp(-0.5 * (offsets / sigma) ** 2)  # [n, 1, 1, taps]
