@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lejepa_scale.config import BatchPlan, Config, Data
 from lejepa_scale.data import photometric, views
@@ -94,6 +94,8 @@ class _Samples(Dataset[Batch]):
         skipped: list[str] = []
         cut = [torch.empty(g.count, len(where), 3, g.size, g.size, dtype=torch.uint8) for g in self.groups]
         parameters = [torch.empty(g.count, len(where), photometric.WIDTH) for g in self.groups]
+        if get_worker_info() is not None:  # a worker's tensors go there anyway; on the heap they would fragment it
+            cut = [tensor.share_memory_() for tensor in cut]
         labels, keys = [], []
         for b, position in enumerate(where):
             location = self.order.locate(position)
