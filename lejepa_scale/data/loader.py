@@ -36,11 +36,15 @@ class Batch:
     keys: list[str]
     skipped: list[str]  # "shard:key: reason" of images that did not decode and were replaced
 
+    ready: list[Tensor] | None = None  # augmented views, where they were made ahead
+
     def pin_memory(self) -> Batch:
         return replace(self, views=[v.pin_memory() for v in self.views], labels=self.labels.pin_memory())
 
     def augmented(self, device: torch.device) -> list[Tensor]:
         """Float views [V, B, 3, S, S] on `device`, augmented and normalised there."""
+        if self.ready is not None:
+            return self.ready
         out = []
         for cut, parameters in zip(self.views, self.parameters, strict=True):
             moved = cut.to(device, non_blocking=True).flatten(0, 1)

@@ -65,7 +65,7 @@ def normalise(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
 
 def _one_by_one(images: Tensor, parameters: np.ndarray) -> Tensor:
     out = torch.empty(images.shape, dtype=torch.float32)
-    scale = np.float32([[*row, -mean / std] for row, mean, std in zip(np.diag(_FACTORS), MEAN, STD, strict=True)])
+    scale = np.array([[*row, -m / s] for row, m, s in zip(np.diag(_FACTORS), MEAN, STD, strict=True)], np.float32)
     for image, target, row in zip(images.numpy(), out.numpy(), parameters.tolist(), strict=True):
         order = _ORDERS[int(row[ORDER])] if row[ORDER] >= 0 else ()
         photometric_cpu.augment(

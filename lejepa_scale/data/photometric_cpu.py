@@ -45,7 +45,8 @@ def _saturation(x: np.ndarray, factor: float, gray: tuple[float, ...]) -> np.nda
 
 def _hue(x: np.ndarray, shift: float, _: tuple[float, ...]) -> np.ndarray:
     hsv = cv2.cvtColor(x, cv2.COLOR_RGB2HSV)  # hue in degrees
-    hsv[..., 0] += np.float32(360 * (shift % 1))  # OpenCV takes angles above 360, but none below 0
+    hue = hsv[..., 0]
+    np.add(hue, np.float32(360 * (shift % 1)), out=hue)  # OpenCV takes angles above 360, but none below 0
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB, dst=x)
 
 
@@ -58,7 +59,7 @@ def _within(x: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _rows(gray: tuple[float, ...]) -> np.ndarray:
-    return np.tile(np.float32(gray), (3, 1))
+    return np.tile(np.array(gray, np.float32), (3, 1))
 
 
 _JITTER = (_brightness, _contrast, _saturation, _hue)

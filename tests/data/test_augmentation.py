@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lejepa_scale.config import Augment, ViewGroup, plan_batches, validate
 from lejepa_scale.data import Loader, open_sources
 from lejepa_scale.data import photometric as ours
 from lejepa_scale.data import views as geometry
+from lejepa_scale.data.device import ahead, one_ahead
 
 IMAGES = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
 PATHS = pytest.mark.parametrize("path", [ours._one_by_one, ours._together], ids=["cpu", "gpu"])
@@ -297,3 +299,36 @@ def test_loading_holds_on_to_nothing(leak: bool, scenes: Path, tmp_path: Path, m
     finally:
         tracemalloc.stop()
     assert (second[0] - first[0] > 100_000 or second[1] > first[1]) == leak
+
+
+def test_one_batch_is_begun_ahead_and_none_is_lost() -> None:
+    events: list[tuple[str, int]] = []
+
+    def begin(k: int) -> Callable[[], int]:
+        events.append(("begin", k))
+        return lambda: events.append(("hand over", k)) or k
+
+    found = one_ahead(iter(range(3)), begin)  # type: ignore[arg-type]
+    assert next(found) == 0
+    assert events == [("begin", 0), ("begin", 1), ("hand over", 0)]
+    assert list(found) == [1, 2]
+    assert [k for name, k in events if name == "begin"] == [0, 1, 2]
+
+
+def test_views_made_ahead_are_the_same(scenes: Path, tmp_path: Path) -> None:
+    (batch,) = loaded(tmp_path, scenes)
+    cpu = torch.device("cpu")
+    assert next(ahead(iter([batch]), cpu)) is batch
+    views = batch.augmented(cpu)
+    early = replace(batch, ready=views)
+    assert early.augmented(cpu) is views
+    assert all(a.equal(b) for a, b in zip(views, batch.augmented(cpu), strict=True))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_views_made_ahead_are_those_of_the_cpu(scenes: Path, tmp_path: Path) -> None:
+    batches = loaded(tmp_path, scenes, steps=4)
+    device = torch.device("cuda")
+    for batch, early in zip(batches, ahead(iter(batches), device), strict=True):
+        for mine, theirs in zip(early.augmented(device), batch.augmented(torch.device("cpu")), strict=True):
+            torch.testing.assert_close(mine.cpu(), theirs, atol=1e-3, rtol=0)
