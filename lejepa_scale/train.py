@@ -16,7 +16,7 @@ from torch import Tensor
 from lejepa_scale import distributed
 from lejepa_scale.checkpoint import CanonicalState, Progress, Store
 from lejepa_scale.config import BatchPlan, Config, check_world, dump
-from lejepa_scale.data import Batch, Loader, open_sources
+from lejepa_scale.data import Batch, Loader, ahead, open_sources
 from lejepa_scale.data.keylog import KeyLog
 from lejepa_scale.data.loader import Sources
 from lejepa_scale.engine import Engine, build_engine
@@ -71,8 +71,11 @@ def train(config: Config) -> Path:
     reporter = Reporter(config, progress.step, active=distributed.rank() == 0)
     reporter.say(_greeting(config, plan, sources, engine, device, progress))
     run = _Run(config, plan, engine, probe, store, reporter, sources, progress, device)
+    batches = iter(loader)
+    if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
+        batches = ahead(batches, device)
     with _StopSignal() as stop, closing(reporter):
-        run.steps(iter(loader), stop)
+        run.steps(batches, stop)
     distributed.barrier()
     distributed.stop()
     return config.run.dir

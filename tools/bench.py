@@ -2,6 +2,7 @@
 
   python tools/bench.py gpu --json gpu.json      everything worth checking on a CUDA GPU, in one run of under 9 minutes
   python tools/bench.py sigreg                   SIGReg's time, memory, growth and traffic against the textbook form
+  python tools/bench.py input                    images/s per core of the input pipeline against torchvision on Pillow
   python tools/bench.py isotropy --plot FILE     free embeddings under SIGReg's gradient: is every direction Gaussian?
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
@@ -17,10 +18,12 @@ import sys
 from pathlib import Path
 
 import torch
-from benchmarks import gpu, order, reach, sigreg
+from benchmarks import gpu, input, order, reach, sigreg
 from benchmarks.measure import Results, run_sections
 
 from lejepa_scale.errors import UserError
+
+_PHOTOS = Path(__file__).parents[2] / "shared/data/imagenet_sample.tar"
 
 
 def main() -> int:
@@ -34,12 +37,15 @@ def main() -> int:
     kind = kinds.add_parser("sigreg", parents=[options], help="SIGReg alone, on the GPU where there is one")
     kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     kind.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
+    kind = kinds.add_parser("input", parents=[options], help="decoding, crops and colours on one core, loader memory")
+    kind.add_argument("--photos", type=Path, default=_PHOTOS, help="a plain tar of photographs; default: %(default)s")
     kind = kinds.add_parser("isotropy", parents=[options], help="does SIGReg reach isotropy from far away?")
     kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG of every direction's statistic over the steps")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments = parser.parse_args()
     try:
-        results = {"gpu": _gpu, "sigreg": _sigreg, "isotropy": _isotropy, "order": _order}[arguments.kind](arguments)
+        measure = {"gpu": _gpu, "sigreg": _sigreg, "input": _input, "isotropy": _isotropy, "order": _order}
+        results = measure[arguments.kind](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -68,6 +74,10 @@ def _sigreg(arguments: argparse.Namespace) -> Results:
     device = torch.device(arguments.device)
     sizes = sigreg.CUDA if device.type == "cuda" else sigreg.CPU
     return sigreg.measure(sigreg.TOY if arguments.smoke else sizes, device)
+
+
+def _input(arguments: argparse.Namespace) -> Results:
+    return input.measure(input.TOY if arguments.smoke else input.FULL, arguments.photos)
 
 
 def _isotropy(arguments: argparse.Namespace) -> Results:

@@ -13,16 +13,15 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lejepa_scale.config import BatchPlan, Config, Data
-from lejepa_scale.data import photometric
+from lejepa_scale.data import photometric, views
 from lejepa_scale.data.decode import DecodeError, decode
 from lejepa_scale.data.index import ShardIndex, index_shards
 from lejepa_scale.data.keylog import Header, Record
 from lejepa_scale.data.order import Location, Order, positions
 from lejepa_scale.data.stream import expand, localise, read
-from lejepa_scale.data.views import centre_square, cut_views
 from lejepa_scale.errors import UserError
 
 _ATTEMPTS = 16  # neighbours tried in place of an image that does not decode
@@ -38,16 +37,19 @@ class Batch:
     keys: list[str]
     skipped: list[str]  # "shard:key: reason" of images that did not decode and were replaced
     records: list[Record]  # what was drawn, for the key log
+    ready: list[Tensor] | None = None  # augmented views, where they were made ahead
 
     def pin_memory(self) -> Batch:
         return replace(self, views=[v.pin_memory() for v in self.views], labels=self.labels.pin_memory())
 
     def augmented(self, device: torch.device) -> list[Tensor]:
         """Float views [V, B, 3, S, S] on `device`, augmented and normalised there."""
+        if self.ready is not None:
+            return self.ready
         out = []
-        for views, parameters in zip(self.views, self.parameters, strict=True):
-            moved = views.to(device, non_blocking=True).flatten(0, 1)
-            out.append(photometric.apply(moved, parameters.flatten(0, 1)).unflatten(0, views.shape[:2]))
+        for cut, parameters in zip(self.views, self.parameters, strict=True):
+            moved = cut.to(device, non_blocking=True).flatten(0, 1)
+            out.append(photometric.apply(moved, parameters.flatten(0, 1)).unflatten(0, cut.shape[:2]))
         return out
 
 
@@ -106,32 +108,35 @@ class _Samples(Dataset[Batch]):
         self.sources, self.seed = sources, config.run.seed
         counts = [[len(shard) for shard in source] for source in sources.shards]
         self.order = Order(counts, sources.weights, config.run.seed, config.data.shuffle_block)
-        views = config.data.views
-        self.groups = [group for group in (views.global_, views.local) if group.count]
+        self.groups = [group for group in (config.data.views.global_, config.data.views.local) if group.count]
+        self.enough = views.enough(self.groups)
         self.augment = config.data.augment
 
     def __getitems__(self, where: list[int]) -> Batch:
         skipped: list[str] = []
-        views: list[list[np.ndarray]] = [[] for _ in self.groups]
-        parameters: list[list[np.ndarray]] = [[] for _ in self.groups]
+        cut = [torch.empty(g.count, len(where), 3, g.size, g.size, dtype=torch.uint8) for g in self.groups]
+        parameters = [torch.empty(g.count, len(where), photometric.WIDTH) for g in self.groups]
+        if get_worker_info() is not None:  # a worker's tensors go there anyway; on the heap they would fragment it
+            cut = [tensor.share_memory_() for tensor in cut]
         labels, keys, records = [], [], []
-        for position, location in zip(where, self.order.locate(where), strict=True):
+        for b, (position, location) in enumerate(zip(where, self.order.locate(where), strict=True)):
             image, shard, member = self._image(location, skipped)
-            rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, *location))))
-            for i, group in enumerate(self.groups):
-                views[i].append(cut_views(image, group, rng))
-                parameters[i].append(photometric.draw(group.count, self.augment, rng))
+            for i, (group, (crops, colours)) in enumerate(zip(self.groups, self._draws(location), strict=True)):
+                cut[i][:, b] = views.cut_views(image, group, crops)
+                parameters[i][:, b] = torch.from_numpy(photometric.draw(colours, self.augment))
             labels.append(int(shard.labels[member]))
             keys.append(str(shard.keys[member]))
             records.append(self.sources.record(position, location, keys[-1]))
-        return Batch(
-            [torch.from_numpy(np.stack(v, 1).transpose(0, 1, 4, 2, 3).copy()) for v in views],
-            [torch.from_numpy(np.stack(p, 1)) for p in parameters],
-            torch.tensor(labels),
-            keys,
-            skipped,
-            records,
-        )
+        return Batch(cut, parameters, torch.tensor(labels), keys, skipped, records)
+
+    def _draws(self, location: Location) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Uniform numbers of each group, for crops and for colours, a row per view: a function of (seed, epoch, sample,
+        group, view), so that a further view, or a group without any, changes no other."""
+        key = np.random.SeedSequence((self.seed, 2, *location)).generate_state(2, np.uint64)
+        for number, group in enumerate(self.groups):
+            generator = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, number)))
+            draws = generator.random((group.count, views.DRAWS + photometric.DRAWS))
+            yield draws[:, : views.DRAWS], draws[:, views.DRAWS :]
 
     def _image(self, location: Location, skipped: list[str]) -> tuple[np.ndarray, ShardIndex, int]:
         """The image at `location`; where it does not decode, the next of its shard that does (so the replacement does
@@ -140,7 +145,8 @@ class _Samples(Dataset[Batch]):
         for attempt in range(min(_ATTEMPTS, len(shard))):
             member = (location.member + attempt) % len(shard)
             try:
-                return decode(read(shard.path, int(shard.offsets[member]), int(shard.sizes[member]))), shard, member
+                data = read(shard.path, int(shard.offsets[member]), int(shard.sizes[member]))
+                return decode(data, self.enough), shard, member
             except DecodeError as error:
                 skipped.append(f"{shard.path}:{shard.keys[member]}: {error}")
         raise UserError(
@@ -236,7 +242,7 @@ def evaluation_batches(
                 image = decode(read(shard.path, int(shard.offsets[member]), int(shard.sizes[member])))
             except DecodeError:
                 continue
-            images.append(centre_square(image, image_size).transpose(2, 0, 1))
+            images.append(views.centre_square(image, image_size).transpose(2, 0, 1))
             labels.append(int(shard.labels[member]))
             seen += 1
             if len(images) == batch_size:

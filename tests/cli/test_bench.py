@@ -43,3 +43,18 @@ def test_the_sigreg_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> 
     sums = [row["bytes"] for row in rows if ", sums," in row["case"]]
     assert len(set(sums)) == 1  # whatever the number of samples and of ranks
     assert len(sums) == 4
+
+
+def test_the_input_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> None:
+    """Every pipeline runs on scenes, the photographs are said to be absent, the workers' memory is flat; rates are not
+    checked."""
+    result = command(
+        ROOT / "tools/bench.py", "input", "--smoke", "--photos", tmp_path / "absent.tar", "--json", tmp_path / "r.json"
+    )
+    assert result.returncode == 0, result.stderr
+    photographs, scenes, memory = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert "absent" in photographs["not measured"]
+    assert scenes["images"] == 8
+    assert {"b/a", "c/a", "d/a", "a pillow images/s"} <= scenes.keys()
+    assert memory["ok"]
+    assert len(memory["MB by epoch"]) == 6

@@ -217,7 +217,9 @@ def colours(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     pictures = torch.randint(
         0, 256, (images, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
-    parameters = torch.from_numpy(photometric.draw(images, Augment(), np.random.default_rng(0)))
+    parameters = torch.from_numpy(
+        photometric.draw(np.random.default_rng(0).random((images, photometric.DRAWS)), Augment())
+    )
     moved = pictures.to(device)
     few = slice(0, min(64, images))
     ours, oracle = (photometric.apply(x[few], parameters[few]).cpu() for x in (moved, pictures))

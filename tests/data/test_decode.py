@@ -1,0 +1,158 @@
+"""Headers, refusals and reduced decoding."""
+
+from __future__ import annotations
+
+import io
+import time
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lejepa_scale.config import ViewGroup, Views
+from lejepa_scale.data import views as geometry
+from lejepa_scale.data.decode import DecodeError, Enough, decode, dimensions
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """Coarse and fine detail and some noise, uint8 RGB [h, w, 3]; red on the left, blue on the right."""
+    rng = np.random.default_rng(0)
+    layers = [(0.5, 100), (0.3, 20), (0.15, 5), (0.05, 1)]
+    x = sum(
+        share
+        * cv2.resize(rng.uniform(0, 255, (height // s, width // s, 3)), (width, height), interpolation=cv2.INTER_CUBIC)
+        for share, s in layers
+    )
+    x[:, : width // 2, 0] += 60
+    x[:, width // 2 :, 2] += 60
+    return x.clip(0, 255).astype(np.uint8)
+
+
+def encoded(image: np.ndarray | Image.Image, kind: str = "JPEG", **options) -> bytes:
+    out = io.BytesIO()
+    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(out, kind, **options)
+    return out.getvalue()
+
+
+IMAGE = picture(120, 200)
+LARGE = picture(1400, 2100)
+LARGE_JPEG = encoded(LARGE, quality=92)
+ENOUGH = geometry.enough([Views().global_, Views().local])
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {"lossless": True}), ("BMP", {}),
+        ("JPEG", {"exif": Image.Exif()}), ("JPEG", {"comment": b"\xff\xc0" * 40}),
+    ],
+)  # fmt: skip
+def test_header_and_pixels(kind: str, options: dict) -> None:
+    data = encoded(IMAGE, kind, **options)
+    assert dimensions(data) == (120, 200)
+    if kind in ("JPEG", "PNG"):
+        assert dimensions(data[:1000]) == (120, 200)  # nothing but the header is read
+    image = decode(data, ENOUGH)
+    assert image.dtype == np.uint8
+    assert np.abs(image.astype(int) - IMAGE).mean() < (6 if kind == "JPEG" else 0.01)
+    assert image[:, :100, 0].mean() > image[:, :100, 2].mean()  # red, not blue
+
+
+def test_a_thumbnail_is_not_mistaken_for_the_image() -> None:
+    plain, thumbnail = encoded(IMAGE), encoded(IMAGE[:16, :16])
+    segment = b"\xff\xe1" + (len(thumbnail) + 2).to_bytes(2, "big") + thumbnail
+    data = plain[:2] + segment + plain[2:]
+    assert dimensions(data) == (120, 200)
+    assert decode(data).shape == (120, 200, 3)
+    with pytest.raises(DecodeError, match="cut short"):  # though the thumbnail has an end
+        decode(data[:-200])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_other_colour_models_become_rgb(mode: str) -> None:
+    image = Image.fromarray(IMAGE).convert(mode)
+    assert decode(encoded(image, "JPEG" if mode in ("L", "CMYK") else "PNG")).shape == (120, 200, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.99])
+def test_what_is_cut_short_is_refused(kind: str, share: float) -> None:
+    data = encoded(IMAGE, kind)
+    with pytest.raises(DecodeError):
+        decode(data[: int(share * len(data))])
+
+
+@pytest.mark.parametrize("data", [b"", b"\xff\xd8\xff", b"<html>not found</html>", b"\xff\xd8\xff\xe0" + b"\0" * 100])
+def test_what_is_no_image_is_refused(data: bytes) -> None:
+    with pytest.raises(DecodeError):
+        decode(data)
+
+
+def test_too_many_pixels_are_refused_before_decoding() -> None:
+    """A small file that claims 3.6 gigapixels, as PNG and as JPEG."""
+    png = bytearray(encoded(IMAGE, "PNG"))
+    png[16:24] = (60000).to_bytes(4, "big") * 2
+    jpeg = bytearray(encoded(IMAGE))
+    at = jpeg.index(b"\xff\xc0")
+    jpeg[at + 5 : at + 9] = (60000).to_bytes(2, "big") * 2
+    started = time.monotonic()
+    for data in (png, jpeg):
+        with pytest.raises(DecodeError, match=r"60000 x 60000 pixels, and the limit is 100,000,000"):
+            decode(bytes(data))
+    assert time.monotonic() - started < 1
+    with pytest.raises(DecodeError, match="200 x 120 pixels"):
+        decode(encoded(IMAGE), max_pixels=23_999)
+    assert decode(encoded(IMAGE), max_pixels=24_000).shape == IMAGE.shape
+
+
+def test_reduction_leaves_every_crop_its_pixels() -> None:
+    """Whatever is drawn, each view has at least 1.5 pixels of the reduced image for each of its own, along a side."""
+    assert ENOUGH.reduction(375, 500) == 1
+    rng = np.random.default_rng(0)
+    for shape in ((1400, 2100), (3000, 4000), (900, 9000), (2448, 2448), (6000, 8000)):
+        factor = ENOUGH.reduction(*shape)
+        assert factor == ENOUGH.reduction(*shape[::-1])
+        for group in (Views().global_, Views().local):
+            boxes = geometry.crop_boxes(
+                shape[0] // factor, shape[1] // factor, group.scale, rng.random((2000, geometry.DRAWS))
+            )
+            if factor > 1:
+                assert boxes[:, 2:].min() >= 1.5 * group.size - 1
+    assert [ENOUGH.reduction(h, 4 * h // 3) for h in (500, 1500, 3000, 6000)] == [1, 2, 4, 8]
+
+
+def test_a_reduced_image_gives_nearly_the_same_views() -> None:
+    """The same boxes up to a pixel of the reduced image, and the same pixels within 1.5 levels on average; a JPEG alone."""
+    small = decode(LARGE_JPEG, ENOUGH)
+    assert small.shape == (700, 1050, 3)
+    assert decode(LARGE_JPEG).shape == LARGE.shape
+    assert decode(encoded(LARGE[:1400:2], "PNG"), Enough(1, 1)).shape == (700, 2100, 3)
+    for group in (Views().global_, Views().local):
+        draws = np.random.default_rng(3).random((group.count, geometry.DRAWS))
+        boxes = [geometry.crop_boxes(*x.shape[:2], group.scale, draws) for x in (decode(LARGE_JPEG), small)]
+        assert np.abs(boxes[0] - 2 * boxes[1]).max() <= 4
+        top, left, h, w = (2 * boxes[1]).T
+        exact = [
+            geometry._resized(decode(LARGE_JPEG)[t : t + a, x : x + b], group.size, group.size)
+            for t, x, a, b in zip(top, left, h, w, strict=True)
+        ]
+        difference = (geometry.cut_views(small, group, draws).int() - torch.stack(exact).int()).abs().double()
+        assert difference.mean() < 1.5
+        assert difference.quantile(0.99) < 8
+
+
+def test_orientation_is_applied_at_every_size() -> None:
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a quarter
+    data = encoded(LARGE, exif=exif)
+    assert decode(data).shape == (2100, 1400, 3)
+    assert decode(data, ENOUGH).shape == (1050, 700, 3)
+    assert dimensions(data) == (1400, 2100)
+
+
+def test_resolution_follows_the_most_demanding_group() -> None:
+    fine, coarse = ViewGroup(count=1, size=200, scale=(0.1, 1)), ViewGroup(count=1, size=50, scale=(0.1, 1))
+    assert geometry.enough([fine, coarse]) == geometry.enough([fine])
+    assert geometry.enough([ViewGroup(count=0, size=999, scale=(0.1, 1)), coarse]) == geometry.enough([coarse])
