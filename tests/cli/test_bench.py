@@ -43,3 +43,12 @@ def test_the_sigreg_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> 
     sums = [row["bytes"] for row in rows if ", sums," in row["case"]]
     assert len(set(sums)) == 1  # whatever the number of samples and of ranks
     assert len(sums) == 4
+
+
+def test_the_order_benchmark_at_toy_sizes() -> None:
+    from benchmarks import order
+
+    rows = [*order.scale(10**6, 1000), *order.mixing(50)]
+    assert rows[-1]["displacement / n"] == pytest.approx(1 / 3, abs=0.01)
+    (memory,) = (row for row in rows if "peak MiB" in row)
+    assert memory["peak MiB"] < 10
