@@ -58,3 +58,12 @@ def test_the_input_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> N
     assert {"b/a", "c/a", "d/a", "a pillow images/s"} <= scenes.keys()
     assert memory["ok"]
     assert len(memory["MB by epoch"]) == 6
+
+
+def test_the_order_benchmark_at_toy_sizes() -> None:
+    from benchmarks import order
+
+    rows = [*order.scale(10**6, 1000), *order.mixing(50)]
+    assert rows[-1]["displacement / n"] == pytest.approx(1 / 3, abs=0.01)
+    (memory,) = (row for row in rows if "peak MiB" in row)
+    assert memory["peak MiB"] < 10
