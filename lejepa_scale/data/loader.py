@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import signal
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -18,13 +19,16 @@ from torch.utils.data import DataLoader, Dataset
 from lejepa_scale.config import BatchPlan, Config, Data
 from lejepa_scale.data import photometric
 from lejepa_scale.data.decode import DecodeError, decode
-from lejepa_scale.data.index import ShardIndex, index_shards
+from lejepa_scale.data.faults import Fault, SampleFault
+from lejepa_scale.data.index import Shards, index_shards
 from lejepa_scale.data.order import Location, Order, positions
-from lejepa_scale.data.stream import expand, localise, read
+from lejepa_scale.data.samples import read_ahead, read_image
+from lejepa_scale.data.scan import ShardIndex
+from lejepa_scale.data.stream import Reader, expand
 from lejepa_scale.data.views import centre_square, cut_views
 from lejepa_scale.errors import UserError
 
-_ATTEMPTS = 16  # neighbours tried in place of an image that does not decode
+_MAX_PIXELS = Data.model_fields["max_pixels"].default  # for evaluation, which has no `data` section
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Batch:
     parameters: list[Tensor]  # [V, B, P] per resolution; stay on the CPU
     labels: Tensor  # int64 [B], -1 where unknown
     keys: list[str]
-    skipped: list[str]  # "shard:key: reason" of images that did not decode and were replaced
+    skipped: list[Fault]  # samples that could not be used and were replaced; `keys` has what took their place
 
     def pin_memory(self) -> Batch:
         return replace(self, views=[v.pin_memory() for v in self.views], labels=self.labels.pin_memory())
@@ -53,58 +57,86 @@ class Batch:
 class Sources:
     """The indexed shards of every source of a mixture."""
 
-    shards: list[list[ShardIndex]]
+    shards: list[Shards]
     weights: list[float]
 
     @property
+    def counts(self) -> list[np.ndarray]:
+        """Samples of each shard, for each source: int64 [shards]."""
+        return [source.counts for source in self.shards]
+
+    @property
     def num_samples(self) -> int:
-        return sum(len(shard) for source in self.shards for shard in source)
+        return sum(int(counts.sum()) for counts in self.counts)
+
+    @property
+    def num_labelled(self) -> int:
+        return sum(int(source.rows["labelled"].sum()) for source in self.shards)
 
     @property
     def num_classes(self) -> int:
         """1 + the largest label where every sample has one, else 0."""
-        labels = [shard.labels for source in self.shards for shard in source]
-        return 1 + max(int(x.max()) for x in labels) if all((x >= 0).all() for x in labels) else 0
+        return max(int(s.rows["classes"].max()) for s in self.shards) if self.num_labelled == self.num_samples else 0
 
     @property
     def fingerprint(self) -> str:
-        """Changes when shards, their names, sizes or the weights change: the order would not be the same."""
-        text = repr([[(s.path.name, len(s), s.nbytes) for s in source] for source in self.shards]) + repr(self.weights)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        """Changes when shards, their names, contents or the weights change: the order would not be the same."""
+        parts = b"".join(source.fingerprint for source in self.shards) + repr(self.weights).encode()
+        return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
 
-def open_sources(data: Data) -> Sources:
-    """Expand, fetch and index every shard of the configuration. Raises UserError that names what is missing."""
-    shards = []
-    for source in data.shards:
-        paths = [localise(url, data.cache_dir) for url in expand(source.shards)]
-        shards.append(index_shards(paths))
-    return Sources(shards, [source.weight for source in data.shards])
+def open_sources(data: Data, *, build: bool = True) -> Sources:
+    """Expand and index every source of the configuration. Raises UserError that names what is missing.
+
+    Without `build`, only what another process has indexed is read."""
+    reader = _reader(data)
+    shards = [
+        index_shards(expand(source.shards), reader=reader, index_dir=data.index_dir, build=build)
+        for source in data.shards
+    ]
+    sources = Sources(shards, [source.weight for source in data.shards])
+    if build and 0 < sources.num_labelled < sources.num_samples:
+        missing = sources.num_samples - sources.num_labelled
+        print(f"{missing} of {sources.num_samples} samples have no label: the online probe is off.", file=sys.stderr)
+    return sources
+
+
+def _reader(data: Data) -> Reader:
+    return Reader(
+        read_timeout=data.read_timeout, retries=data.retries, cache_dir=data.cache_dir, cache_gb=data.cache_gb
+    )
 
 
 class _Samples(Dataset[Batch]):
     def __init__(self, sources: Sources, config: Config) -> None:
         self.sources, self.seed = sources, config.run.seed
-        counts = [[len(shard) for shard in source] for source in sources.shards]
-        self.order = Order(counts, sources.weights, config.run.seed, config.data.shuffle_block)
+        self.reader, self.max_faults, self.max_pixels = (
+            _reader(config.data),
+            config.data.max_faults,
+            config.data.max_pixels,
+        )
+        self.order = Order(
+            [list(counts) for counts in sources.counts], sources.weights, config.run.seed, config.data.shuffle_block
+        )
         views = config.data.views
         self.groups = [group for group in (views.global_, views.local) if group.count]
         self.augment = config.data.augment
 
     def __getitems__(self, where: list[int]) -> Batch:
-        skipped: list[str] = []
+        skipped: list[Fault] = []
         views: list[list[np.ndarray]] = [[] for _ in self.groups]
         parameters: list[list[np.ndarray]] = [[] for _ in self.groups]
         labels, keys = [], []
-        for position in where:
-            location = self.order.locate(position)
-            image, shard, member = self._image(location, skipped)
+        locations = [self.order.locate(position) for position in where]
+        ahead = [read_ahead(self.reader, self._shard(location), location.member) for location in locations]
+        for location, bytes_ahead in zip(locations, ahead, strict=True):
+            image, shard, member = self._image(location, bytes_ahead, skipped)
             rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((self.seed, 2, *location))))
             for i, group in enumerate(self.groups):
                 views[i].append(cut_views(image, group, rng))
                 parameters[i].append(photometric.draw(group.count, self.augment, rng))
             labels.append(int(shard.labels[member]))
-            keys.append(str(shard.keys[member]))
+            keys.append(shard.key(member))
         return Batch(
             [torch.from_numpy(np.stack(v, 1).transpose(0, 1, 4, 2, 3).copy()) for v in views],
             [torch.from_numpy(np.stack(p, 1)) for p in parameters],
@@ -113,19 +145,29 @@ class _Samples(Dataset[Batch]):
             skipped,
         )
 
-    def _image(self, location: Location, skipped: list[str]) -> tuple[np.ndarray, ShardIndex, int]:
-        """The image at `location`; where it does not decode, the next of its shard that does (so the replacement does
+    def _shard(self, location: Location) -> ShardIndex:
+        return self.sources.shards[location.source][location.shard]
+
+    def _image(
+        self, location: Location, ahead: Future[bytes] | None, faults: list[Fault]
+    ) -> tuple[np.ndarray, ShardIndex, int]:
+        """The image at `location`; where it cannot be used, the next of its shard that can (so the replacement does
         not depend on ranks or workers)."""
-        shard = self.sources.shards[location.source][location.shard]
-        for attempt in range(min(_ATTEMPTS, len(shard))):
+        shard = self._shard(location)
+        attempts = min(self.max_faults, len(shard))
+        for attempt in range(attempts):
             member = (location.member + attempt) % len(shard)
             try:
-                return decode(read(shard.path, int(shard.offsets[member]), int(shard.sizes[member]))), shard, member
-            except DecodeError as error:
-                skipped.append(f"{shard.path}:{shard.keys[member]}: {error}")
+                data = read_image(self.reader, shard, member, max_pixels=self.max_pixels, ahead=ahead)
+                return decode(data), shard, member
+            except (SampleFault, DecodeError) as error:
+                faults.append(Fault(shard.url, shard.key(member), int(shard.offsets[member]), str(error)))
+                ahead = None
+        first, last = faults[-attempts], faults[-1]
         raise UserError(
-            f"{min(_ATTEMPTS, len(shard))} images in a row of shard {shard.path} do not decode, from "
-            f"{shard.keys[location.member]} on. The shard is damaged: write it again or remove it from data.shards."
+            f"{attempts} images in a row of shard {shard.url} cannot be used (data.max_faults = {self.max_faults}), from "
+            f"{first.key} ({first.reason}) to {last.key} ({last.reason}). The shard is damaged: write it again or remove "
+            "it from data.shards."
         )
 
 
@@ -184,19 +226,20 @@ def evaluation_batches(
     shards: str | list[str], *, image_size: int, batch_size: int, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images in stored order, resized and cut to the centre: (uint8 [B, 3, S, S], int64 [B]); label -1 where unknown.
-    Images that do not decode are left out."""
+    Images that cannot be used are named and left out."""
     patterns = [shards] if isinstance(shards, str) else shards
     images: list[np.ndarray] = []
     labels: list[int] = []
-    seen = 0
-    for path in [localise(url, None) for url in expand(patterns)]:
-        (shard,) = index_shards([Path(path)])
+    seen, reader = 0, Reader()
+    for shard in index_shards(expand(patterns), reader=reader):
         for member in range(len(shard)):
             if limit is not None and seen >= limit:
                 break
             try:
-                image = decode(read(shard.path, int(shard.offsets[member]), int(shard.sizes[member])))
-            except DecodeError:
+                image = decode(read_image(reader, shard, member, max_pixels=_MAX_PIXELS))
+            except (SampleFault, DecodeError) as error:
+                fault = Fault(shard.url, shard.key(member), int(shard.offsets[member]), str(error))
+                print(f"left out: {fault}", file=sys.stderr)
                 continue
             images.append(centre_square(image, image_size).transpose(2, 0, 1))
             labels.append(int(shard.labels[member]))
