@@ -35,6 +35,7 @@ def serve() -> Iterator[Server]:
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True
 
         def do_GET(self) -> None:
             path = self.path.lstrip("/")
@@ -62,11 +63,12 @@ def serve() -> Iterator[Server]:
                     self.end_headers()
                     return
             body = data[start:stop]
-            if behaviour == "short":
+            if behaviour == "short" and asked:
                 body = body[: len(body) // 2]
                 stop = start + len(body)
             if behaviour == "alter":
-                body = body[:-1] + bytes([body[-1] ^ 1])
+                middle = len(body) // 2
+                body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]
             self.send_response(206 if asked and behaviour != "no-range" else 200)
             if asked and behaviour != "no-range":
                 shown = start + 1 if behaviour == "elsewhere" else start
