@@ -20,6 +20,7 @@ class Server:
         self.files: dict[str, bytes] = {}
         self.script: dict[str, deque[str]] = defaultdict(deque)
         self.always: str | None = None  # instead of the script
+        self.fail_after: int | None = None  # answer 503 from this request on
         self.requests: list[tuple[str, str | None]] = []  # path and Range
         self.connections: set[int] = set()  # client ports
         self.closing = threading.Event()
@@ -44,6 +45,8 @@ def serve() -> Iterator[Server]:
             server.connections.add(self.client_address[1])
             script = server.script[path]
             behaviour = server.always or (script.popleft() if script else "ok")
+            if server.fail_after is not None and len(server.requests) > server.fail_after:
+                behaviour = "503"
             data = server.files.get(path)
             self.close_connection = behaviour != "ok"
             if behaviour == "gone":

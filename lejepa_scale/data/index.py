@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lejepa_scale.data.scan import ShardIndex, scan
-from lejepa_scale.data.stream import Reader, is_remote, user_cache
+from lejepa_scale.data.stream import Reader, is_remote, shard_name, user_cache
 from lejepa_scale.errors import UserError
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class Shards:
     @cached_property
     def fingerprint(self) -> bytes:
         """Of names and contents; not of the place where they lie."""
-        names = "\n".join(_name(url) for url in self.urls)
+        names = "\n".join(shard_name(url) for url in self.urls)
         return hashlib.blake2b(names.encode() + self.rows.tobytes(), digest_size=16).digest()
 
     def __getitem__(self, number: int) -> ShardIndex:
@@ -129,7 +129,7 @@ def index_shards(
     rows = np.zeros(len(urls), _ROW)
     known = {folder: _read_manifest(home) for folder, home in homes.items()}
     lacking = [
-        number for number, url in enumerate(urls) if not _fill(rows, number, known[_folder(url)].get(_name(url)))
+        number for number, url in enumerate(urls) if not _fill(rows, number, known[_folder(url)].get(shard_name(url)))
     ]
     if build:
         lacking = sorted({*lacking, *_changed(urls, rows, workers)})
@@ -146,7 +146,7 @@ def index_shards(
     shards = Shards(urls, rows, homes)
     if lacking and manifest:
         for number, url in enumerate(urls):
-            known[_folder(url)][_name(url)] = rows[number]
+            known[_folder(url)][shard_name(url)] = rows[number]
         for folder, home in homes.items():
             home.write(_MANIFEST, _packed(_manifest_arrays(known[folder])))
     return shards
@@ -194,7 +194,7 @@ def _index(
         url = urls[number]
         try:
             index = scan(url, reader)
-            homes[_folder(url)].write(f"{_name(url)}.index.npz", _packed(_sidecar_arrays(index)))
+            homes[_folder(url)].write(f"{shard_name(url)}.index.npz", _packed(_sidecar_arrays(index)))
         except UserError as error:
             return error
         return index
@@ -229,7 +229,7 @@ def _refuse_repeats(urls: list[str]) -> None:
     """Two shards of one name in a folder would share an index, and one shard twice would repeat its samples."""
     seen: set[tuple[str, str]] = set()
     for url in urls:
-        place = (_folder(url), _name(url))
+        place = (_folder(url), shard_name(url))
         if place in seen:
             raise UserError(
                 f"shard {url} is listed twice in data.shards. To draw from it more often, raise its weight."
@@ -242,12 +242,6 @@ def _folder(url: str) -> str:
         return "pipe:"
     folder, slash, _ = url.partition("?")[0].rpartition("/") if is_remote(url) else url.rpartition("/")
     return folder or slash or "."
-
-
-def _name(url: str) -> str:
-    if url.startswith("pipe:"):
-        return hashlib.blake2b(url.encode(), digest_size=12).hexdigest()
-    return (url.partition("?")[0] if is_remote(url) else url).rpartition("/")[2]
 
 
 def _row(index: ShardIndex) -> np.ndarray:
@@ -286,7 +280,7 @@ def _fits(url: str, row: np.ndarray) -> bool:
 
 def _stored(url: str, home: Home, row: np.ndarray | None) -> ShardIndex | None:
     """The sound sidecar of a shard, the one that `row` of the manifest describes where it is given."""
-    for data in home.candidates(f"{_name(url)}.index.npz"):
+    for data in home.candidates(f"{shard_name(url)}.index.npz"):
         try:
             a = _unpacked(data)
             index = ShardIndex(url, a["keys"], a["offsets"], a["sizes"], a["labels"], a["checksums"], int(a["nbytes"]))

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import numpy as np
 
-from lejepa_scale.data.stream import Reader
+from lejepa_scale.data.stream import Reader, shard_name
 from lejepa_scale.errors import UserError
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff"})
@@ -36,6 +36,10 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return len(self.offsets)
+
+    @property
+    def name(self) -> str:
+        return shard_name(self.url)
 
     def key(self, member: int) -> str:
         return self.keys[member].decode("utf-8", "surrogateescape")

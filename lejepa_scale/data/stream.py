@@ -3,6 +3,7 @@ with a deadline, and with retries that go on from the byte reached. Refuses to k
 
 from __future__ import annotations
 
+import hashlib
 import os
 import queue
 import random
@@ -58,6 +59,13 @@ def expand(patterns: list[str]) -> list[str]:
 
 def is_remote(url: str) -> bool:
     return url.startswith("pipe:") or "://" in url
+
+
+def shard_name(url: str) -> str:
+    """Its file name, wherever it lies; of a command, a digest."""
+    if url.startswith("pipe:"):
+        return hashlib.blake2b(url.encode(), digest_size=12).hexdigest()
+    return (url.partition("?")[0] if is_remote(url) else url).rpartition("/")[2]
 
 
 def user_cache() -> Path:
