@@ -69,6 +69,8 @@ def serve() -> Iterator[Server]:
             if behaviour == "short" and asked:
                 body = body[: len(body) // 2]
                 stop = start + len(body)
+            if behaviour == "elsewhere":
+                body = body[1:] + b"?"
             if behaviour == "alter":
                 middle = len(body) // 2
                 body = body[:middle] + bytes([body[middle] ^ 1]) + body[middle + 1 :]

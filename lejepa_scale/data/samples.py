@@ -31,10 +31,12 @@ def read_image(
     expected = int(shard.checksums[member])
     where = {"nbytes": shard.nbytes, "digest": shard.digest}
     data = ahead.result() if ahead is not None else reader.read(shard.url, offset, size, **where)  # type: ignore[arg-type]
-    if zlib.crc32(data) != expected and is_remote(shard.url):  # on its way, or in the cache?
+    found = zlib.crc32(data)
+    if found != expected and is_remote(shard.url):  # altered on its way, or in the cache?
         data = reader.read(shard.url, offset, size, fresh=True, **where)  # type: ignore[arg-type]
-    if zlib.crc32(data) != expected:
-        raise SampleFault(f"its bytes changed since it was indexed (CRC-32 {zlib.crc32(data):08x}, not {expected:08x})")
+        found = zlib.crc32(data)
+    if found != expected:
+        raise SampleFault(f"its bytes changed since it was indexed (CRC-32 {found:08x}, not {expected:08x})")
     _check_pixels(data, max_pixels)
     return data
 
