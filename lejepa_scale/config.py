@@ -107,7 +107,21 @@ class Data(Section):
     shuffle_block: Positive = Field(
         16384, description="samples mixed among each other, shards being in random order; any size, no memory"
     )
-    cache_dir: Path | None = Field(None, description="where remote shards are copied; unset: the user's cache")
+    index_dir: Path | None = Field(
+        None, description="where indexes are written; unset: beside the shards, else in the user's cache"
+    )
+    cache_dir: Path | None = Field(
+        None, description="a disk of the node for whole copies of remote shards; unset: samples come by range request"
+    )
+    cache_gb: float | None = Field(None, gt=0, description="size of that cache in 10^9 bytes; unset: no limit")
+    read_timeout: float = Field(30.0, gt=0, description="seconds for up to 4 MiB of a remote shard")
+    retries: NonNegative = Field(5, description="failures in a row before a remote shard stops the run")
+    max_pixels: Positive = Field(
+        80_000_000,
+        le=178_000_000,
+        description="larger images are faults; read from the header (Pillow's own limit: 178e6)",
+    )
+    max_faults: Positive = Field(16, description="stop after this many samples in a row that cannot be used")
     log_keys: bool = Field(False, description="write which samples every rank consumed to keys/ in the run directory")
     views: Views = Views()
     augment: Augment = Augment()
@@ -229,6 +243,14 @@ class Config(Section):
             raise ValueError(f"optim.warmup_steps = {self.optim.warmup_steps} exceeds train.steps = {self.train.steps}")
         if self.engine.shard_degree is not None and self.engine.name != "fsdp":
             raise ValueError(f"engine.shard_degree is for engine.name=fsdp, not {self.engine.name}")
+        data = self.data
+        longest = 2 * (data.retries + 1) * data.read_timeout + 30 * data.retries
+        if longest > 60 * self.engine.timeout_minutes:
+            raise ValueError(
+                f"data.retries = {data.retries} and data.read_timeout = {data.read_timeout:g} can keep a rank waiting for "
+                f"{longest / 60:.1f} minutes, longer than the others wait for it: engine.timeout_minutes = "
+                f"{self.engine.timeout_minutes}"
+            )
         objective = self.objective
         if objective.accumulation == "unbiased" and (objective.regularizer, objective.estimator) != ("sigreg", "u"):
             raise ValueError(

@@ -147,6 +147,14 @@ def counts_of_ranks(count: int, group: Group = None) -> list[int]:
     return counts
 
 
+def gather_objects(value: T, group: Group = None) -> list[T]:
+    """Each rank's `value`, in rank order, on every rank."""
+    values: list[Any] = [value] * world_size(group)
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
 class CountBytes(TorchDispatchMode):
     """Inside, the bytes that this rank hands to each kind of collective: counted, not derived."""
 

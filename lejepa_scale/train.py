@@ -17,6 +17,7 @@ from lejepa_scale import distributed
 from lejepa_scale.checkpoint import CanonicalState, Progress, Store
 from lejepa_scale.config import BatchPlan, Config, check_world, dump
 from lejepa_scale.data import Batch, Loader, ahead, open_sources
+from lejepa_scale.data.faults import Fault, append_to_quarantine
 from lejepa_scale.data.keylog import KeyLog
 from lejepa_scale.data.loader import Sources
 from lejepa_scale.engine import Engine, build_engine
@@ -45,7 +46,7 @@ def train(config: Config) -> Path:
     # 2. Join the other ranks; rank 0 fetches and indexes shards and reads the newest checkpoint.
     device = distributed.start(timedelta(minutes=config.engine.timeout_minutes))
     distributed.on_rank_zero(lambda: open_sources(config.data).num_samples)
-    sources = open_sources(config.data)
+    sources = open_sources(config.data, build=False)
     store = Store(config.run.dir, config.checkpoint.keep)
     state, probe_state, progress = _resume(config, store, sources)
     if progress.step >= config.train.steps:
@@ -181,10 +182,24 @@ class _Run:
             yield batch, Replay(features, micro)
 
     def _next(self, batches: Iterator[Batch], step: int) -> Batch:
+        """The next micro-batch. A rank that cannot read stops all of them, with its own words."""
         asked = time.monotonic()
-        batch = next(batches)
+        batch, failure = None, None
+        try:
+            batch = next(batches)
+        except UserError as error:
+            failure = error
         self.waited += time.monotonic() - asked
-        self._note_skipped(batch)
+        faults = batch.skipped if batch is not None else []
+        noted = distributed.all_reduce_sum(torch.tensor([len(faults), int(failure is not None)]))
+        if noted[1]:
+            messages = [text for text in distributed.gather_objects(str(failure or "")) if text]
+            raised = UserError(" ".join(dict.fromkeys(messages)))
+            raised.everywhere = True
+            raise raised
+        if noted[0]:
+            self._note_skipped(distributed.gather_objects(faults), step)
+        assert batch is not None
         if self.key_log is not None:
             self.key_log.write(step, batch.records)
         return batch
@@ -207,11 +222,13 @@ class _Run:
 
         return distributed.on_rank_zero(write)
 
-    def _note_skipped(self, batch: Batch) -> None:
-        count = torch.tensor(len(batch.skipped))
-        self.skipped += int(distributed.all_reduce_sum(count))
-        for fault in batch.skipped:
-            self.reporter.say(f"skipped an image that does not decode: {fault}")
+    def _note_skipped(self, by_rank: list[list[Fault]], step: int) -> None:
+        faults = [fault for faults in by_rank for fault in faults]
+        self.skipped += len(faults)
+        for fault in faults:
+            self.reporter.say(f"step {step + 1}: replaced {fault}")
+        if distributed.rank() == 0:
+            append_to_quarantine(self.config.run.dir / "quarantine.jsonl", faults, step + 1)
 
     def _note_nonfinite(self, step: int, in_a_row: int, keys: list[str]) -> None:
         self.nonfinite += 1
@@ -250,11 +267,26 @@ def _resume(
                 f"the shards of data.shards are not those that {latest} was trained on (names, sizes or counts differ), "
                 "so the order of samples cannot be continued. Restore them, or start a new run.dir."
             )
+        _refuse_another_batch(config, progress)
         _write_config(config)
         return probe, progress
 
     probe, progress = distributed.on_rank_zero(read)
     return (held[0] if held else None), probe, progress
+
+
+def _refuse_another_batch(config: Config, progress: Progress) -> None:
+    """Step s begins at sample s x global_batch: another batch would repeat or leave out samples without a word."""
+    path = config.run.dir / "config.yaml"
+    if not progress.step or not path.exists():
+        return
+    before = yaml.safe_load(path.read_text())["train"]["global_batch"]
+    if before != config.train.global_batch:
+        raise UserError(
+            f"{config.run.dir} was trained to step {progress.step} with train.global_batch = {before}, not "
+            f"{config.train.global_batch}: samples would be repeated or left out. Keep {before} (train.micro_batch may "
+            "change), or start a new run.dir."
+        )
 
 
 def _write_config(config: Config) -> None:

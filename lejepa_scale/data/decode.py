@@ -10,7 +10,10 @@ import cv2
 import numpy as np
 from PIL import Image
 
-MAX_PIXELS = 100_000_000  # 300 MB once decoded
+from lejepa_scale.config import Data
+from lejepa_scale.data.faults import SampleFault
+
+MAX_PIXELS: int = Data.model_fields["max_pixels"].default
 _REDUCED = {
     1: cv2.IMREAD_COLOR_RGB,
     2: cv2.IMREAD_REDUCED_COLOR_2,
@@ -19,7 +22,7 @@ _REDUCED = {
 }
 
 
-class DecodeError(ValueError):
+class DecodeError(SampleFault):
     """The bytes are not an image that can be read, or one that should not be."""
 
 
@@ -45,7 +48,9 @@ def decode(data: bytes, enough: Enough | None = None, max_pixels: int = MAX_PIXE
     factor = 1
     if (size := dimensions(data)) is not None:
         if size[0] * size[1] > max_pixels:
-            raise DecodeError(f"{size[1]} x {size[0]} pixels, and the limit is {max_pixels:,} in all")
+            raise DecodeError(
+                f"{size[1]} x {size[0]} = {size[0] * size[1]} pixels, more than data.max_pixels = {max_pixels}"
+            )
         if _is_jpeg(data):
             if data.rfind(b"\xff\xd9") < _frame_header(data):
                 raise DecodeError(

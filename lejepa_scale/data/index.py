@@ -1,135 +1,362 @@
-"""What is in a shard: where each image's bytes lie, its key and its label. Reads a tar once, keeps a sidecar file."""
+"""What is in the shards. A sidecar per shard says where each image lies, and its checksum; a manifest per folder of shards
+says how many images each shard holds, so that a run reads one file at its start. Both are checked when they are read."""
 
 from __future__ import annotations
 
-import tarfile
+import hashlib
+import io
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
+from lejepa_scale.data.scan import ShardIndex, scan
+from lejepa_scale.data.stream import Reader, is_remote, shard_name, user_cache
 from lejepa_scale.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff"})
-_VERSION = 1
+T = TypeVar("T")
+_VERSION = 2
+_MANIFEST = "manifest.index.npz"
+_HELD_SAMPLES = 1 << 20  # of the sidecars that a process keeps in memory, about 60 bytes each
+_SHOWN = 20  # faults that one error lists
+_ROW = np.dtype([("count", "<i8"), ("labelled", "<i8"), ("classes", "<i8"), ("nbytes", "<i8"), ("digest", "S32")])
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """Images of one local tar: `tar[offsets[i] : offsets[i] + sizes[i]]` is the encoded image of sample `keys[i]`."""
+class Home:
+    """Where the index files of one folder of shards lie: beside them, or in a folder of our own where that cannot be
+    written. With `index_dir` they are written there alone."""
 
-    path: Path
-    keys: np.ndarray  # unicode [n]
-    offsets: np.ndarray  # int64 [n]
-    sizes: np.ndarray  # int64 [n]
-    labels: np.ndarray  # int64 [n], -1 where the sample has no .cls member
-    nbytes: int  # of the tar, when it was indexed
+    def __init__(self, folder: str, index_dir: Path | None, reader: Reader) -> None:
+        address = folder if is_remote(folder) else str(Path(folder).absolute())
+        mirror = hashlib.blake2b(address.encode(), digest_size=8).hexdigest()
+        beside = [] if folder == "pipe:" else [folder]
+        self.folder, self.reader = folder, reader
+        if index_dir is not None:
+            self.places, self.written = [str(index_dir / mirror), *beside], [str(index_dir / mirror)]
+        else:
+            self.places = self.written = [*beside, str(user_cache() / "index" / mirror)]
+
+    def candidates(self, name: str) -> Iterator[bytes]:
+        """The contents of every file of that name, nearest first."""
+        for place in self.places:
+            if (data := self.reader.get(f"{place}/{name}")) is not None:
+                yield data
+
+    def write(self, name: str, data: bytes) -> None:
+        if not any(self.reader.put(f"{place}/{name}", data) for place in self.written):
+            raise UserError(
+                f"cannot write the index of {self.folder} to {' or '.join(self.written)}. "
+                "Set data.index_dir (tools/index_shards.py: --out) to a folder that can be written and every node sees."
+            )
+
+
+@dataclass
+class Shards:
+    """The shards of one source in the order given, as their manifest describes them: arrays over shards, and the index
+    of a shard when it is asked for. 100,000 shards take about 20 MB."""
+
+    urls: list[str]
+    rows: np.ndarray  # _ROW [shards]
+    homes: dict[str, Home]
+
+    def __post_init__(self) -> None:
+        self._held: OrderedDict[int, ShardIndex] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.urls)
+
+    def __iter__(self) -> Iterator[ShardIndex]:
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [shards]: samples, those without an image included."""
+        return self.rows["count"]
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """Of names and contents; not of the place where they lie."""
+        names = "\n".join(shard_name(url) for url in self.urls)
+        return hashlib.blake2b(names.encode() + self.rows.tobytes(), digest_size=16).digest()
+
+    def __getitem__(self, number: int) -> ShardIndex:
+        """The index of a shard, from memory or from its sidecar. Raises UserError where that is not what the manifest
+        promises. Not for several threads."""
+        if number in self._held:
+            self._held.move_to_end(number)
+            return self._held[number]
+        url, row = self.urls[number], self.rows[number]
+        index = _stored(url, self.homes[_folder(url)], row)
+        if index is None:
+            raise UserError(
+                f"the index of shard {url} is missing, damaged, or not the one that its manifest names. "
+                "Run tools/index_shards.py on the shards and start again."
+            )
+        self._held[number] = index
+        while sum(len(held) for held in self._held.values()) > _HELD_SAMPLES and len(self._held) > 1:
+            self._held.popitem(last=False)
+        return index
 
 
-def sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".index.npz")
+def index_shards(
+    urls: list[str],
+    *,
+    reader: Reader | None = None,
+    index_dir: Path | None = None,
+    workers: int = 8,
+    rebuild: bool = False,
+    check_sidecars: bool = False,
+    manifest: bool = True,
+    build: bool = True,
+) -> Shards:
+    """The shards of `urls`, from their manifest; those it lacks from sidecars; those without a sidecar by scanning.
 
-
-def index_shards(paths: list[Path], *, rebuild: bool = False) -> list[ShardIndex]:
-    """Load the sidecar of every shard, scanning (in parallel, with progress) those that have none or are out of date."""
-    missing = [path for path in paths if rebuild or _load(path) is None]
-    if missing:
-        with ThreadPoolExecutor(8) as pool:
-            scans = pool.map(scan, missing)
-            for index in tqdm(scans, total=len(missing), desc="indexing shards", unit="shard", mininterval=1.0):
-                _save(index)
-    return [_load(path) or scan(path) for path in paths]  # scanned again where no sidecar could be written
-
-
-def scan(path: Path) -> ShardIndex:
-    """Read the headers of a tar. Refuses one that is damaged, cut short or holds no image."""
-    images: dict[str, tuple[int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path, "r:") as tar:
-            end = 0
-            for member in tar:
-                end = member.offset_data + -(-member.size // 512) * 512
-                key, _, extension = _split(member.name)
-                if not member.isfile() or not extension:
-                    continue
-                if extension in IMAGE_EXTENSIONS:
-                    images.setdefault(key, (member.offset_data, member.size))
-                elif extension == "cls":
-                    labels[key] = _label(tar.extractfile(member).read(), path, key)  # type: ignore[union-attr]
-    except FileNotFoundError as error:
-        raise UserError(f"shard {path} does not exist. Check data.shards (and that its disk is mounted).") from error
-    except (OSError, tarfile.TarError) as error:
-        raise UserError(f"shard {path} is not a readable tar file: {error}. Write it again or remove it.") from error
-    nbytes = path.stat().st_size
-    if not _is_closed(path, end):
+    Local shards are compared with their recorded size here, remote ones when they are first read. What had to be scanned
+    or merged is written: sidecars at once, so that an interrupted call goes on where it was, then the manifest (unless
+    `manifest` is False: one of several jobs). `check_sidecars` reads every sidecar, not the manifest. Without `build`,
+    nothing is written and what is missing is refused. Raises one UserError that lists every shard that cannot be used.
+    """
+    reader = reader or Reader()
+    _refuse_repeats(urls)
+    homes = {folder: Home(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
+    rows = np.zeros(len(urls), _ROW)
+    known = {folder: _read_manifest(home) for folder, home in homes.items()}
+    lacking = [
+        number for number, url in enumerate(urls) if not _fill(rows, number, known[_folder(url)].get(shard_name(url)))
+    ]
+    if build:
+        lacking = sorted({*lacking, *_changed(urls, rows, workers)})
+    if check_sidecars or rebuild:
+        lacking = list(range(len(urls)))
+    if lacking and not build:
         raise UserError(
-            f"shard {path} is cut short: no end-of-archive block after byte {end} of {nbytes}. "
-            "Copy or write it again; reading on would silently lose samples."
+            f"this rank does not see the index of {len(lacking)} of {len(urls)} shards, for instance {urls[lacking[0]]}, "
+            f"which rank 0 has just read or written in {homes[_folder(urls[lacking[0]])].written}. "
+            "Set data.index_dir to a folder that every node sees."
         )
-    if not images:
-        raise UserError(
-            f"shard {path} holds no images (members ending in {', '.join(sorted(IMAGE_EXTENSIONS))}). "
-            "Check data.shards, or write shards with tools/make_shards.py."
+    if lacking:
+        _index(urls, rows, lacking, homes, reader, workers, rebuild)
+    shards = Shards(urls, rows, homes)
+    if lacking and manifest:
+        for number, url in enumerate(urls):
+            known[_folder(url)][shard_name(url)] = rows[number]
+        for folder, home in homes.items():
+            home.write(_MANIFEST, _packed(_manifest_arrays(known[folder])))
+    return shards
+
+
+def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: int) -> list[str]:
+    """Read every shard again and compare it with its sidecar; the differences, one sentence per shard."""
+    homes = {folder: Home(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
+
+    def compare(url: str) -> str | None:
+        try:
+            stored, found = _stored(url, homes[_folder(url)], None), scan(url, reader)
+        except UserError as error:
+            return str(error)
+        if stored is None:
+            return f"shard {url} has no index, or a damaged one. Run tools/index_shards.py on it."
+        return (
+            None
+            if stored.digest == found.digest
+            else f"shard {url} differs from its index: {_difference(stored, found)}"
         )
-    keys = list(images)
-    spans = np.array(list(images.values()), dtype=np.int64)
-    return ShardIndex(
-        path, np.array(keys), spans[:, 0], spans[:, 1], np.array([labels.get(k, -1) for k in keys], np.int64), nbytes
+
+    return [
+        fault for fault in _progress(_each(workers, compare, [(u,) for u in urls]), len(urls), "verifying") if fault
+    ]
+
+
+def _index(
+    urls: list[str],
+    rows: np.ndarray,
+    lacking: list[int],
+    homes: dict[str, Home],
+    reader: Reader,
+    workers: int,
+    rebuild: bool,
+) -> None:
+    """Fill the rows of the shards `lacking`, from sidecars where they are sound, else by scanning."""
+
+    def sidecar(number: int) -> ShardIndex | None:
+        url = urls[number]
+        stored = _stored(url, homes[_folder(url)], None)
+        return stored if stored is not None and _fits(url, _row(stored)) else None
+
+    def scanned(number: int) -> ShardIndex | UserError:
+        url = urls[number]
+        try:
+            index = scan(url, reader)
+            homes[_folder(url)].write(f"{shard_name(url)}.index.npz", _packed(_sidecar_arrays(index)))
+        except UserError as error:
+            return error
+        return index
+
+    numbers = [(number,) for number in lacking]
+    found = [None] * len(lacking) if rebuild else list(_each(workers, sidecar, numbers))
+    for number, index in zip(lacking, found, strict=True):
+        if index is not None:
+            rows[number] = _row(index)
+    missing = [number for number, index in zip(lacking, found, strict=True) if index is None]
+    if not missing:
+        return
+    print(
+        f"{len(missing)} of {len(urls)} shards have no index that fits them: reading them once. "
+        "tools/index_shards.py does this beforehand, on as many machines as you like.",
+        file=sys.stderr,
     )
+    faults: list[str] = []
+    results = _progress(_each(workers, scanned, [(number,) for number in missing]), len(missing), "indexing")
+    for number, result in zip(missing, results, strict=True):
+        if isinstance(result, UserError):
+            faults.append(str(result))
+        else:
+            rows[number] = _row(result)
+    if faults:
+        more = f" And {len(faults) - _SHOWN} shards more." if len(faults) > _SHOWN else ""
+        many = f"{len(faults)} shards cannot be used. " if len(faults) > 1 else ""
+        raise UserError(many + " ".join(faults[:_SHOWN]) + more)
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """WebDataset's rule: the key ends at the first dot of the base name; the rest is the extension."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    return folder + slash + stem, dot, extension.lower()
-
-
-def _label(text: bytes, path: Path, key: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(f"shard {path}: {key}.cls holds {text[:20]!r}, not a class number.") from error
-
-
-def _is_closed(path: Path, end: int) -> bool:
-    with path.open("rb") as file:
-        file.seek(end)
-        return file.read(512) == bytes(512)
-
-
-def _save(index: ShardIndex) -> None:
-    target = sidecar(index.path)
-    partial = target.with_suffix(".partial")
-    try:
-        with partial.open("wb") as file:
-            np.savez(
-                file,
-                version=_VERSION,
-                nbytes=index.nbytes,
-                keys=index.keys,
-                offsets=index.offsets,
-                sizes=index.sizes,
-                labels=index.labels,
+def _refuse_repeats(urls: list[str]) -> None:
+    """Two shards of one name in a folder would share an index, and one shard twice would repeat its samples."""
+    seen: set[tuple[str, str]] = set()
+    for url in urls:
+        place = (_folder(url), shard_name(url))
+        if place in seen:
+            raise UserError(
+                f"shard {url} is listed twice in data.shards. To draw from it more often, raise its weight."
             )
-        partial.replace(target)
+        seen.add(place)
+
+
+def _folder(url: str) -> str:
+    if url.startswith("pipe:"):
+        return "pipe:"
+    folder, slash, _ = url.partition("?")[0].rpartition("/") if is_remote(url) else url.rpartition("/")
+    return folder or slash or "."
+
+
+def _row(index: ShardIndex) -> np.ndarray:
+    labels = index.labels
+    row = np.zeros((), _ROW)
+    row[()] = (len(index), int((labels >= 0).sum()), int(labels.max()) + 1, index.nbytes, index.digest.encode())
+    return row
+
+
+def _fill(rows: np.ndarray, number: int, row: np.ndarray | None) -> bool:
+    if row is not None:
+        rows[number] = row
+    return row is not None
+
+
+def _changed(urls: list[str], rows: np.ndarray, workers: int) -> list[int]:
+    """Local shards whose size is not the recorded one."""
+    local = [number for number, url in enumerate(urls) if not is_remote(url)]
+    parts = [(local[i : i + 500],) for i in range(0, len(local), 500)]
+    misfits = _each(workers, lambda part: [n for n in part if not _fits(urls[n], rows[n])], parts)
+    return [number for part in misfits for number in part]
+
+
+def _fits(url: str, row: np.ndarray) -> bool:
+    """Whether a local shard has the size that was recorded; a missing one is left to the scan to name."""
+    if is_remote(url):
+        return True
+    try:
+        return Path(url).stat().st_size == row["nbytes"]
     except OSError:
-        return  # a read-only data disk: the scan is repeated at the next start
+        return False
 
 
-def _load(path: Path) -> ShardIndex | None:
-    try:
-        with np.load(sidecar(path), allow_pickle=False) as stored:
-            if stored["version"] != _VERSION or stored["nbytes"] != path.stat().st_size:
-                return None
-            return ShardIndex(
-                path, stored["keys"], stored["offsets"], stored["sizes"], stored["labels"], int(stored["nbytes"])
-            )
-    except (OSError, ValueError, KeyError):
-        return None
+# -- files
+
+
+def _stored(url: str, home: Home, row: np.ndarray | None) -> ShardIndex | None:
+    """The sound sidecar of a shard, the one that `row` of the manifest describes where it is given."""
+    for data in home.candidates(f"{shard_name(url)}.index.npz"):
+        try:
+            a = _unpacked(data)
+            index = ShardIndex(url, a["keys"], a["offsets"], a["sizes"], a["labels"], a["checksums"], int(a["nbytes"]))
+            if a["digest"].tobytes().decode() == index.digest and (row is None or row == _row(index)):
+                return index
+        except Exception:  # numpy and zipfile raise all sorts for a file that is cut or altered
+            continue
+    return None
+
+
+def _sidecar_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
+    return {
+        "nbytes": np.array(index.nbytes),
+        "digest": np.frombuffer(index.digest.encode(), np.uint8),
+        "keys": index.keys,
+        "offsets": index.offsets,
+        "sizes": index.sizes,
+        "labels": index.labels,
+        "checksums": index.checksums,
+    }
+
+
+def _read_manifest(home: Home) -> dict[str, np.ndarray]:
+    damaged = False
+    for data in home.candidates(_MANIFEST):
+        try:
+            arrays = _unpacked(data)
+            names = arrays["names"].tobytes().decode().split("\n")
+            return dict(zip(names, arrays["rows"].view(_ROW), strict=True))
+        except Exception:  # as above; the zip format has a checksum of each array
+            damaged = True
+    if damaged:
+        print(
+            f"the manifest of {home.folder} is damaged or of another version: made anew from the shards' own index files.",
+            file=sys.stderr,
+        )
+    return {}
+
+
+def _manifest_arrays(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    order = sorted(rows)
+    names = np.frombuffer("\n".join(order).encode(), np.uint8)
+    table = np.array([rows[name] for name in order], _ROW).view(np.uint8)
+    return {"names": names, "rows": table}
+
+
+def _packed(arrays: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, version=_VERSION, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+        if stored["version"] != _VERSION:
+            raise ValueError("another version")
+        return {name: stored[name] for name in stored.files}
+
+
+def _each(workers: int, work: Callable[..., T], arguments: list[tuple]) -> Iterator[T]:
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda a: work(*a), arguments)
+
+
+def _progress(results: Iterable[T], total: int, what: str) -> Iterator[T]:
+    yield from tqdm(results, total=total, desc=what, unit="shard", mininterval=1.0)
+
+
+def _difference(stored: ShardIndex, found: ShardIndex) -> str:
+    if len(stored) != len(found):
+        return f"{len(stored)} samples are indexed, {len(found)} are there"
+    if stored.nbytes != found.nbytes:
+        return f"{stored.nbytes} bytes are indexed, {found.nbytes} are there"
+    for what in ("keys", "offsets", "sizes", "labels", "checksums"):
+        where = np.flatnonzero(getattr(stored, what) != getattr(found, what))
+        if len(where):
+            first = int(where[0])
+            return f"{what} of {len(where)} samples, first {stored.key(first)} at byte {stored.offsets[first]}"
+    return "in nothing but its digest"

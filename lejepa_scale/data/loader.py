@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import hashlib
 import signal
+import sys
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,14 +18,15 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lejepa_scale.config import BatchPlan, Config, Data
 from lejepa_scale.data import photometric, views
-from lejepa_scale.data.decode import DecodeError, decode
-from lejepa_scale.data.index import ShardIndex, index_shards
+from lejepa_scale.data.decode import decode
+from lejepa_scale.data.faults import Fault, SampleFault
+from lejepa_scale.data.index import Shards, index_shards
 from lejepa_scale.data.keylog import Header, Record
 from lejepa_scale.data.order import Location, Order, positions
-from lejepa_scale.data.stream import expand, localise, read
+from lejepa_scale.data.samples import read_ahead, read_image
+from lejepa_scale.data.scan import ShardIndex
+from lejepa_scale.data.stream import Reader, expand
 from lejepa_scale.errors import UserError
-
-_ATTEMPTS = 16  # neighbours tried in place of an image that does not decode
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Batch:
     parameters: list[Tensor]  # [V, B, P] per resolution; stay on the CPU
     labels: Tensor  # int64 [B], -1 where unknown
     keys: list[str]
-    skipped: list[str]  # "shard:key: reason" of images that did not decode and were replaced
+    skipped: list[Fault]  # samples that could not be used and were replaced; `keys` has what took their place
     records: list[Record]  # what was drawn, for the key log
     ready: list[Tensor] | None = None  # augmented views, where they were made ahead
 
@@ -57,30 +59,38 @@ class Batch:
 class Sources:
     """The indexed shards of every source of a mixture."""
 
-    shards: list[list[ShardIndex]]
+    shards: list[Shards]
     weights: list[float]
 
     @property
+    def counts(self) -> list[np.ndarray]:
+        """Samples of each shard, for each source: int64 [shards]."""
+        return [source.counts for source in self.shards]
+
+    @property
     def num_samples(self) -> int:
-        return sum(len(shard) for source in self.shards for shard in source)
+        return sum(int(counts.sum()) for counts in self.counts)
+
+    @property
+    def num_labelled(self) -> int:
+        return sum(int(source.rows["labelled"].sum()) for source in self.shards)
 
     @property
     def num_classes(self) -> int:
         """1 + the largest label where every sample has one, else 0."""
-        labels = [shard.labels for source in self.shards for shard in source]
-        return 1 + max(int(x.max()) for x in labels) if all((x >= 0).all() for x in labels) else 0
+        return max(int(s.rows["classes"].max()) for s in self.shards) if self.num_labelled == self.num_samples else 0
 
     @property
     def fingerprint(self) -> str:
-        """Changes when shards, their names, sizes or the weights change: the order would not be the same."""
-        text = repr([[(s.path.name, len(s), s.nbytes) for s in source] for source in self.shards]) + repr(self.weights)
-        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+        """Changes when shards, their names, contents or the weights change: the order would not be the same."""
+        parts = b"".join(source.fingerprint for source in self.shards) + repr(self.weights).encode()
+        return hashlib.blake2b(parts, digest_size=16).hexdigest()
 
     def record(self, position: int, location: Location, key: str) -> Record:
         """What was drawn at a position, where the sample called `key` came of it."""
         shard = self.shards[location.source][location.shard]
-        drawn = str(shard.keys[location.member])
-        return Record(position, *location, f"{shard.path.name}/{drawn}", "" if key == drawn else key)
+        drawn = shard.key(location.member)
+        return Record(position, *location, f"{shard.name}/{drawn}", "" if key == drawn else key)
 
     def key_log_header(self, config: Config, *, decoded: bool) -> Header:
         """All that the order depends on, how many samples an epoch of each source has, and whether images were read."""
@@ -89,43 +99,59 @@ class Sources:
             "seed": config.run.seed,
             "shuffle_block": config.data.shuffle_block,
             "global_batch": config.train.global_batch,
-            "samples": [sum(map(len, source)) for source in self.shards],
+            "samples": [int(counts.sum()) for counts in self.counts],
             "decoded": decoded,
         }
 
 
-def open_sources(data: Data) -> Sources:
-    """Expand, fetch and index every shard of the configuration. Raises UserError that names what is missing."""
-    shards = []
-    for source in data.shards:
-        paths = [localise(url, data.cache_dir) for url in expand(source.shards)]
-        shards.append(index_shards(paths))
-    return Sources(shards, [source.weight for source in data.shards])
+def open_sources(data: Data, *, build: bool = True) -> Sources:
+    """Expand and index every source of the configuration. Raises UserError that names what is missing.
+
+    Without `build`, only what another process has indexed is read."""
+    reader = _reader(data)
+    shards = [
+        index_shards(expand(source.shards), reader=reader, index_dir=data.index_dir, build=build)
+        for source in data.shards
+    ]
+    sources = Sources(shards, [source.weight for source in data.shards])
+    if build and 0 < sources.num_labelled < sources.num_samples:
+        missing = sources.num_samples - sources.num_labelled
+        print(f"{missing} of {sources.num_samples} samples have no label: the online probe is off.", file=sys.stderr)
+    return sources
+
+
+def _reader(data: Data) -> Reader:
+    return Reader(
+        read_timeout=data.read_timeout, retries=data.retries, cache_dir=data.cache_dir, cache_gb=data.cache_gb
+    )
 
 
 class _Samples(Dataset[Batch]):
     def __init__(self, sources: Sources, config: Config) -> None:
+        data = config.data
         self.sources, self.seed = sources, config.run.seed
-        counts = [[len(shard) for shard in source] for source in sources.shards]
-        self.order = Order(counts, sources.weights, config.run.seed, config.data.shuffle_block)
-        self.groups = [group for group in (config.data.views.global_, config.data.views.local) if group.count]
+        self.reader, self.max_faults, self.max_pixels = _reader(data), data.max_faults, data.max_pixels
+        self.order = Order(sources.counts, sources.weights, config.run.seed, data.shuffle_block)
+        self.groups = [group for group in (data.views.global_, data.views.local) if group.count]
         self.enough = views.enough(self.groups)
-        self.augment = config.data.augment
+        self.augment = data.augment
 
     def __getitems__(self, where: list[int]) -> Batch:
-        skipped: list[str] = []
+        skipped: list[Fault] = []
         cut = [torch.empty(g.count, len(where), 3, g.size, g.size, dtype=torch.uint8) for g in self.groups]
         parameters = [torch.empty(g.count, len(where), photometric.WIDTH) for g in self.groups]
         if get_worker_info() is not None:  # a worker's tensors go there anyway; on the heap they would fragment it
             cut = [tensor.share_memory_() for tensor in cut]
         labels, keys, records = [], [], []
-        for b, (position, location) in enumerate(zip(where, self.order.locate(where), strict=True)):
-            image, shard, member = self._image(location, skipped)
+        locations = self.order.locate(where)
+        ahead = [read_ahead(self.reader, self._shard(location), location.member) for location in locations]
+        for b, (position, location) in enumerate(zip(where, locations, strict=True)):
+            image, shard, member = self._image(location, ahead[b], skipped)
             for i, (group, (crops, colours)) in enumerate(zip(self.groups, self._draws(location), strict=True)):
                 cut[i][:, b] = views.cut_views(image, group, crops)
                 parameters[i][:, b] = torch.from_numpy(photometric.draw(colours, self.augment))
             labels.append(int(shard.labels[member]))
-            keys.append(str(shard.keys[member]))
+            keys.append(shard.key(member))
             records.append(self.sources.record(position, location, keys[-1]))
         return Batch(cut, parameters, torch.tensor(labels), keys, skipped, records)
 
@@ -138,20 +164,29 @@ class _Samples(Dataset[Batch]):
             draws = generator.random((group.count, views.DRAWS + photometric.DRAWS))
             yield draws[:, : views.DRAWS], draws[:, views.DRAWS :]
 
-    def _image(self, location: Location, skipped: list[str]) -> tuple[np.ndarray, ShardIndex, int]:
-        """The image at `location`; where it does not decode, the next of its shard that does (so the replacement does
+    def _shard(self, location: Location) -> ShardIndex:
+        return self.sources.shards[location.source][location.shard]
+
+    def _image(
+        self, location: Location, ahead: Future[bytes] | None, faults: list[Fault]
+    ) -> tuple[np.ndarray, ShardIndex, int]:
+        """The image at `location`; where it cannot be used, the next of its shard that can (so the replacement does
         not depend on ranks or workers)."""
-        shard = self.sources.shards[location.source][location.shard]
-        for attempt in range(min(_ATTEMPTS, len(shard))):
+        shard = self._shard(location)
+        attempts = min(self.max_faults, len(shard))
+        for attempt in range(attempts):
             member = (location.member + attempt) % len(shard)
             try:
-                data = read(shard.path, int(shard.offsets[member]), int(shard.sizes[member]))
-                return decode(data, self.enough), shard, member
-            except DecodeError as error:
-                skipped.append(f"{shard.path}:{shard.keys[member]}: {error}")
+                data = read_image(self.reader, shard, member, ahead)
+                return decode(data, self.enough, self.max_pixels), shard, member
+            except SampleFault as error:
+                faults.append(Fault(shard.url, shard.key(member), int(shard.offsets[member]), str(error)))
+                ahead = None
+        first, last = faults[-attempts], faults[-1]
         raise UserError(
-            f"{min(_ATTEMPTS, len(shard))} images in a row of shard {shard.path} do not decode, from "
-            f"{shard.keys[location.member]} on. The shard is damaged: write it again or remove it from data.shards."
+            f"{attempts} images in a row of shard {shard.url} cannot be used (data.max_faults = {self.max_faults}), from "
+            f"{first.key} ({first.reason}) to {last.key} ({last.reason}). The shard is damaged: write it again or remove "
+            "it from data.shards."
         )
 
 
@@ -160,7 +195,7 @@ class _Names(_Samples):
 
     def __getitems__(self, where: list[int]) -> Batch:
         found = self.order.locate(where)
-        keys = [str(self.sources.shards[x.source][x.shard].keys[x.member]) for x in found]
+        keys = [self._shard(x).key(x.member) for x in found]
         records = [self.sources.record(*drawn) for drawn in zip(where, found, keys, strict=True)]
         return Batch([], [], torch.empty(0, dtype=torch.long), keys, [], records)
 
@@ -228,19 +263,20 @@ def evaluation_batches(
     shards: str | list[str], *, image_size: int, batch_size: int, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images in stored order, resized and cut to the centre: (uint8 [B, 3, S, S], int64 [B]); label -1 where unknown.
-    Images that do not decode are left out."""
+    Images that cannot be used are named and left out."""
     patterns = [shards] if isinstance(shards, str) else shards
     images: list[np.ndarray] = []
     labels: list[int] = []
-    seen = 0
-    for path in [localise(url, None) for url in expand(patterns)]:
-        (shard,) = index_shards([Path(path)])
+    seen, reader = 0, Reader()
+    for shard in index_shards(expand(patterns), reader=reader):
         for member in range(len(shard)):
             if limit is not None and seen >= limit:
                 break
             try:
-                image = decode(read(shard.path, int(shard.offsets[member]), int(shard.sizes[member])))
-            except DecodeError:
+                image = decode(read_image(reader, shard, member))
+            except SampleFault as error:
+                fault = Fault(shard.url, shard.key(member), int(shard.offsets[member]), str(error))
+                print(f"left out: {fault}", file=sys.stderr)
                 continue
             images.append(views.centre_square(image, image_size).transpose(2, 0, 1))
             labels.append(int(shard.labels[member]))

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 
 from lejepa_scale.data import synthetic
-from lejepa_scale.data.index import IMAGE_EXTENSIONS
+from lejepa_scale.data.scan import IMAGE_EXTENSIONS
 from lejepa_scale.data.writer import Sample
 from lejepa_scale.errors import UserError
 

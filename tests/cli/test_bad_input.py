@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, Command, small_config
+from shardserver import serve
+
+from lejepa_scale.data.index import index_shards
 
 TRAIN = ROOT / "launchers/train.py"
 
@@ -74,16 +78,38 @@ def test_image_that_does_not_decode_is_skipped_and_counted(command: Command, tmp
         good = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
     bad = write_tar(tmp_path / "bad.tar", {"zzz_broken.jpg": b"not an image", "zzz_broken.cls": b"3", **good})
     run = tmp_path / "run"
-    path = command.config(small_config(run, bad, train={"steps": 3, "global_batch": 16}))
+    path = command.config(small_config(run, bad, train={"steps": 3, "global_batch": 11}))  # one epoch of 33
     result = command(TRAIN, "--config", path)
     assert result.returncode == 0, result.stderr
     assert "zzz_broken" in result.stderr
     assert '"skipped_images": 1' in (run / "metrics.jsonl").read_text().splitlines()[-1]
+    (fault,) = map(json.loads, (run / "quarantine.jsonl").read_text().splitlines())
+    assert (fault["shard"], fault["key"]) == (str(bad), "zzz_broken")
+    assert 1 <= fault["step"] <= 3
     hopeless = write_tar(tmp_path / "hopeless.tar", {f"{i}.jpg": b"no" for i in range(40)})
     for workers in (0, 1):
         result = command(TRAIN, "--config", path, f"data.shards={hopeless}", f"run.dir={tmp_path / str(workers)}",
                          f"data.workers={workers}")  # fmt: skip
         refused(result, "hopeless.tar", "16 images in a row")
+
+
+def test_a_lost_network_stops_every_rank_and_names_the_shard(command: Command, tmp_path: Path, scenes: Path) -> None:
+    """Two ranks read from a web server that goes down in mid-run: one error, a non-zero exit, no hang."""
+    with serve() as server:
+        for path in scenes.glob("*.tar"):
+            server.files[path.name] = path.read_bytes()
+        index_shards([server.url(name) for name in sorted(server.files)], index_dir=tmp_path / "index")
+        server.fail_after = len(server.requests) + 40
+        tree = small_config(tmp_path / "run", scenes, train={"steps": 100, "global_batch": 16}, engine={"name": "ddp"})
+        tree["data"] |= {
+            "shards": server.url("shard-{000000..000002}.tar"),
+            "index_dir": str(tmp_path / "index"),
+            "retries": 1,
+            "read_timeout": 2,
+        }
+        result = command(TRAIN, "--config", command.config(tree), ranks=2, timeout=120)
+        refused(result, "shard-00000", "HTTP status 503", "given up after 2 attempts")
+        assert (tmp_path / "run/metrics.jsonl").read_text().count("loss_sigreg") >= 1
 
 
 def test_corrupt_checkpoint_is_named_and_never_skipped_silently(command: Command, tmp_path: Path, scenes: Path) -> None:

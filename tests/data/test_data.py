@@ -12,9 +12,6 @@ from conftest import small_config
 
 from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.data import Loader, evaluation_batches, open_sources
-from lejepa_scale.data.index import index_shards, scan, sidecar
-from lejepa_scale.data.stream import expand, localise, read
-from lejepa_scale.errors import UserError
 
 
 def plan(ranks: int, micro: int, accumulation: int = 1) -> BatchPlan:
@@ -62,54 +59,6 @@ def test_labels_and_fingerprint(config, scenes: Path) -> None:
         update={"shards": [config.data.shards[0].model_copy(update={"shards": [str(next(scenes.glob("*.tar")))]})]}
     )
     assert open_sources(fewer).fingerprint != sources.fingerprint
-
-
-def test_index_finds_the_bytes_and_is_rebuilt_when_the_shard_changes(scenes: Path, tmp_path: Path) -> None:
-    source = sorted(scenes.glob("*.tar"))[0]
-    shard = tmp_path / "a.tar"
-    shard.write_bytes(source.read_bytes())
-    (index,) = index_shards([shard])
-    assert len(index) == 32
-    assert sidecar(shard).exists()
-    for i in (0, 31):
-        assert read(shard, int(index.offsets[i]), int(index.sizes[i])).startswith(b"\x89PNG")
-    shard.write_bytes(sorted(scenes.glob("*.tar"))[1].read_bytes())
-    (again,) = index_shards([shard])
-    assert again.keys[0] == "00000032"
-    with pytest.raises(UserError, match="ends before byte"):
-        read(shard, again.nbytes - 10, 100)
-
-
-@pytest.mark.parametrize("cut", ["boundary", "header", "middle"])
-def test_cut_shards_are_refused(scenes: Path, tmp_path: Path, cut: str) -> None:
-    data = sorted(scenes.glob("*.tar"))[0].read_bytes()
-    index = scan(sorted(scenes.glob("*.tar"))[0])
-    boundary = int(index.offsets[10]) - 512
-    end = {"boundary": boundary, "header": boundary + 100, "middle": int(index.offsets[10]) + 50}[cut]
-    shard = tmp_path / "cut.tar"
-    shard.write_bytes(data[:end])
-    with pytest.raises(UserError, match=r"cut\.tar"):
-        scan(shard)
-
-
-def test_patterns(scenes: Path, tmp_path: Path) -> None:
-    assert expand(["a-{000..002}.tar", "http://host/{x,y}.tar"]) == [
-        "a-000.tar", "a-001.tar", "a-002.tar", "http://host/x.tar", "http://host/y.tar",
-    ]  # fmt: skip
-    assert len(expand([str(scenes)])) == 3
-    with pytest.raises(UserError, match="matches no shard"):
-        expand([str(tmp_path)])
-
-
-def test_remote_shards_are_copied_once(scenes: Path, tmp_path: Path) -> None:
-    shard = sorted(scenes.glob("*.tar"))[0]
-    copy = localise(f"pipe:cat {shard}", tmp_path)
-    assert copy.read_bytes() == shard.read_bytes()
-    stamp = copy.stat().st_mtime_ns
-    assert localise(f"pipe:cat {shard}", tmp_path).stat().st_mtime_ns == stamp
-    with pytest.raises(UserError, match="cannot fetch shard pipe:exit 3"):
-        localise("pipe:exit 3", tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_evaluation_keeps_stored_order(scenes: Path) -> None:

@@ -99,10 +99,12 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
     jpeg[at + 5 : at + 9] = (60000).to_bytes(2, "big") * 2
     started = time.monotonic()
     for data in (png, jpeg):
-        with pytest.raises(DecodeError, match=r"60000 x 60000 pixels, and the limit is 100,000,000"):
+        with pytest.raises(
+            DecodeError, match=r"60000 x 60000 = 3600000000 pixels, more than data.max_pixels = 80000000"
+        ):
             decode(bytes(data))
     assert time.monotonic() - started < 1
-    with pytest.raises(DecodeError, match="200 x 120 pixels"):
+    with pytest.raises(DecodeError, match="200 x 120 = 24000 pixels"):
         decode(encoded(IMAGE), max_pixels=23_999)
     assert decode(encoded(IMAGE), max_pixels=24_000).shape == IMAGE.shape
 

@@ -56,7 +56,7 @@ def test_the_same_command_writes_the_same_bytes(tmp_path: Path) -> None:
     assert [p.read_bytes() for p in one] == [p.read_bytes() for p in two]
     assert json.loads((tmp_path / "one/dataset.json").read_text())["count"] == 25
     assert not list((tmp_path / "one").glob("writing-*"))
-    assert [len(index) for index in index_shards(one)] == [10, 10, 5]
+    assert [len(index) for index in index_shards([str(path) for path in one])] == [10, 10, 5]
 
 
 def test_folders_and_tars_of_folders(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_images_whose_names_differ_in_the_ending_stay_apart(tmp_path: Path) -> N
     keys = [s.key for s in sources.folder(tmp_path, None, True).samples]
     assert len(set(keys)) == 3
     (shard,) = write(sources.folder(tmp_path, None, True), tmp_path / "out")
-    (index,) = index_shards([shard])
+    (index,) = index_shards([str(shard)])
     assert len(index) == 3
 
 
