@@ -147,7 +147,7 @@ SAMPLES: dict[str, tuple[dict[str, bytes], str]] = {
         {"005.png": huge_png(10_000, 8_001)},
         "10000 x 8001 = 80010000 pixels, more than data.max_pixels = 80000000",
     ),
-    "decompression bomb": ({"005.png": huge_png(60_000, 60_000)}, "60000 x 60000 = 3600000000 pixels, more than data.max_pixels"),
+    "decompression bomb": ({"005.png": huge_png(60_000, 60_000)}, "60000 x 60000 = 3600000000 pixels, more than"),
     "missing image": ({"005.png": None}, "holds other members of this key, but no image"),  # type: ignore[dict-item]
 }  # fmt: skip
 

@@ -1,16 +1,11 @@
-"""The run's typed, strict configuration: YAML plus dotted overrides. Owns names, types, defaults and the checks that
-need no machine; imports no torch, so that a wrong key is refused before anything starts."""
+"""Every key of a run: names, types, defaults, and the checks that need no machine."""
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from lejepa_scale.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 Positive = Annotated[int, Field(gt=0)]
@@ -263,139 +258,3 @@ class Config(Section):
     def image_size(self) -> int:
         """Side in pixels at which the encoder is built and evaluated."""
         return self.model.image_size or self.data.views.global_.size
-
-
-class BatchPlan(Section):
-    """global_batch = micro_batch x ranks x accumulation."""
-
-    micro_batch: int
-    ranks: int
-    accumulation: int
-
-
-def plan_batches(config: Config, ranks: int) -> BatchPlan:
-    """Split the global batch over `ranks`; refuses what does not divide, with the arithmetic shown."""
-    total, micro = config.train.global_batch, config.train.micro_batch
-    if micro is None:
-        if total % ranks:
-            raise UserError(
-                f"train.global_batch = {total} cannot be split over {ranks} ranks: {total} / {ranks} = {total / ranks:g} "
-                f"images each. Use a multiple of {ranks}, for instance {-(-total // ranks) * ranks}."
-            )
-        return BatchPlan(micro_batch=total // ranks, ranks=ranks, accumulation=1)
-    if total % (micro * ranks):
-        raise UserError(
-            f"train.global_batch = {total} is not train.micro_batch x ranks x accumulation: {micro} x {ranks} = "
-            f"{micro * ranks}, and {total} / {micro * ranks} = {total / (micro * ranks):g} is not a whole number. "
-            f"Use a global batch that is a multiple of {micro * ranks}, or another micro batch."
-        )
-    return BatchPlan(micro_batch=micro, ranks=ranks, accumulation=total // (micro * ranks))
-
-
-def check_world(config: Config, ranks: int) -> BatchPlan:
-    """Everything about a configuration that depends on the number of ranks; raises UserError."""
-    if config.engine.name == "single" and ranks > 1:
-        raise UserError(
-            f"engine.name=single runs one process, but {ranks} were started. Use ddp, fsdp or zero1/2/3, "
-            "or start it with plain `python`."
-        )
-    degree = config.engine.shard_degree
-    if degree is not None and ranks % degree:
-        raise UserError(f"engine.shard_degree = {degree} does not divide the {ranks} ranks of this run.")
-    plan = plan_batches(config, ranks)
-    objective = config.objective
-    samples = plan.micro_batch * ranks * (plan.accumulation if objective.accumulation == "exact" else 1)
-    if samples < 2 and (
-        objective.regularizer == "weak_sigreg" or objective.estimator == "u" or objective.scale_centre > 0
-    ):
-        raise UserError(
-            "objective.estimator=u, objective.regularizer=weak_sigreg and objective.scale_centre need at least 2 images per "
-            f"micro-batch over all ranks; this is train.micro_batch = {plan.micro_batch} on {ranks} rank(s)."
-        )
-    return plan
-
-
-def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. Raises UserError."""
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}.") from error
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping of sections (run, train, data, model, ...).")
-    for override in overrides or []:
-        _apply(tree, override)
-    return validate(tree, origin=str(path))
-
-
-def validate(tree: dict[str, Any], origin: str = "the configuration") -> Config:
-    """Turn a nested mapping into a Config. Raises one UserError that lists every fault."""
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        faults = "; ".join(dict.fromkeys(_explain(fault) for fault in error.errors()))
-        raise UserError(f"{origin}: {faults}.") from None
-
-
-def dump(config: Config) -> str:
-    """The resolved configuration as YAML: every key, with the names that `load` takes."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False)
-
-
-def key_paths(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted key of the configuration."""
-    paths: list[str] = []
-    for name, field in model.model_fields.items():
-        path = f"{prefix}{field.alias or name}"
-        paths.append(path)
-        for kind in (field.annotation, *get_args(field.annotation)):  # Section, Section | None, list[Section]
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                paths += key_paths(kind, f"{path}.")
-    return paths
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"override {override!r} must read key.sub=value, for instance train.steps=100.")
-    *parents, last = key.split(".")
-    node = tree
-    for part in parents:
-        child = node.setdefault(part, {})
-        if child is None:
-            child = node[part] = {}
-        if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {part} is a value, not a section.")
-        node = child
-    try:
-        node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: {text!r} is not a YAML value.") from error
-
-
-def _explain(fault: Any) -> str:
-    path = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
-    if fault["type"] == "extra_forbidden":
-        return f"unknown key {path}{_nearest(path)}"
-    if fault["type"] == "missing":
-        return f"{path} is required"
-    if fault["type"] == "value_error":  # raised by a validator of ours, which names the numbers itself
-        message = fault["msg"].removeprefix("Value error, ")
-        return f"{path}: {message}" if path else message
-    return f"{path}: {fault['msg']} (got {fault['input']!r})"
-
-
-def _nearest(path: str) -> str:
-    known = key_paths()
-    parent, _, last = path.rpartition(".")
-    siblings = [key for key in known if key.rpartition(".")[0] == parent]
-    match = difflib.get_close_matches(path, siblings, n=1, cutoff=0.75)
-    match = match or [key for key in known if key.rpartition(".")[2] == last][:1]
-    match = match or difflib.get_close_matches(path, known, n=1)
-    if match:
-        return f", did you mean {match[0]}?"
-    return f" ({parent or 'the top level'} has {', '.join(key.rpartition('.')[2] for key in siblings)})"

@@ -1,0 +1,21 @@
+"""The run's typed, strict configuration: YAML plus dotted overrides. Imports no torch, so that a wrong key is refused before
+anything starts."""
+
+from lejepa_scale.config.batches import BatchPlan, check_world, plan_batches
+from lejepa_scale.config.files import dump, load, validate
+from lejepa_scale.config.schema import Augment, Config, Data, Optim, ViewGroup, Views
+
+__all__ = [
+    "Augment",
+    "BatchPlan",
+    "Config",
+    "Data",
+    "Optim",
+    "ViewGroup",
+    "Views",
+    "check_world",
+    "dump",
+    "load",
+    "plan_batches",
+    "validate",
+]

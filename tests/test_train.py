@@ -1,0 +1,31 @@
+"""What the loop owes to a step, without processes: see tests/cli/test_train.py for whole runs."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+
+from lejepa_scale import train
+from lejepa_scale.config import BatchPlan, validate
+
+
+def test_the_second_pass_of_an_exact_step_draws_the_random_numbers_of_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An encoder that gives a random number: each micro-batch meets its own again, and no other's."""
+    run: Any = object.__new__(train._Run)
+    run.config = validate(small_config("u", "u", objective={"accumulation": "exact"}))
+    run.plan, run.device = BatchPlan(micro_batch=4, ranks=1, accumulation=3), torch.device("cpu")
+    run.engine = SimpleNamespace(encode=lambda views: torch.rand(1))
+    monkeypatch.setattr(train._Run, "_next", lambda *_: SimpleNamespace(augmented=lambda device: []))
+    met = []
+    for micro, (_, replay) in enumerate(run._micro_batches(iter(()), 5)):
+        train._seed_step(run.config.run.seed, 5, micro)
+        met.append(torch.rand(1))
+        assert replay.index == micro
+        assert torch.equal(replay.features[micro], met[-1])
+    assert len({float(x) for x in met}) == 3
