@@ -143,7 +143,7 @@ def test_other_encoders_train_with_the_same_configuration(
     tree = small_config(
         run,
         scenes,
-        train={"steps": 14, "global_batch": 32},
+        train={"steps": 24, "global_batch": 32},
         data={"views": views},
         model={"encoder": encoder, "options": {}},
         optim={"lr": 1e-3},
