@@ -151,7 +151,8 @@ def test_other_encoders_train_with_the_same_configuration(
     result = command(TRAIN, "--config", command.config(tree))
     assert result.returncode == 0, result.stderr
     lines = records(run)
-    assert lines[-1]["loss"] < 0.8 * lines[0]["loss"]
+    losses = [line["loss"] for line in lines]
+    assert sum(losses[-6:]) / 6 < 0.85 * sum(losses[:2]) / 2  # single steps differ by a tenth
     assert lines[-1]["effective_rank"] > 5  # of 17
 
 
