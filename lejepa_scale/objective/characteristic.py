@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lejepa_scale.objective import native
 
-_BLOCK = 1 << 15  # projections worked on at once on a CPU: their eight complex powers stay near the cache
+_BLOCK = 1 << 16  # projections worked on at once on a CPU: their eight complex powers stay near the cache
 _GRADIENTS = 1 << 18  # gradients of projections that a CPU holds at once, in the cache, ...
 _ROWS = 64  # ... and the fewest directions among them, for which the matrix product is still efficient
 _LONGEST_SUM = 8192  # a matrix product adds its terms one after another: in fp32 an error of about 1e-6 of the mean
