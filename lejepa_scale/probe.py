@@ -20,7 +20,7 @@ class OnlineProbe:
         )
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=1e-4)
 
-    def step(self, features: Float[Tensor, "b e"], labels: Int[Tensor, "b"]) -> Tensor:
+    def step(self, features: Float[Tensor, "b e"], labels: Int[Tensor, " b"]) -> Tensor:
         """One update; top-1 accuracy on this batch *before* it (so on images not yet seen by the probe), global."""
         logits = self.head(features.float())
         F.cross_entropy(logits, labels).backward()

@@ -64,9 +64,9 @@ class Transport:
         if parts.netloc not in pools:
             proxy = urllib.request.getproxies().get(parts.scheme)
             if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
-                pools[parts.netloc] = urllib3.ProxyManager(proxy, maxsize=_THREADS)
+                pools[parts.netloc] = urllib3.ProxyManager(proxy, maxsize=THREADS)
             else:
-                pools[parts.netloc] = urllib3.PoolManager(maxsize=_THREADS)
+                pools[parts.netloc] = urllib3.PoolManager(maxsize=THREADS)
         return pools[parts.netloc]
 
     def chunks(self, url: str, start: int, stop: int | None, nbytes: int | None) -> Iterator[bytes]:

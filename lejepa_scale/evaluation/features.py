@@ -21,7 +21,7 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # uint8 [B, 3, S, S], int64 [B]
 @dataclass(frozen=True)
 class Features:
     rows: Float[Tensor, "n e"]  # float32, CPU
-    labels: Int[Tensor, "n"]
+    labels: Int[Tensor, " n"]
 
     def __post_init__(self) -> None:
         if (self.labels < 0).any():

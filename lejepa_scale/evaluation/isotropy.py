@@ -14,10 +14,10 @@ from torch import Tensor
 from lejepa_scale.objective import SIGReg
 from lejepa_scale.objective.characteristic import fused_sums
 
-Test = Callable[[Float[Tensor, "n m"]], Float[Tensor, "m"]]
+Test = Callable[[Float[Tensor, "n m"]], Float[Tensor, " m"]]
 
 
-def epps_pulley(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
+def epps_pulley(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """SIGReg's statistic of each column at the published 17 knots on [0, 3]; 1.0525 is expected at N(0, 1)."""
     sigreg = SIGReg(num_slices=1)
     columns = x.T.unsqueeze(-1)  # [M, N, 1]: a view for each
@@ -25,7 +25,7 @@ def epps_pulley(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
     return sigreg.of_each(sums, x.new_tensor(len(x)))[:, 0]
 
 
-def anderson_darling(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
+def anderson_darling(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """A^2 = -N - mean_i (2i - 1) [ln F(x_i) + ln(1 - F(x_(N+1-i)))] against N(0, 1), x sorted; mean 1 at N(0, 1)."""
     x = x.sort(0).values
     log_below, log_above = torch.special.log_ndtr(x), torch.special.log_ndtr(-x)
@@ -33,18 +33,18 @@ def anderson_darling(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
     return -len(x) - (odd * (log_below + log_above.flip(0))).mean(0)
 
 
-def cramer_von_mises(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
+def cramer_von_mises(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """W^2 = 1/(12N) + sum_i (F(x_i) - (2i - 1)/(2N))^2 against N(0, 1), x sorted; mean 1/6 at N(0, 1)."""
     below = torch.special.ndtr(x.sort(0).values)
     return 1 / (12 * len(x)) + (below - (_ranks(x) - 0.5) / len(x)).square().sum(0)
 
 
-def watson(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
+def watson(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """U^2 = W^2 - N (mean F - 1/2)^2: Cramer-von Mises without the part that a shift makes; mean 1/12 at N(0, 1)."""
     return cramer_von_mises(x) - len(x) * (torch.special.ndtr(x).mean(0) - 0.5).square()
 
 
-def shapiro_wilk(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
+def shapiro_wilk(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """W = (sum_i a_i x_i)^2 / sum_i (x_i - mean)^2, x sorted, for N >= 12: 1 for a normal sample of any mean and scale,
     less for others. Coefficients by Royston's approximation (Applied Statistics 44, 1995, algorithm AS R94)."""
     n = len(x)
@@ -61,7 +61,7 @@ def shapiro_wilk(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
     return (a[:, None] * x).sum(0).square() / (x - x.mean(0)).square().sum(0)
 
 
-def jarque_bera(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
+def jarque_bera(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """N/6 (skewness^2 + excess kurtosis^2 / 4), blind to mean and scale; about 2 at a Gaussian."""
     x = x - x.mean(0)
     variance = x.square().mean(0)
@@ -69,7 +69,7 @@ def jarque_bera(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
     return len(x) / 6 * (skewness.square() + excess.square() / 4)
 
 
-def moments(x: Float[Tensor, "n m"]) -> Float[Tensor, "m"]:
+def moments(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """Sum over the first four moments of the squared difference from N(0, 1), each over its variance there: N times
     mean^2 + (x^2 - 1)^2/2 + (x^3)^2/15 + (x^4 - 3)^2/96, with means inside the squares; mean 4 at N(0, 1)."""
     targets, variances = (0.0, 1.0, 0.0, 3.0), (1.0, 2.0, 15.0, 96.0)

@@ -31,7 +31,7 @@ def linear_accuracy(train: Features, test: Features, *, iterations: int = 50) ->
 
 
 def _fit(
-    x: Float[Tensor, "n e"], y: Int[Tensor, "n"], start: Float[Tensor, "e1 c"], penalty: float, iterations: int
+    x: Float[Tensor, "n e"], y: Int[Tensor, " n"], start: Float[Tensor, "e1 c"], penalty: float, iterations: int
 ) -> Float[Tensor, "e1 c"]:
     weight = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")

@@ -26,12 +26,12 @@ class Packing:
     def lengths(self) -> list[int]:
         return [length for count, length in self.groups for _ in range(count)]
 
-    def split(self, tokens: Float[Tensor, "t *rest"]) -> list[Tensor]:
+    def split(self, tokens: Float[Tensor, " t *rest"]) -> list[Tensor]:
         """[T, ...] -> one [B_i, L_i, ...] per group (views, no copies)."""
         parts = tokens.split([count * length for count, length in self.groups])
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
 
-    def expand(self, per_sequence: Float[Tensor, "s"]) -> Float[Tensor, "t 1"]:
+    def expand(self, per_sequence: Float[Tensor, " s"]) -> Float[Tensor, "t 1"]:
         """One value per sequence -> one per token."""
         counts = [count for count, _ in self.groups]
         parts = per_sequence.split(counts)

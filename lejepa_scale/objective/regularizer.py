@@ -43,8 +43,8 @@ class Regularizer(nn.Module, ABC):
         return self.reduced(z, z.new_zeros(0), step=step, counts=counts)[0]
 
     def reduced(
-        self, z: Float[Tensor, "v n d"], extra: Float[Tensor, "e"], *, step: int, counts: Sequence[int] | None = None
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "e"]]:
+        self, z: Float[Tensor, "v n d"], extra: Float[Tensor, " e"], *, step: int, counts: Sequence[int] | None = None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " e"]]:
         """The value, and the caller's own sums `extra` over all ranks, in the same all-reduce."""
         self._refuse_too_few(z, counts)
         z = self._sample(z)

@@ -100,8 +100,8 @@ class SIGReg(Regularizer):
         return self.traffic(views, counts, width, itemsize).cheapest
 
     def reduced(
-        self, z: Float[Tensor, "v n d"], extra: Float[Tensor, "e"], *, step: int, counts: Sequence[int] | None = None
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "e"]]:
+        self, z: Float[Tensor, "v n d"], extra: Float[Tensor, " e"], *, step: int, counts: Sequence[int] | None = None
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " e"]]:
         views, count, width = z.shape
         world = world_size(self.group)
         mode = self.mode(views, counts, width, z.element_size())

@@ -143,7 +143,7 @@ def test_a_trickle_meets_the_deadline(server: Server, monkeypatch: pytest.Monkey
             return b"x"
 
     with pytest.raises(TimeoutError, match=r"bytes in 0\.2 s"):
-        for _ in by._before_deadline(Trickle()):
+        for _ in by._transport._before_deadline(Trickle()):
             pass
 
 

@@ -28,7 +28,7 @@ def starts(samples: int, width: int) -> dict[str, Float[Tensor, "n d"]]:
     }
 
 
-def per_direction(z: Float[Tensor, "n d"], directions: int = 512) -> Float[Tensor, "m"]:
+def per_direction(z: Float[Tensor, "n d"], directions: int = 512) -> Float[Tensor, " m"]:
     """The statistic of each of many directions that training never drew."""
     a = SIGReg(directions, seed=_UNUSED_SEED).directions(0, z.shape[1], z.device, z.dtype)
     return epps_pulley(z @ a.T)
