@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from conftest import small_config
 
 from lejepa_scale import train
-from lejepa_scale.config import BatchPlan, validate
+from lejepa_scale.checkpoint import Progress
+from lejepa_scale.config import BatchPlan, dump, validate
+from lejepa_scale.errors import UserError
 
 
 def test_the_second_pass_of_an_exact_step_draws_the_random_numbers_of_the_first(
@@ -29,3 +32,15 @@ def test_the_second_pass_of_an_exact_step_draws_the_random_numbers_of_the_first(
         assert replay.index == micro
         assert torch.equal(replay.features[micro], met[-1])
     assert len({float(x) for x in met}) == 3
+
+
+def test_a_run_is_not_resumed_with_another_global_batch(tmp_path: Path) -> None:
+    """It would begin at another sample than the one it stopped at. A run without steps may still change."""
+    before, after = (
+        validate(small_config(tmp_path, "u", train={"steps": 4, "global_batch": batch})) for batch in (16, 32)
+    )
+    (tmp_path / "config.yaml").write_text(dump(before))
+    train._refuse_another_batch(before, Progress(2, "shards"))
+    train._refuse_another_batch(after, Progress(0, "shards"))
+    with pytest.raises(UserError, match=r"step 2 with train.global_batch = 16, not 32"):
+        train._refuse_another_batch(after, Progress(2, "shards"))
