@@ -39,7 +39,22 @@ class Engine(Section):
     shard_degree: Positive | None = Field(
         None, description="fsdp: ranks a parameter is sharded over, replicated beyond (HSDP); unset: all"
     )
-    activation_checkpointing: bool = Field(False, description="recompute each block in the backward pass")
+    prefetch: NonNegative = Field(1, description="fsdp: blocks whose parameters are gathered ahead of their turn")
+    cpu_offload: bool = Field(
+        False, description="fsdp, zero: optimizer states and sharded parameters live in host memory"
+    )
+    compile: bool = Field(False, description="torch.compile for each block, with fixed shapes")
+    fp8: bool = Field(
+        False, description="single, ddp, fsdp: the blocks' linear layers in float8 (torchao), on chips that have it"
+    )
+    activation_checkpointing: Literal["none", "full", "selective", "budget"] = Field(
+        "none",
+        description="what the backward pass computes again: nothing; whole blocks (full); all but matrix products and "
+        "attention (selective); what compile chooses to stay within activation_budget (budget)",
+    )
+    activation_budget: float = Field(
+        0.5, gt=0, le=1, description="budget: share of the activations of compiled blocks that may be kept"
+    )
     timeout_minutes: Positive = Field(10, description="how long a collective may wait for a lost rank")
 
 
@@ -145,7 +160,10 @@ class Model(Section):
     encoder: str = Field(description="a timm model name, or a size of ours: vit_nano, vit_micro")
     image_size: Positive | None = Field(None, description="position-embedding grid in pixels; unset: global view size")
     patch_size: Positive | None = Field(None, description="unset: what the encoder's name says")
-    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block")
+    drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, or of all")
+    drop_path_uniform: bool = Field(
+        False, description="every block drops at that rate; unset: rates grow linearly from 0 at the first block"
+    )
     attention: Literal["auto", "sdpa", "xformers", "varlen"] = Field(
         "auto", description="packed attention backend; auto: the first that passes a forward and backward probe"
     )
@@ -238,6 +256,13 @@ class Config(Section):
             raise ValueError(f"optim.warmup_steps = {self.optim.warmup_steps} exceeds train.steps = {self.train.steps}")
         if self.engine.shard_degree is not None and self.engine.name != "fsdp":
             raise ValueError(f"engine.shard_degree is for engine.name=fsdp, not {self.engine.name}")
+        engine = self.engine
+        if engine.activation_checkpointing == "budget" and not engine.compile:
+            raise ValueError("engine.activation_checkpointing=budget is torch.compile's: set engine.compile=true too")
+        if engine.cpu_offload and engine.name not in ("fsdp", "zero1", "zero2", "zero3"):
+            raise ValueError(f"engine.cpu_offload is for fsdp and zero1/2/3, not {engine.name}")
+        if engine.fp8 and engine.name.startswith("zero"):
+            raise ValueError(f"engine.fp8 is for single, ddp and fsdp, not {engine.name}")
         data = self.data
         longest = 2 * (data.retries + 1) * data.read_timeout + 30 * data.retries
         if longest > 60 * self.engine.timeout_minutes:

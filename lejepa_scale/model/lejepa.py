@@ -82,7 +82,7 @@ def build_encoder(config: Config) -> Encoder:
         patch_size=model.patch_size,
         drop_path=model.drop_path,
         attention=model.attention,
-        activation_checkpointing=config.engine.activation_checkpointing,
+        activation_checkpointing=config.engine.activation_checkpointing != "none",
         options=model.options,
     )
 
