@@ -263,6 +263,8 @@ class Config(Section):
             raise ValueError(f"engine.cpu_offload is for fsdp and zero1/2/3, not {engine.name}")
         if engine.fp8 and engine.name.startswith("zero"):
             raise ValueError(f"engine.fp8 is for single, ddp and fsdp, not {engine.name}")
+        if engine.fp8 and engine.precision != "bf16":
+            raise ValueError("engine.fp8 needs engine.precision=bf16, in which everything else is computed")
         data = self.data
         longest = 2 * (data.retries + 1) * data.read_timeout + 30 * data.retries
         if longest > 60 * self.engine.timeout_minutes:

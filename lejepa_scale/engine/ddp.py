@@ -12,14 +12,18 @@ from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.distributed import world_size
 from lejepa_scale.engine.base import Factory
 from lejepa_scale.engine.torch_native import TorchEngine
+from lejepa_scale.engine.wrap import materialise, parameters_on_meta, prepare_blocks
 from lejepa_scale.model import Replay
 
 
 class ReplicaEngine(TorchEngine):
-    """fp32 parameters; bf16 by autocast."""
+    """fp32 parameters and gradients; bf16 by autocast."""
 
     def __init__(self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device) -> None:
-        module = factory().to(device)
+        with parameters_on_meta():
+            module = factory()
+        prepare_blocks(module, config)
+        materialise(module, device)
         super().__init__(module, config, device)
         self.accumulation, self.done = plan.accumulation, 0
         self.bf16 = config.engine.precision == "bf16"

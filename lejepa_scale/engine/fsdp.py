@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from lejepa_scale.config import Config
 from lejepa_scale.distributed import world_size
 from lejepa_scale.engine.base import Factory
 from lejepa_scale.engine.torch_native import TorchEngine
-from lejepa_scale.engine.wrap import parameters_on_meta, sharding_units
+from lejepa_scale.engine.wrap import materialise, parameters_on_meta, prepare_blocks, sharding_units
 from lejepa_scale.model import Replay
 
 
@@ -26,14 +26,19 @@ class FSDPEngine(TorchEngine):
     def __init__(self, factory: Factory, config: Config, device: torch.device) -> None:
         with parameters_on_meta():
             module = factory()
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if config.engine.precision == "bf16" else None, reduce_dtype=torch.float32
-        )
+        prepare_blocks(module, config)
+        low = torch.bfloat16 if config.engine.precision == "bf16" else None
         mesh = _mesh(device, config.engine.shard_degree)
-        for unit in sharding_units(module):
-            fully_shard(unit, mesh=mesh, mp_policy=policy)
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        _materialise(module, device)
+        offload = config.engine.cpu_offload
+        place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+        units = sharding_units(module)
+        for unit in units:  # the root casts what enters; rotary positions, made on the way, stay in fp32
+            policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=place)
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
+        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
+        _prefetch(module, units, config.engine.prefetch)  # type: ignore[arg-type]
+        materialise(module, device, torch.device("cpu") if offload else None)
         super().__init__(module, config, device)
 
     def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
@@ -50,8 +55,11 @@ def _mesh(device: torch.device, shard_degree: int | None) -> DeviceMesh:
     return init_device_mesh(device.type, (world // shard_degree, shard_degree), mesh_dim_names=("replicate", "shard"))
 
 
-@torch.no_grad()
-def _materialise(module: nn.Module, device: torch.device) -> None:
-    module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
-    for parameter in module.parameters():
-        parameter.fill_(torch.nan)
+def _prefetch(root: FSDPModule, units: list[FSDPModule], ahead: int) -> None:
+    """Start gathering the next `ahead` units before a unit computes, in both directions."""
+    if not ahead:
+        return
+    root.set_modules_to_forward_prefetch(units[:ahead])
+    for i, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(units[i + 1 : i + 1 + ahead])
+        unit.set_modules_to_backward_prefetch(units[max(0, i - ahead) : i][::-1])

@@ -31,7 +31,7 @@ class TorchEngine(Engine):
             set_hyperparameters(self.optimizer, lr, weight_decay)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return norm.to(self.device)
 
     def _gather(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
         tensor = parameter if moment is None else self.optimizer.state[parameter][moment]
@@ -41,13 +41,14 @@ class TorchEngine(Engine):
         tensor = parameter if moment is None else self.optimizer.state[parameter][moment]
         if isinstance(tensor, DTensor):
             # every rank holds `full` already: cut locally, no communication
-            full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            cut = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
+            tensor, full = tensor.to_local(), cut.to_local()
         tensor.copy_(full)
 
     def _prepare_moments(self, updates: int) -> None:
         for parameter in self._trained():
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(updates), device=self.device),
+                "step": torch.tensor(float(updates), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }

@@ -1,18 +1,98 @@
-"""What sharding engines do to a module before they own it: where to cut it, and how to build it without memory."""
+"""What engines do to a module before they own it: build it without memory, change how its blocks run (float8 layers, then
+recomputation, then compilation), and say where to cut it. Parameter names stay as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from lejepa_scale.model import Encoder
+from lejepa_scale.config import Config
+from lejepa_scale.errors import UserError
+from lejepa_scale.model import Encoder, LeJEPA
+
+_FLOAT8_MULTIPLE = 16  # the sides of a float8 matrix product
+_FLOAT8_CAPABILITY = (8, 9)
+_PRODUCTS = ("mm", "addmm", "_scaled_mm")
+_ATTENTION = ("_scaled_dot_product", "attention_forward", "flash_fwd", "_attn")
 
 
 def sharding_units(module: nn.Module) -> list[nn.Module]:
     """The encoder's repeated blocks; what is left belongs to the root."""
     return [block for part in module.modules() if isinstance(part, Encoder) for block in part.blocks]
+
+
+def largest_unit(module: nn.Module) -> int:
+    """Parameters of the largest sharding unit; of the whole module where it has none."""
+    sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in u.parameters()) for u in sharding_units(module)]
+    return max(sizes, default=sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()))
+
+
+def prepare_blocks(module: LeJEPA, config: Config) -> None:
+    """How blocks run, by the `engine` section. Everything happens inside a block's own forward, so that an engine's hooks
+    stay around it: parameters are gathered once for the recomputation and the backward pass together."""
+    encoder, settings = module.encoder, config.engine
+    if settings.fp8:
+        use_float8(encoder)
+    if settings.activation_checkpointing == "full" and not encoder.packed:
+        encoder.backbone.set_grad_checkpointing()
+        return
+    for block in encoder.blocks if encoder.packed else []:
+        if settings.activation_checkpointing in ("full", "selective"):
+            block.forward = _recomputed(block.forward, settings.activation_checkpointing)
+        if settings.compile:
+            block.forward = torch.compile(block.forward, dynamic=False)
+    if settings.compile:
+        dynamo: Any = torch._dynamo.config
+        # one graph for every shape that stochastic depth leaves a block, with and without gradients
+        dynamo.recompile_limit = max(dynamo.recompile_limit, 8 + 2 * len(encoder.blocks))
+        budget = settings.activation_budget if settings.activation_checkpointing == "budget" else 1.0
+        torch._functorch.config.activation_memory_budget = budget
+
+
+def use_float8(encoder: Encoder, emulate: bool = False) -> None:
+    """torchao's float8 linear layers, scaled per tensor and step, in every block; products stay in bf16 elsewhere.
+
+    `emulate` rounds to float8 and multiplies in the input's precision: for tests, on any device. Raises UserError.
+    """
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise UserError("engine.fp8=true needs torchao: pip install 'lejepa_scale[fp8]'.") from error
+    if not emulate and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FLOAT8_CAPABILITY):
+        chip = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
+        raise UserError(f"engine.fp8=true needs a GPU with float8 matrix products (L40S, H100 or later), not {chip}.")
+    for block in encoder.blocks:
+        convert_to_float8_training(
+            block,
+            config=Float8LinearConfig(pad_inner_dim=True, emulate=emulate),
+            module_filter_fn=lambda layer, _: (
+                isinstance(layer, nn.Linear) and all(n % _FLOAT8_MULTIPLE == 0 for n in layer.weight.shape)
+            ),
+        )
+
+
+def _recomputed(forward: Callable[..., Tensor], kind: str) -> Callable[..., Tensor]:
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+
+    def recomputed(*args: Any) -> Tensor:
+        return checkpoint(forward, *args, **options) if torch.is_grad_enabled() else forward(*args)
+
+    return recomputed
+
+
+def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Matrix products and attention are what a block's time goes to; all the rest is cheap to compute again."""
+    name = getattr(operator, "name", str)().split("::")[-1].split(".")[0]
+    kept = name in _PRODUCTS or any(part in name for part in _ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @contextmanager
@@ -30,3 +110,12 @@ def parameters_on_meta() -> Iterator[None]:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def materialise(module: nn.Module, device: torch.device, parameters_on: torch.device | None = None) -> None:
+    """Memory for what is on the meta device: NaN, so that a weight nobody loads shows at the first step."""
+    home = parameters_on or device
+    module._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))
+    for parameter in module.parameters():
+        parameter.fill_(torch.nan)

@@ -13,15 +13,22 @@ from torch import Tensor, nn
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.distributed import rank
 from lejepa_scale.engine.base import Engine, Factory
+from lejepa_scale.engine.wrap import largest_unit, prepare_blocks
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Replay
+from lejepa_scale.model.packed import PackedBlock
 from lejepa_scale.optim import adamw, set_hyperparameters
 
 _MINIMUM = (0, 19, 5)
 
 
-def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
-    """The DeepSpeed dictionary of a run, with the defaults that changed between releases written out."""
+def deepspeed_config(config: Config, plan: BatchPlan, unit: int) -> dict[str, Any]:
+    """The DeepSpeed dictionary of a run, with the defaults that changed between releases written out.
+
+    unit: parameters of the largest block, which stage 3 gathers and releases as one.
+    """
+    stage = int(config.engine.name.removeprefix("zero"))
+    host = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if config.engine.cpu_offload else None
     return {
         "train_batch_size": plan.micro_batch * plan.ranks * plan.accumulation,
         "train_micro_batch_size_per_gpu": plan.micro_batch,
@@ -36,18 +43,20 @@ def deepspeed_config(config: Config, plan: BatchPlan) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
-            "stage": int(config.engine.name.removeprefix("zero")),
+            "stage": stage,
             "reduce_scatter": True,
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
             "round_robin_gradients": False,
             "reduce_bucket_size": 200_000_000,
             "allgather_bucket_size": 200_000_000,
-            "sub_group_size": 1_000_000_000,
-            "stage3_prefetch_bucket_size": 50_000_000,
-            "stage3_param_persistence_threshold": 100_000,
+            "sub_group_size": 100_000_000,  # updated at once: bounds the optimizer's transient memory
+            "stage3_prefetch_bucket_size": config.engine.prefetch * unit,
+            "stage3_param_persistence_threshold": min(100_000, unit),
             "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_max_reuse_distance": 0,  # a block is released after its forward pass, whatever the model's size
+            "offload_optimizer": host,
+            "offload_param": host if stage == 3 else None,
         },
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -60,7 +69,8 @@ class ZeROEngine(Engine):
 
     def __init__(self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device) -> None:
         deepspeed = _import()
-        settings = deepspeed_config(config, plan)
+        with torch.device("meta"):
+            settings = deepspeed_config(config, plan, largest_unit(factory()))
         self.device, self.stage = device, settings["zero_optimization"]["stage"]
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
         context: AbstractContextManager[Any] = nullcontext()
@@ -68,8 +78,14 @@ class ZeROEngine(Engine):
             context = deepspeed.zero.Init(config_dict_or_path=settings)
         with context:
             self.module = factory()
-        for parameter in self.module.parameters():
-            parameter.data = parameter.data.contiguous()
+        prepare_blocks(self.module, config)
+        if self.module.encoder.packed:
+            deepspeed.utils.set_z3_leaf_modules(self.module, [PackedBlock])
+        parameter: Any
+        for parameter in self.module.parameters():  # NaN: a weight nobody loads shows at the first step
+            parameter.data = parameter.data.contiguous().fill_(torch.nan)
+            if self.stage == 3:
+                parameter.ds_tensor.fill_(torch.nan)
         optimizer = adamw(self.module.named_parameters(), config.optim)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
@@ -123,7 +139,7 @@ class ZeROEngine(Engine):
         states = self.optimizer.optimizer.state
         for flat in self._masters():
             states[flat] = {
-                "step": torch.tensor(0.0, device=self.device),
+                "step": torch.tensor(0.0, device=flat.device),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
             }

@@ -3,14 +3,16 @@ Owns the backends and the probe that picks one; xformers is imported here alone,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lejepa_scale.errors import UserError
@@ -26,23 +28,41 @@ class Packing:
     def lengths(self) -> list[int]:
         return [length for count, length in self.groups for _ in range(count)]
 
+    @property
+    def sequences(self) -> int:
+        return sum(count for count, _ in self.groups)
+
+    @property
+    def tokens(self) -> int:
+        return sum(count * length for count, length in self.groups)
+
+    @property
+    def pairs(self) -> int:
+        """(query, key) pairs of tokens that attention scores."""
+        return sum(count * length**2 for count, length in self.groups)
+
     def split(self, tokens: Float[Tensor, " t *rest"]) -> list[Tensor]:
         """[T, ...] -> one [B_i, L_i, ...] per group (views, no copies)."""
         parts = tokens.split([count * length for count, length in self.groups])
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
 
-    def expand(self, per_sequence: Float[Tensor, " s"]) -> Float[Tensor, "t 1"]:
-        """One value per sequence -> one per token."""
-        counts = [count for count, _ in self.groups]
-        parts = per_sequence.split(counts)
-        lengths = [length for _, length in self.groups]
-        return torch.cat([p.repeat_interleave(n) for p, n in zip(parts, lengths, strict=True)]).unsqueeze(-1)
+    def thinned(self, rate: float) -> Packing:
+        """Without a share of the sequences of every group: max(1, round(n (1 - rate))) stay."""
+        return Packing(tuple((max(1, round(n * (1 - rate))), length) for n, length in self.groups))
 
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, Packing], Tensor]
+Offsets = Int[Tensor, " sequences_plus_one"]
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, Packing, Tensor], Tensor]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+@lru_cache(maxsize=256)
+def offsets(packing: Packing, device: torch.device) -> Offsets:
+    """Where each sequence of the row begins, and where the last one ends; int32, kept on the device."""
+    lengths = torch.tensor([0, *packing.lengths], dtype=torch.int32)
+    return lengths.cumsum(0, dtype=torch.int32).to(device)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> Tensor:
     """One dense scaled-dot-product attention per group; [T, H, D] in and out. Runs everywhere."""
     out = []
     for qi, ki, vi in zip(packing.split(q), packing.split(k), packing.split(v), strict=True):  # [B, L, H, D]
@@ -51,7 +71,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return torch.cat(out)
 
 
-def xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+@torch.compiler.disable
+def xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> Tensor:
     """xformers memory-efficient attention under a block-diagonal mask. CUDA only."""
     try:
         from xformers.ops import memory_efficient_attention
@@ -60,79 +81,100 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
     return memory_efficient_attention(q[None], k[None], v[None], attn_bias=_block_diagonal(packing, q.device))[0]
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> Tensor:
+def varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> Tensor:
     """torch's own variable-length flash attention (torch >= 2.10, fp16/bf16). CUDA only."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
         raise UserError(f"model.attention=varlen needs torch >= 2.10; this is {torch.__version__}.") from error
-    offsets, longest = _offsets(packing, q.device)
-    out = varlen_attn(q, k, v, offsets, offsets, longest, longest)
+    longest = max(length for _, length in packing.groups)
+    out = varlen_attn(q, k, v, starts, starts, longest, longest)
     return out if isinstance(out, Tensor) else out[0]
 
 
 BACKENDS: dict[str, AttentionFunction] = {"xformers": xformers, "varlen": varlen, "sdpa": sdpa}
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=256)
 def _block_diagonal(packing: Packing, device: torch.device) -> Any:
     from xformers.ops.fmha import BlockDiagonalMask
 
     return BlockDiagonalMask.from_seqlens(packing.lengths, device=device)
 
 
-@lru_cache(maxsize=16)
-def _offsets(packing: Packing, device: torch.device) -> tuple[Tensor, int]:
-    lengths = torch.tensor([0, *packing.lengths], dtype=torch.int32)
-    return lengths.cumsum(0, dtype=torch.int32).to(device), int(lengths.max())
+@lru_cache(maxsize=64)
+def choose_backend(
+    name: str, packing: Packing, *, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> str:
+    """The fastest backend for `auto`: those whose forward and backward run here and agree with sdpa are timed on tokens
+    laid out like `packing`. A backend asked for by name is tried too, and refused with the reason if it cannot run.
 
-
-def attend(q: Tensor, k: Tensor, v: Tensor, packing: Packing, backend: str) -> Tensor:
-    """Self-attention within each sequence of a packed row: [T, H, D] each -> [T, H, D]."""
-    name = choose_backend(backend, heads=q.shape[1], head_dim=q.shape[2], device=q.device, dtype=q.dtype)
-    return BACKENDS[name](q, k, v, packing)
-
-
-def choose_backend(name: str, *, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> str:
-    """Resolve `auto` to the first backend whose forward and backward run here and agree with sdpa.
-
-    A backend asked for by name is probed too, and refused with the reason if it cannot run.
+    The choice is kept for the process. Draws from a generator of its own.
     """
     if device.type == "meta":  # shapes only
         return "sdpa"
-    candidates = list(BACKENDS) if name == "auto" else [name]
-    reasons = []
-    for candidate in candidates:
-        reason = _probe(candidate, heads, head_dim, device, dtype)
+    reasons, usable = [], []
+    for candidate in BACKENDS if name == "auto" else [name]:
+        reason = _fault(candidate, packing, heads, head_dim, device, dtype)
         if reason is None:
-            return candidate
+            usable.append(candidate)
         reasons.append(f"{candidate}: {reason}")
-    raise UserError(
-        f"model.attention={name} cannot run on {device.type} in {str(dtype).removeprefix('torch.')} with head width "
-        f"{head_dim} ({'; '.join(reasons)}). Use model.attention=auto."
-    )
+    if not usable:
+        raise UserError(
+            f"model.attention={name} cannot run on {device.type} in {str(dtype).removeprefix('torch.')} with head width "
+            f"{head_dim} ({'; '.join(reasons)}). Use model.attention=auto."
+        )
+    if len(usable) == 1:
+        return usable[0]
+    times = {backend: _seconds(backend, packing, heads, head_dim, device, dtype) for backend in usable}
+    return min(times, key=times.__getitem__)
 
 
-@lru_cache(maxsize=32)
-def _probe(name: str, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> str | None:
-    """None if the backend works, else why not."""
+def _fault(
+    name: str, packing: Packing, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """None if the backend works on two sequences of every length, else why not."""
     if name == "sdpa":
         return None
     if device.type != "cuda":
         return "needs CUDA"
-    packing = Packing(((2, 17), (3, 5)))
-    q, k, v = torch.randn(3, 49, heads, head_dim, device=device, dtype=dtype)
+    few = Packing(tuple((min(count, 2), length) for count, length in packing.groups))
+    inputs = _draw(few, heads, head_dim, device, dtype)
     results = []
-    for backend in (BACKENDS[name], sdpa):
-        inputs = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    for backend in (name, "sdpa"):
         try:
-            out = backend(inputs[0], inputs[1], inputs[2], packing)
-            out.square().sum().backward()
+            results.append(_forward_backward(backend, inputs, few))
         except Exception as error:  # an unsupported kernel may raise anything
             return str(error).split("\n")[0][:120] or type(error).__name__
-        results.append([out.detach(), *(x.grad for x in inputs)])
     for ours, oracle in zip(*results, strict=True):
         distance = float((ours - oracle).float().norm() / oracle.float().norm())
         if not distance < 3e-2:
             return f"differs from sdpa by {distance:.1e}"
     return None
+
+
+def _seconds(name: str, packing: Packing, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Median time of a forward and backward pass, the first of which only warms up."""
+    inputs = _draw(packing, heads, head_dim, device, dtype)
+    times = []
+    for _ in range(6):
+        torch.cuda.synchronize(device)
+        started = time.perf_counter()
+        _forward_backward(name, inputs, packing)
+        torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return median(times[1:])
+
+
+def _draw(packing: Packing, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Queries, keys, values and an output's gradient, [4, T, H, D]."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(4, packing.tokens, heads, head_dim, generator=generator, device=device, dtype=dtype)
+
+
+def _forward_backward(name: str, inputs: Float[Tensor, "4 t h d"], packing: Packing) -> Sequence[Tensor]:
+    """Output and the gradients of queries, keys and values."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
+        q, k, v = (x.clone().requires_grad_() for x in inputs[:3])
+        out = BACKENDS[name](q, k, v, packing, offsets(packing, inputs.device))
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), inputs[3])]

@@ -11,13 +11,11 @@ import timm
 import torch
 from einops import rearrange
 from jaxtyping import Float
-from timm.layers import Attention
-from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lejepa_scale.errors import UserError
-from lejepa_scale.model.attention import Packing, attend
+from lejepa_scale.model import packed
+from lejepa_scale.model.attention import Packing, choose_backend
 from lejepa_scale.model.norm import synchronised
 
 OUR_SIZES: dict[str, dict[str, Any]] = {
@@ -31,7 +29,8 @@ class Encoder(nn.Module):
     """`encoder([x_1, x_2, ...])` with x_i [B_i, 3, H_i, W_i] -> [B_i, E] pooled features, one tensor per input.
 
     name: any timm model, or a size of ours (vit_nano, vit_micro). image_size sets the position-embedding grid; other
-    sizes are interpolated. `attention` picks the packed backend ("auto" probes at the first forward on a device).
+    sizes are interpolated. `drop_path` is the stochastic depth of the last block, rates growing linearly from the first
+    one's 0, or with `drop_path_uniform` that of all. `attention` picks the packed backend ("auto" measures).
     Raises UserError for an unknown name or arguments that timm refuses.
     """
 
@@ -42,8 +41,8 @@ class Encoder(nn.Module):
         image_size: int = 224,
         patch_size: int | None = None,
         drop_path: float = 0.0,
+        drop_path_uniform: bool = False,
         attention: str = "auto",
-        activation_checkpointing: bool = False,
         options: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -58,16 +57,18 @@ class Encoder(nn.Module):
         try:
             backbone: Any = timm.create_model(timm_name, pretrained=False, num_classes=0, **arguments)
         except (TypeError, AssertionError, ValueError) as error:
-            raise UserError(f"model.encoder={name}: timm refuses these arguments: {error}") from error
+            raise UserError(
+                f"model.encoder={name}: timm refuses these arguments: {error or type(error).__name__}"
+            ) from error
         self.timm_arguments = {"model_name": timm_name, "num_classes": 0, **arguments}  # rebuilds the backbone
         self.name, self.embed_dim = name, int(backbone.num_features)
-        self.activation_checkpointing = activation_checkpointing
-        self.packed = _is_packable(backbone)
+        self.attention = attention
+        self.packed = packed.packable(backbone)
         if self.packed:
             for i, block in enumerate(backbone.blocks):
-                backbone.blocks[i] = PackedBlock(block, attention)
-        elif activation_checkpointing:
-            backbone.set_grad_checkpointing()
+                backbone.blocks[i] = packed.PackedBlock(block, drop_path if drop_path_uniform else None)
+        elif drop_path_uniform and drop_path:
+            raise UserError(f"model.drop_path_uniform is for vision transformers; {name} has rates of its own.")
         self.backbone: Any = synchronised(backbone)
 
     @property
@@ -109,68 +110,31 @@ class Encoder(nn.Module):
         rows = images.shape[-2] // self.backbone.patch_embed.patch_size[0]
         return rearrange(patches, "b (h w) e -> b h w e", h=rows)
 
+    def packing(self, images: Sequence[tuple[int, int]]) -> Packing:
+        """The row of tokens that (images, side in pixels) of every resolution are laid in."""
+        prefix, patch = self.backbone.num_prefix_tokens, self.backbone.patch_embed.patch_size[0]
+        return Packing(tuple((count, (side // patch) ** 2 + prefix) for count, side in images))
+
+    def backend(self, packing: Packing, device: torch.device, dtype: torch.dtype) -> str:
+        """The attention backend for tokens of `dtype`; measured where `attention` is auto and there is a choice."""
+        attn = self.backbone.blocks[0].attn
+        return choose_backend(
+            self.attention, packing, heads=attn.num_heads, head_dim=attn.head_dim, device=device, dtype=dtype
+        )
+
     def _packed_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Embed each resolution, run the blocks once over all tokens, split again: [B_i, L_i, E] each."""
         vit = self.backbone
-        embedded = [vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(x)))) for x in images]
+        embedded, ropes = zip(*(packed.embed(vit, x) for x in images), strict=True)
         packing = Packing(tuple((x.shape[0], x.shape[1]) for x in embedded))
         tokens = torch.cat([x.flatten(0, 1) for x in embedded])  # [T, E]
-        for block in vit.blocks:
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, packing, use_reentrant=False)
-            else:
-                tokens = block(tokens, packing)
+        device, dtype = tokens.device, tokens.dtype
+        if device.type != "meta" and torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        backend = self.backend(packing, device, dtype)
+        for block, row in zip(vit.blocks, packed.rows(vit.blocks, packing, ropes, device, backend), strict=True):
+            tokens = block(tokens, row)
         return packing.split(vit.norm(tokens))
-
-
-class PackedBlock(nn.Module):
-    """timm's pre-norm transformer block over a packed row of tokens, with the same parameters under the same names."""
-
-    def __init__(self, block: Any, attention: str) -> None:
-        super().__init__()
-        self.norm1, self.attn, self.ls1 = block.norm1, PackedAttention(block.attn, attention), block.ls1
-        self.norm2, self.mlp, self.ls2 = block.norm2, block.mlp, block.ls2
-        self.drop_path = float(getattr(block.drop_path1, "drop_prob", 0.0) or 0.0)
-
-    def forward(self, x: Float[Tensor, "t e"], packing: Packing) -> Float[Tensor, "t e"]:
-        x = x + self._drop(self.ls1(self.attn(self.norm1(x), packing)), packing)
-        return x + self._drop(self.ls2(self.mlp(self.norm2(x))), packing)
-
-    def _drop(self, x: Tensor, packing: Packing) -> Tensor:
-        """Stochastic depth: a branch is dropped for whole sequences, the kept ones scaled to keep the mean."""
-        if not self.training or self.drop_path == 0.0:
-            return x
-        keep = 1 - self.drop_path
-        sequences = sum(count for count, _ in packing.groups)
-        kept = torch.rand(sequences, device=x.device) < keep
-        return x * packing.expand(kept.to(x.dtype) / keep)
-
-
-class PackedAttention(nn.Module):
-    """timm's multi-head attention over a packed row of tokens, with the same parameters under the same names."""
-
-    def __init__(self, attn: Attention, backend: str) -> None:
-        super().__init__()
-        self.backend = backend
-        self.num_heads, self.head_dim = attn.num_heads, attn.head_dim
-        self.qkv, self.q_norm, self.k_norm = attn.qkv, attn.q_norm, attn.k_norm
-        self.norm, self.proj, self.proj_drop = attn.norm, attn.proj, attn.proj_drop
-
-    def forward(self, x: Float[Tensor, "t e"], packing: Packing) -> Float[Tensor, "t e"]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(1)  # [T, H, D] each
-        q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        x = attend(q, k, v, packing, self.backend).flatten(1)
-        return self.proj_drop(self.proj(self.norm(x)))
-
-
-def _is_packable(backbone: nn.Module) -> bool:
-    return type(backbone) is VisionTransformer and all(
-        type(block) is Block
-        and type(block.attn) is Attention
-        and block.attn.gate is None
-        and not block.attn.attn_drop.p
-        for block in backbone.blocks
-    )
 
 
 def _is_token_model(timm_name: str) -> bool:

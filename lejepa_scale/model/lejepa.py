@@ -81,8 +81,8 @@ def build_encoder(config: Config) -> Encoder:
         image_size=config.image_size,
         patch_size=model.patch_size,
         drop_path=model.drop_path,
+        drop_path_uniform=model.drop_path_uniform,
         attention=model.attention,
-        activation_checkpointing=config.engine.activation_checkpointing != "none",
         options=model.options,
     )
 
@@ -91,6 +91,7 @@ def check(config: Config) -> int:
     """Build on the meta device, pass every view size through the encoder; number of parameters. Raises UserError."""
     with torch.device("meta"):
         model = build(config)
+    _refuse_what_needs_blocks(config, model.encoder)
     views = config.data.views
     model.encoder.check_sizes([config.image_size, *(g.size for g in (views.global_, views.local) if g.count)])
     if config.objective.accumulation == "exact" and any(isinstance(m, BatchNorm) for m in model.encoder.modules()):
@@ -99,6 +100,17 @@ def check(config: Config) -> int:
             "normalisation sees one micro-batch at a time. Use micro or unbiased, or an encoder without batch normalisation."
         )
     return sum(p.numel() for p in model.parameters())
+
+
+def _refuse_what_needs_blocks(config: Config, encoder: Encoder) -> None:
+    engine = config.engine
+    wanted = {"compile=true": engine.compile, "fp8=true": engine.fp8}
+    kind = engine.activation_checkpointing
+    wanted[f"activation_checkpointing={kind}"] = kind in ("selective", "budget")
+    for key in (key for key, asked in wanted.items() if asked and not encoder.packed):
+        raise UserError(
+            f"engine.{key} works on the blocks of a vision transformer, and {encoder.name} has none that are known here."
+        )
 
 
 def build(config: Config) -> LeJEPA:
