@@ -27,12 +27,6 @@ def sharding_units(module: nn.Module) -> list[nn.Module]:
     return [block for part in module.modules() if isinstance(part, Encoder) for block in part.blocks]
 
 
-def largest_unit(module: nn.Module) -> int:
-    """Parameters of the largest sharding unit; of the whole module where it has none."""
-    sizes = [sum(getattr(p, "ds_numel", p.numel()) for p in u.parameters()) for u in sharding_units(module)]
-    return max(sizes, default=sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters()))
-
-
 def prepare_blocks(module: LeJEPA, config: Config) -> None:
     """How blocks run, by the `engine` section. Everything happens inside a block's own forward, so that an engine's hooks
     stay around it: parameters are gathered once for the recomputation and the backward pass together."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.distributed import rank
 from lejepa_scale.engine.base import Engine, Factory
-from lejepa_scale.engine.wrap import largest_unit, prepare_blocks
+from lejepa_scale.engine.wrap import prepare_blocks, sharding_units
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Replay
 from lejepa_scale.model.packed import PackedBlock
@@ -22,11 +22,17 @@ from lejepa_scale.optim import adamw, set_hyperparameters
 _MINIMUM = (0, 19, 5)
 
 
-def deepspeed_config(config: Config, plan: BatchPlan, unit: int) -> dict[str, Any]:
+def deepspeed_config(config: Config, plan: BatchPlan, module: nn.Module) -> dict[str, Any]:
     """The DeepSpeed dictionary of a run, with the defaults that changed between releases written out.
 
-    unit: parameters of the largest block, which stage 3 gathers and releases as one.
+    module: on the meta device. Its blocks are what stage 3 gathers and releases as one, `engine.prefetch` of them ahead:
+    DeepSpeed fetches a bucket more at every call of any submodule, so that only the limit on live parameters holds it back.
     """
+    everything = sum(p.numel() for p in module.parameters())
+    blocks = [sum(p.numel() for p in unit.parameters()) for unit in sharding_units(module)]
+    unit = max(blocks, default=everything)
+    persistent = min(100_000, unit // 100)  # parameters up to this size stay on every rank: vectors
+    live = everything - sum(blocks) + sum(p.numel() for p in module.parameters() if p.numel() < persistent)
     stage = int(config.engine.name.removeprefix("zero"))
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if config.engine.cpu_offload else None
     return {
@@ -52,8 +58,8 @@ def deepspeed_config(config: Config, plan: BatchPlan, unit: int) -> dict[str, An
             "allgather_bucket_size": 200_000_000,
             "sub_group_size": 100_000_000,  # updated at once: bounds the optimizer's transient memory
             "stage3_prefetch_bucket_size": config.engine.prefetch * unit,
-            "stage3_param_persistence_threshold": min(100_000, unit),
-            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_param_persistence_threshold": persistent,
+            "stage3_max_live_parameters": live + (1 + config.engine.prefetch) * unit,
             "stage3_max_reuse_distance": 0,  # a block is released after its forward pass, whatever the model's size
             "offload_optimizer": host,
             "offload_param": host if stage == 3 else None,
@@ -70,7 +76,7 @@ class ZeROEngine(Engine):
     def __init__(self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device) -> None:
         deepspeed = _import()
         with torch.device("meta"):
-            settings = deepspeed_config(config, plan, largest_unit(factory()))
+            settings = deepspeed_config(config, plan, factory())
         self.device, self.stage = device, settings["zero_optimization"]["stage"]
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
         context: AbstractContextManager[Any] = nullcontext()

@@ -119,13 +119,15 @@ def _bf16_on_rank(names: list[str]) -> Any:
     return {name: train(name, 2, "bf16")[0] for name in names}
 
 
-def test_bf16_follows_fp32(oracle: Any) -> None:
+def test_bf16_on_ranks_follows_one_process_and_fp32(oracle: Any) -> None:
+    """Rounding to bf16 grows from step to step: what engines share is compared closely, the two precisions loosely."""
+    single = torch.tensor(train("single", 2, "bf16")[0])  # losses and gradient norms
+    torch.testing.assert_close(single, torch.tensor(oracle[1][0]), rtol=0.05, atol=0)
+    torch.testing.assert_close(single[:, 0], torch.tensor(oracle[1][0])[:, 0], rtol=0.01, atol=0)
     names = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
-    histories = run_ranks(_bf16_on_rank, 2, names)[0]
-    expected = torch.tensor(oracle[1][0])  # losses and gradient norms
-    for name in names:
-        found = torch.tensor(histories[name])
-        torch.testing.assert_close(found, expected, rtol=0.02, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+    for name, history in run_ranks(_bf16_on_rank, 2, names)[0].items():
+        found = torch.tensor(history)
+        torch.testing.assert_close(found, single, rtol=0.02, atol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def _hybrid_on_rank() -> Any:

@@ -1,0 +1,69 @@
+"""What a packed step sends over ranks: parameters are gathered once per block and direction, whatever the number of view
+sizes, and gradients are reduced once, in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from conftest import small_config
+from ranks import run_ranks
+
+from lejepa_scale import distributed
+from lejepa_scale.config import check_world, validate
+from lejepa_scale.distributed import CountBytes
+from lejepa_scale.engine import build_engine
+from lejepa_scale.model import build
+
+DEPTH = 4
+Calls = list[tuple[str, int]]  # kind of collective, bytes
+
+
+def _count(name: str, settings: dict[str, Any], resolutions: int) -> tuple[Calls, Calls, int, int]:
+    """Collectives of the third step, forward and backward; parameters of a block, and those in its matrices."""
+    config = validate(
+        small_config(
+            "unused",
+            "unused",
+            engine={"name": name, "precision": "bf16", **settings},
+            model={"options": {"depth": DEPTH}, "drop_path": 0.25},
+        )
+    )
+    plan = check_world(config, distributed.world_size())
+    engine = build_engine(config, plan, lambda: build(config), torch.device("cpu"), None)
+    views = [torch.randn(2, 8, 3, 32, 32), *[torch.randn(2, 8, 3, 16, 16)] * (resolutions - 1)]
+    for step in range(3):  # DeepSpeed records the order of modules in the first
+        with CountBytes() as traffic:
+            out = engine.forward(views, step)
+            forward = len(traffic.calls)
+            engine.backward(out["loss"], True)
+        engine.step(1e-3, 0.0)
+    sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.module.encoder.blocks[0].parameters()]
+    return traffic.calls[:forward], traffic.calls[forward:], sum(sizes), sum(n for n in sizes if n >= 128 * 128)
+
+
+def _fsdp_on_rank() -> list[tuple[Calls, Calls, int, int]]:
+    kinds = [(kind, resolutions) for kind in ("none", "full") for resolutions in (1, 2)]
+    return [_count("fsdp", {"activation_checkpointing": kind}, resolutions) for kind, resolutions in kinds]
+
+
+def test_fsdp_gathers_a_block_once_a_direction() -> None:
+    for forward, backward, block, _ in run_ranks(_fsdp_on_rank, 2)[0]:
+        gathers = [sum(kind.startswith("allgather_base") for kind, _ in calls) for calls in (forward, backward)]
+        assert gathers == [DEPTH + 1, DEPTH]  # the root, gathered first and released last
+        reduced = [size for kind, size in backward if kind == "reduce_scatter_base"]
+        assert len(reduced) == DEPTH + 1
+        assert reduced.count(4 * block) == DEPTH  # in fp32, although computed in bf16
+
+
+def _zero3_on_rank() -> list[tuple[Calls, Calls, int, int]]:
+    return [_count("zero3", {"prefetch": prefetch}, 2) for prefetch in (0, 1)]
+
+
+def test_zero3_gathers_a_block_once_a_direction() -> None:
+    for prefetch, (forward, backward, _, matrices) in enumerate(run_ranks(_zero3_on_rank, 2)[0]):
+        for calls in (forward, backward):
+            sizes = [2 * size for kind, size in calls if kind.startswith("allgather_base")]  # of two halves
+            assert sum(sizes) < 2 * matrices * (DEPTH + 1)  # bf16: every block once, and the small rest
+            if not prefetch:  # which joins parts of neighbouring blocks in one collective
+                assert sum(size >= 2 * matrices for size in sizes) == DEPTH
