@@ -1,0 +1,151 @@
+"""How blocks run changes time and memory, not results: recomputation, compilation, float8, host memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+from ranks import run_ranks
+from torch import Tensor
+
+from lejepa_scale import distributed
+from lejepa_scale.config import Config, check_world, validate
+from lejepa_scale.engine import build_engine, wrap
+from lejepa_scale.errors import UserError
+from lejepa_scale.model import build, check
+
+Step = tuple[float, float]
+
+
+def _config(engine: dict[str, Any], **model: Any) -> Config:
+    engine = {"name": "single", "precision": "fp32", **engine}
+    return validate(small_config("unused", "unused", engine=engine, model={"drop_path": 0.4, **model}))
+
+
+def _steps(config: Config, steps: int = 2) -> tuple[list[Step], int]:
+    """Losses and gradient norms, and the bytes that the first step's forward pass kept for its backward pass."""
+    plan, device = check_world(config, distributed.world_size()), torch.device("cpu")
+    engine = build_engine(config, plan, lambda: build(config), device, None)
+    history, kept = [], 0
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        views = [torch.randn(2, 16, 3, size, size, generator=generator) for size in (32, 16)]
+        mine = slice(distributed.rank() * plan.micro_batch, (distributed.rank() + 1) * plan.micro_batch)
+        torch.manual_seed(step)  # stochastic depth
+        storages: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: _note(t, storages), lambda t: t):  # noqa: B023
+            out = engine.forward([v[:, mine].contiguous() for v in views], step)
+        kept = kept or sum(storages.values())
+        engine.backward(out["loss"], True)
+        history.append((out["loss"].item(), float(engine.step(1e-3, 0.05))))
+    return history, kept
+
+
+def _note(tensor: Tensor, storages: dict[int, int]) -> Tensor:
+    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return tensor
+
+
+def test_recomputation_changes_no_gradient_and_keeps_less() -> None:
+    history, kept = {}, {}
+    for kind in ("none", "selective", "full"):
+        history[kind], kept[kind] = _steps(_config({"activation_checkpointing": kind}, options={"depth": 6}))
+    assert history["full"] == history["selective"] == history["none"]
+    assert kept["full"] < 0.5 * kept["none"]
+    # selective frees its tensors through a hook of its own, which this one does not see
+
+
+def test_a_timm_model_recomputes_in_its_own_way() -> None:
+    found = [
+        _steps(_config({"activation_checkpointing": kind}, encoder="resnet10t", options={}, drop_path=0.0))
+        for kind in ("none", "full")
+    ]
+    assert found[0][0] == found[1][0]
+    assert found[1][1] < found[0][1]
+
+
+def test_selective_keeps_products_and_attention_alone() -> None:
+    kept = {"aten::mm", "aten::addmm", "aten::_scaled_dot_product_flash_attention_for_cpu", "torch_attn::_varlen_attn"}
+    kept |= {"aten::_scaled_mm", "xformers_flash::flash_fwd", "xformers::efficient_attention_forward_cutlass"}
+    dropped = {"aten::gelu", "aten::native_layer_norm", "aten::add", "aten::silu", "aten::bmm", "aten::index_select"}
+
+    class Operator:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def name(self) -> str:
+            return self._name
+
+    policies = {name: wrap._policy(None, Operator(name)) for name in kept | dropped}
+    assert {name for name, policy in policies.items() if policy == wrap.CheckpointPolicy.MUST_SAVE} == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["none", "selective", "budget"])
+def test_compiled_blocks_give_the_same_step(kind: str) -> None:
+    torch._dynamo.reset()
+    model = {"drop_path_uniform": True, "options": {"depth": 3}}
+    eager, _ = _steps(_config({}, **model))
+    settings = {"compile": True, "activation_checkpointing": kind, "activation_budget": 0.3}
+    compiled, _ = _steps(_config(settings, **model))
+    torch.testing.assert_close(torch.tensor(compiled), torch.tensor(eager), rtol=1e-4, atol=0)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 1  # fixed shapes: one graph for all blocks and steps
+
+
+def test_float8_layers_follow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated: rounded to float8 and multiplied in fp32. The layers keep their parameters' names."""
+    pytest.importorskip("torchao")
+    model = {"options": {"depth": 2}, "projector": {"hidden": 64, "dim": 16}}
+    plain, _ = _steps(_config({"precision": "bf16"}, **model))
+    monkeypatch.setattr(wrap, "use_float8", lambda encoder, use=wrap.use_float8: use(encoder, emulate=True))
+    config = _config({"precision": "bf16", "fp8": True}, **model)
+    rounded, _ = _steps(config)
+    torch.testing.assert_close(torch.tensor(rounded), torch.tensor(plain), rtol=0.2, atol=0)
+    assert rounded != plain
+    with torch.device("meta"):
+        module, untouched = build(config), build(config)
+    wrap.use_float8(module.encoder)
+    linears = [type(layer).__name__ for layer in module.encoder.blocks[0].modules() if hasattr(layer, "in_features")]
+    assert linears == ["Float8Linear"] * 4
+    assert [n for n, _ in module.named_parameters()] == [n for n, _ in untouched.named_parameters()]
+
+
+def test_float8_is_refused_without_a_chip_for_it() -> None:
+    pytest.importorskip("torchao")
+    if torch.cuda.is_available():
+        pytest.skip("this machine may have one")
+    config = _config({"precision": "bf16", "fp8": True})
+    with torch.device("meta"):
+        encoder = build(config).encoder
+    with pytest.raises(UserError, match=r"L40S, H100 or later.*not this CPU"):
+        wrap.use_float8(encoder)
+
+
+def _on_rank(settings: list[dict[str, Any]]) -> list[list[Step]]:
+    return [_steps(_config(s, drop_path=0.0))[0] for s in settings]
+
+
+def test_host_memory_and_prefetch_change_nothing() -> None:
+    settings = [
+        {"name": name, **more}
+        for name, more in (
+            ("fsdp", {}), ("fsdp", {"cpu_offload": True}), ("fsdp", {"prefetch": 0}), ("fsdp", {"prefetch": 9}),
+            ("fsdp", {"activation_checkpointing": "full"}), ("fsdp", {"activation_checkpointing": "selective"}),
+            ("zero3", {"activation_checkpointing": "full"}), ("zero3", {"activation_checkpointing": "selective"}),
+            ("zero3", {"cpu_offload": True}), ("zero1", {"cpu_offload": True}),
+        )
+    ]  # fmt: skip
+    one, _ = _steps(_config({}, drop_path=0.0))
+    for setting, history in zip(settings, run_ranks(_on_rank, 2, settings)[0], strict=True):
+        torch.testing.assert_close(
+            torch.tensor(history), torch.tensor(one), rtol=1e-5, atol=0, msg=lambda text, s=setting: f"{s}: {text}"
+        )
+
+
+def test_what_needs_blocks_is_refused_without_them() -> None:
+    for settings in ({"compile": True}, {"activation_checkpointing": "selective"}):
+        with pytest.raises(UserError, match="works on the blocks of a vision transformer, and resnet10t has none"):
+            check(_config(settings, encoder="resnet10t", options={}, drop_path=0.0))
