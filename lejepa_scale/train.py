@@ -10,11 +10,10 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor
 
 from lejepa_scale import distributed
-from lejepa_scale.checkpoint import CanonicalState, Progress, Store
+from lejepa_scale.checkpoint import Progress, Store
 from lejepa_scale.config import BatchPlan, Config, check_world, dump
 from lejepa_scale.data import Batch, Loader, ahead, open_sources
 from lejepa_scale.data.faults import Fault, append_to_quarantine
@@ -22,11 +21,12 @@ from lejepa_scale.data.keylog import KeyLog
 from lejepa_scale.data.loader import Sources
 from lejepa_scale.engine import Engine, build_engine
 from lejepa_scale.errors import UserError
+from lejepa_scale.greeting import greeting
 from lejepa_scale.metrics import Means, Reporter, effective_rank
 from lejepa_scale.model import Replay, build, check
-from lejepa_scale.objective import SIGReg
 from lejepa_scale.planning import peak_flops, training_flops_per_image
 from lejepa_scale.probe import OnlineProbe
+from lejepa_scale.resume import resume
 from lejepa_scale.schedule import learning_rate
 
 
@@ -48,7 +48,7 @@ def train(config: Config) -> Path:
     distributed.on_rank_zero(lambda: open_sources(config.data).num_samples)
     sources = open_sources(config.data, build=False)
     store = Store(config.run.dir, config.checkpoint.keep)
-    state, probe_state, progress = _resume(config, store, sources)
+    state, probe_state, progress = resume(config, store, sources)
     if progress.step >= config.train.steps:
         if distributed.rank() == 0:
             print(f"{config.run.dir} is trained to step {progress.step} already; raise train.steps to go on.")
@@ -70,7 +70,7 @@ def train(config: Config) -> Path:
 
     # 4. Steps.
     reporter = Reporter(config, progress.step, active=distributed.rank() == 0)
-    reporter.say(_greeting(config, plan, sources, engine, device, progress))
+    reporter.say(greeting(config, plan, sources, engine, device, progress))
     run = _Run(config, plan, engine, probe, store, reporter, sources, progress, device)
     batches = iter(loader)
     if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
@@ -244,69 +244,6 @@ class _Run:
             raise error
 
 
-def _resume(
-    config: Config, store: Store, sources: Sources
-) -> tuple[CanonicalState | None, dict[str, Tensor], Progress]:
-    """The newest complete checkpoint, read by rank 0 (its tensors stay there); a fresh start where there is none."""
-    held: list[CanonicalState] = []
-
-    def read() -> tuple[dict[str, Tensor], Progress]:
-        config.run.dir.mkdir(parents=True, exist_ok=True)
-        latest = store.latest()
-        if latest is None:
-            probe: dict[str, Tensor] = {}
-            progress = Progress(0, sources.fingerprint)
-            if (config.run.dir / "metrics.jsonl").exists():
-                print(f"{config.run.dir} holds no complete checkpoint: starting at step 0.")
-        else:
-            state, probe, progress = store.load(latest)
-            held.append(state)
-            print(f"resuming from {latest} (step {progress.step}).")
-        if progress.data_fingerprint != sources.fingerprint:
-            raise UserError(
-                f"the shards of data.shards are not those that {latest} was trained on (names, sizes or counts differ), "
-                "so the order of samples cannot be continued. Restore them, or start a new run.dir."
-            )
-        _refuse_another_batch(config, progress)
-        _write_config(config)
-        return probe, progress
-
-    probe, progress = distributed.on_rank_zero(read)
-    return (held[0] if held else None), probe, progress
-
-
-def _refuse_another_batch(config: Config, progress: Progress) -> None:
-    """Step s begins at sample s x global_batch: another batch would repeat or leave out samples without a word."""
-    path = config.run.dir / "config.yaml"
-    if not progress.step or not path.exists():
-        return
-    before = yaml.safe_load(path.read_text())["train"]["global_batch"]
-    if before != config.train.global_batch:
-        raise UserError(
-            f"{config.run.dir} was trained to step {progress.step} with train.global_batch = {before}, not "
-            f"{config.train.global_batch}: samples would be repeated or left out. Keep {before} (train.micro_batch may "
-            "change), or start a new run.dir."
-        )
-
-
-def _write_config(config: Config) -> None:
-    """Keep config.yaml current; changed keys of a resumed run are named."""
-    path, text = config.run.dir / "config.yaml", dump(config)
-    if path.exists() and (before := path.read_text()) != text:
-        old, new = (_flatten(yaml.safe_load(t)) for t in (before, text))
-        changed = [
-            f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
-        ]
-        print("configuration changed since this run was started: " + "; ".join(changed))
-    path.write_text(text)
-
-
-def _flatten(tree: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for key, sub in tree.items() for k, v in _flatten(sub, f"{prefix}.{key}" if prefix else key).items()}
-
-
 def _build_probe(
     config: Config, engine: Engine, sources: Sources, device: torch.device, state: dict[str, Tensor]
 ) -> OnlineProbe | None:
@@ -317,40 +254,6 @@ def _build_probe(
     if state:
         probe.load_state_dict(state)
     return probe
-
-
-def _greeting(
-    config: Config, plan: BatchPlan, sources: Sources, engine: Engine, device: torch.device, progress: Progress
-) -> str:
-    parameters = check(config)
-    return (
-        f"{config.model.encoder}: {parameters / 1e6:.1f} M parameters (with projector), {config.engine.name} "
-        f"{config.engine.precision} on {plan.ranks} x {device.type}; batch {config.train.global_batch} = "
-        f"{plan.micro_batch} x {plan.ranks} ranks x {plan.accumulation}; {sources.num_samples:,} images in "
-        f"{sum(len(s) for s in sources.shards):,} shards; steps {progress.step} to {config.train.steps}."
-        + _objective_notice(config, plan, engine)
-    )
-
-
-def _objective_notice(config: Config, plan: BatchPlan, engine: Engine) -> str:
-    """How the objective meets ranks and micro-batches, where there is more than one of either."""
-    notice = ""
-    accumulation, regularizer = config.objective.accumulation, engine.module.loss.regularizer
-    if isinstance(regularizer, SIGReg) and plan.ranks > 1:
-        views = config.data.views.global_.count + config.data.views.local.count
-        count = plan.micro_batch * (plan.accumulation if accumulation == "exact" else 1)
-        itemsize = 2 if config.engine.precision == "bf16" else 4
-        arguments = views, [count] * plan.ranks, config.model.projector.dim, itemsize
-        notice += (
-            f"\nSIGReg over ranks by {regularizer.mode(*arguments)} (bytes a rank sends per evaluation: "
-            f"{regularizer.traffic(*arguments)})."
-        )
-    if plan.accumulation > 1 and accumulation == "micro":
-        notice += (
-            f"\nThe objective is that of micro-batches of {plan.micro_batch * plan.ranks} images, not of all "
-            f"{config.train.global_batch}; objective.accumulation=exact changes that for one more forward pass."
-        )
-    return notice
 
 
 def _seed_step(seed: int, step: int, micro: int) -> None:

@@ -86,6 +86,7 @@ def test_selective_keeps_products_and_attention_alone() -> None:
 @pytest.mark.parametrize("kind", ["none", "selective", "budget"])
 def test_compiled_blocks_give_the_same_step(kind: str) -> None:
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     model = {"drop_path_uniform": True, "options": {"depth": 3}}
     eager, _ = _steps(_config({}, **model))
     settings = {"compile": True, "activation_checkpointing": kind, "activation_budget": 0.3}
