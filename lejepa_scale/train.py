@@ -24,7 +24,7 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.greeting import greeting
 from lejepa_scale.metrics import Means, Reporter, effective_rank
 from lejepa_scale.model import Replay, build, check
-from lejepa_scale.planning import peak_flops, training_flops_per_image
+from lejepa_scale.planning import peak_flops, step_flops
 from lejepa_scale.probe import OnlineProbe
 from lejepa_scale.resume import resume
 from lejepa_scale.schedule import learning_rate
@@ -107,7 +107,7 @@ class _Run:
         self.elapsed_before, self.started = progress.seconds, time.monotonic()
         self.first_step, self.waited = progress.step, 0.0
         peak = peak_flops(device)
-        self.flops_share = training_flops_per_image(config) / (peak * plan.ranks) if peak else None
+        self.seconds_at_peak = step_flops(config, plan).total / peak if peak else None
 
     def steps(self, batches: Iterator[Batch], stop: _StopSignal) -> None:
         config, plan, reporter = self.config, self.plan, self.reporter
@@ -143,12 +143,12 @@ class _Run:
                 seconds = time.monotonic() - window_start
                 record = {"step": done, **means.read(), "lr": lr, "samples": done * config.train.global_batch}
                 record["loss_normalized"] = record["loss"] / config.objective.lambda_**0.4
-                record["images_per_second"] = rate = window_steps * config.train.global_batch / seconds
+                record["images_per_second"] = window_steps * config.train.global_batch / seconds
                 record["data_wait_fraction"] = self.waited / seconds
                 record["effective_rank"] = effective_rank(out["embeddings"])
                 record |= {"nonfinite_steps": self.nonfinite, "skipped_images": self.skipped}
-                if self.flops_share is not None:
-                    record["mfu"] = rate * self.flops_share
+                if self.seconds_at_peak is not None:
+                    record["mfu"] = window_steps * self.seconds_at_peak / seconds
                 if self.probe is not None:
                     record["probe_accuracy"] = float(hits[0] / hits[1])
                     hits.zero_()

@@ -1,4 +1,4 @@
-"""What a run reports: counted FLOPs, kept means, lines of metrics.jsonl, a probe that survives a bad step."""
+"""What a run reports: kept means, lines of metrics.jsonl, a probe that survives a bad step."""
 
 from __future__ import annotations
 
@@ -6,33 +6,12 @@ import json
 import math
 from pathlib import Path
 
-import pytest
 import torch
 from conftest import small_config
 
 from lejepa_scale.config import validate
 from lejepa_scale.metrics import Means, Reporter
-from lejepa_scale.planning import peak_flops, training_flops_per_image
 from lejepa_scale.probe import OnlineProbe
-
-
-def test_counted_flops_are_those_of_the_formula() -> None:
-    """Multiply-adds of a plain ViT by hand: linear layers, both attention products, patches, projector, slices."""
-    config = validate(small_config("r", "s", model={"encoder": "vit_nano", "options": {"depth": 3}}))
-    width, depth, patch = 128, 3, 8
-    macs = 0
-    for count, side in ((2, 32), (2, 16)):
-        patches = (side // patch) ** 2
-        tokens = patches + 1
-        per_view = patches * 3 * patch**2 * width + depth * (tokens * 12 * width**2 + 2 * tokens**2 * width)
-        macs += count * per_view
-    hidden, dim = 65, 17
-    macs += 4 * (width * hidden + hidden * hidden + hidden * dim) + 4 * dim * 32
-    assert training_flops_per_image(config) == pytest.approx(3 * 2 * macs, rel=1e-6)
-
-
-def test_a_peak_that_is_not_known_is_not_guessed() -> None:
-    assert peak_flops(torch.device("cpu")) is None
 
 
 def test_means_start_again_after_each_read() -> None:

@@ -26,7 +26,7 @@ from lejepa_scale.engine import Engine, build_engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import build
 from lejepa_scale.model.attention import BACKENDS, Packing
-from lejepa_scale.planning import peak_flops, training_flops_per_image
+from lejepa_scale.planning import peak_flops, step_flops
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -190,9 +190,9 @@ def step_rates(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             "images/s": images / seconds,
             "tokens/s": images * _tokens_per_image(config) / seconds,
         }
-        flops, peak = training_flops_per_image(config), peak_flops(device)
-        row["TFLOP/s"] = images * flops / seconds / 1e12
-        row["MFU"] = images * flops / seconds / peak if peak else "not measured"
+        flops, peak = step_flops(config, check_world(config, 1)).total, peak_flops(device)
+        row["TFLOP/s"] = flops / seconds / 1e12
+        row["MFU"] = flops / seconds / peak if peak else "not measured"
         if device.type == "cuda":
             row["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
         yield row
