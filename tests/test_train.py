@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from lejepa_scale import train
 from lejepa_scale.checkpoint import Progress
 from lejepa_scale.config import BatchPlan, dump, validate
 from lejepa_scale.errors import UserError
+from lejepa_scale.planning import step_flops
 
 
 def test_the_second_pass_of_an_exact_step_draws_the_random_numbers_of_the_first(
@@ -32,6 +34,20 @@ def test_the_second_pass_of_an_exact_step_draws_the_random_numbers_of_the_first(
         assert replay.index == micro
         assert torch.equal(replay.features[micro], met[-1])
     assert len({float(x) for x in met}) == 3
+
+
+def test_mfu_is_what_the_step_needs_at_the_peak_over_what_it_took(
+    monkeypatch: pytest.MonkeyPatch, scenes: Path, tmp_path: Path
+) -> None:
+    """With stochastic depth and two micro-batches, on a chip of 1 TFLOP/s."""
+    monkeypatch.setattr(train, "peak_flops", lambda device: 1e12)
+    sections = {"train": {"steps": 2, "global_batch": 16, "micro_batch": 8}}
+    config = validate(small_config(tmp_path, scenes, **sections, model={"drop_path": 0.5, "options": {"depth": 3}}))
+    train.train(config)
+    needed = step_flops(config, BatchPlan(micro_batch=8, ranks=1, accumulation=2)).total / 1e12
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["mfu"] == pytest.approx(needed * record["images_per_second"] / 16, rel=1e-9)
 
 
 def test_a_run_is_not_resumed_with_another_global_batch(tmp_path: Path) -> None:

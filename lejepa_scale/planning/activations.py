@@ -9,7 +9,7 @@ import torch
 from timm.layers import GluMlp, SwiGLU
 from torch import Tensor, nn
 
-from lejepa_scale.config import Config
+from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.model import Encoder, LeJEPA
 from lejepa_scale.model.attention import Packing
 from lejepa_scale.model.packed import PackedBlock
@@ -45,11 +45,12 @@ class Activations(NamedTuple):
     peak: float  # the most that there is at once, kept or in flight, in either pass
 
 
-def activations(config: Config, model: LeJEPA, images: int, packed_kernel: bool) -> Activations:
-    """Of one micro-batch; model on the meta device. packed_kernel: attention reads and writes the packed row (xformers,
-    varlen); else it is called for each resolution and a copy joins the outputs."""
-    encoder, groups, size = model.encoder, views_of(config, images), Precision.of(config)
-    rows, kind = sum(n for n, _ in groups), config.engine.activation_checkpointing
+def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: bool) -> Activations:
+    """Of one micro-batch of `plan`; model on the meta device. packed_kernel: attention reads and writes the packed row
+    (xformers, varlen); else it is called for each resolution and a copy joins the outputs."""
+    encoder, groups, size = model.encoder, views_of(config, plan.micro_batch), Precision.of(config)
+    kind = config.engine.activation_checkpointing
+    rows = sum(n for n, _ in groups) * (plan.accumulation if config.objective.accumulation == "exact" else 1)
     heads = _heads(config, model, rows, size)
     objective = rows * config.objective.num_slices * _FP32  # gradients of SIGReg's projections
     if not encoder.packed:

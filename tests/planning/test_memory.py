@@ -12,6 +12,7 @@ from conftest import ROOT, small_config
 from planning_cases import batch, config_of, plan
 from ranks import run_ranks
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -117,10 +118,47 @@ def test_what_a_step_keeps(case: str, precision: str, drop_path: float, kind: st
     assert memory.activations == pytest.approx(kept, rel=0.07 if kind == "full" else 0.02)
 
 
+@pytest.mark.parametrize("recipe", ["vitg_lvd", "vitgigantic_lvd"])
+def test_what_the_large_encoders_keep(recipe: str) -> None:
+    """The recipes' own encoders and views on tensors without memory, four images in bf16: to 0.5 %."""
+    overrides = ["engine.name=fsdp", "engine.activation_checkpointing=none", "train.micro_batch=4"]
+    config = load(ROOT / "configs" / f"{recipe}.yaml", overrides)
+    with torch.device("meta"):
+        encoder = build(config).encoder.train()
+    held: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with FakeTensorMode():
+        for module in encoder.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                module._parameters[name] = nn.Parameter(torch.empty(parameter.shape, dtype=torch.bfloat16))
+        views = [v.flatten(0, 1).bfloat16() for v in batch(config, 4)]
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            encoder(views)
+        for known in (*encoder.parameters(), *views):
+            held.pop(known.untyped_storage()._cdata, None)
+        kept = sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    assert step_memory(config, plan(4), "cpu").activations == pytest.approx(kept, rel=0.005)
+
+
 def test_memory_of_a_convolutional_network() -> None:
     config = config_of("plain", model={"encoder": "resnet10t", "options": {}}, objective={"backend": "fused"})
     kept, _ = measured(config, 8, "fp32")
     assert step_memory(config, plan(8), "cpu").activations == pytest.approx(kept, rel=0.02)
+
+
+def test_an_exact_objective_holds_the_heads_of_all_micro_batches() -> None:
+    micro, exact = (
+        step_memory(config_of("plain", objective={"accumulation": kind}), plan(8, accumulation=4)).activations
+        for kind in ("micro", "exact")
+    )
+    heads = (
+        exact - micro
+    )  # of three more micro-batches, 5 views each: two hidden layers of 65 and 32 slices with all knots
+    assert heads > 3 * 8 * 5 * 4 * (2 * 3 * 65 + 16 * 32)
 
 
 def _states(name: str) -> Config:
