@@ -37,7 +37,7 @@ class StepMemory:
     working: float  # beside them: recomputed activations and gradients in flight, at the worst moment
     update: float  # what the optimizer needs while it updates
     host: float  # with engine.cpu_offload
-    gradients_wait: bool  # they lie in memory while a forward pass goes on
+    gradients_wait: bool  # they lie in memory while a forward pass goes on; else they come as activations go
 
     @property
     def total(self) -> float:
@@ -46,7 +46,7 @@ class StepMemory:
         passes = self.gathered + self.inputs + self.activations + self.working
         if self.gradients_wait:
             return held + self.gradients + max(passes, self.update)
-        return held + max(passes, self.gradients + self.update)  # gradients come as activations go
+        return held + max(passes, self.gradients + self.update)
 
 
 def step_memory(config: Config, plan: BatchPlan, device: Literal["cuda", "cpu"] = "cuda") -> StepMemory:
@@ -104,7 +104,14 @@ def _fsdp(config: Config, plan: BatchPlan, model: LeJEPA, size: Precision, cuda:
     gathered: float = size.compute * (root + (_GATHERED_AND_COPIED + ahead) * unit)
     buckets = (size.compute + _FP32) * unit + _FP32 * unit / ranks  # as computed, as reduced, and the rank's part of it
     if not config.engine.cpu_offload:
-        return _states(_FP32 * shard, _FP32 * shard, _MOMENTS * shard, gathered=gathered, buckets=buckets)
+        return _states(
+            _FP32 * shard,
+            _FP32 * shard,
+            _MOMENTS * shard,
+            gathered=gathered,
+            buckets=buckets,
+            gradients_wait=plan.accumulation > 1,
+        )
     gathered += (_FP32 + size.compute) * (1 + ahead) * unit / ranks  # shards on their way from the host
     return _states(0, 0, 0, gathered=gathered, buckets=buckets, host=(2 * _FP32 + _MOMENTS) * shard)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -201,6 +202,44 @@ def test_what_engines_hold() -> None:
         if name == "zero3":
             expected += 4 * 200_000_000  # the reduction's bucket
         assert held == pytest.approx(expected, rel=0.02), name
+
+
+def _fsdp(kind: str, precision: str) -> Config:
+    views = {
+        "global": {"count": 2, "size": 96, "scale": [0.3, 1.0]},
+        "local": {"count": 2, "size": 48, "scale": [0.1, 0.3]},
+    }
+    engine = {"name": "fsdp", "precision": precision, "activation_checkpointing": kind}
+    model = {"encoder": "vit_small_patch16_224", "options": {"depth": 6}}
+    return validate(small_config("r", "s", engine=engine, model=model, data={"shards": "s", "views": views}))
+
+
+def _fsdp_peaks_on_rank(cases: list[tuple[str, str]]) -> list[int]:
+    """What torch's tracker finds in a step, in all categories."""
+    from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+
+    peaks = []
+    for case in cases:
+        config = _fsdp(*case)
+        engine = build_engine(config, check_world(config, 2), lambda c=config: build(c), torch.device("cpu"), None)
+        tracker: Any = nullcontext()
+        for step in range(2):
+            with tracker:
+                out = engine.forward([torch.randn(2, 8, 3, 96, 96), torch.randn(2, 8, 3, 48, 48)], step)
+                engine.backward(out["loss"], True)
+                engine.step(1e-3, 0.0)
+            del out
+            found, tracker = tracker, FSDPMemTracker(engine.module, engine.optimizer)
+        peaks.append(found.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"])
+    return peaks
+
+
+def test_the_peak_of_fsdp() -> None:
+    """As much as torch tracks, or up to a fifth more: on a CPU nothing is gathered ahead or during a reduction."""
+    cases = [("none", "fp32"), ("selective", "bf16"), ("full", "bf16")]
+    for case, peak in zip(cases, run_ranks(_fsdp_peaks_on_rank, 2, cases)[0], strict=True):
+        config = _fsdp(*case)
+        assert 0.97 * peak < step_memory(config, check_world(config, 2), "cpu").total < 1.2 * peak, case
 
 
 def test_gradients_come_as_activations_go() -> None:
