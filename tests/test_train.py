@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import small_config
 
-from lejepa_scale import train
+from lejepa_scale import resume, train
 from lejepa_scale.checkpoint import Progress
 from lejepa_scale.config import BatchPlan, dump, validate
 from lejepa_scale.errors import UserError
@@ -56,7 +56,7 @@ def test_a_run_is_not_resumed_with_another_global_batch(tmp_path: Path) -> None:
         validate(small_config(tmp_path, "u", train={"steps": 4, "global_batch": batch})) for batch in (16, 32)
     )
     (tmp_path / "config.yaml").write_text(dump(before))
-    train._refuse_another_batch(before, Progress(2, "shards"))
-    train._refuse_another_batch(after, Progress(0, "shards"))
+    resume._refuse_another_batch(before, Progress(2, "shards"))
+    resume._refuse_another_batch(after, Progress(0, "shards"))
     with pytest.raises(UserError, match=r"step 2 with train.global_batch = 16, not 32"):
-        train._refuse_another_batch(after, Progress(2, "shards"))
+        resume._refuse_another_batch(after, Progress(2, "shards"))

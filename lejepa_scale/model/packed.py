@@ -181,8 +181,24 @@ def _add(x: Float[Tensor, "t e"], own: Float[Tensor, "k e"], row: Row, kept: Kep
         return x + own
     out = []
     for part, rows, added in zip(row.packing.split(x), kept, row.branch.split(own), strict=True):
-        out.append(part.index_add(0, rows, added.to(part.dtype), alpha=len(part) / len(added)).flatten(0, 1))
+        out.append(_AddRows.apply(part, rows, added.to(part.dtype), len(part) / len(added)).flatten(0, 1))
     return torch.cat(out)
+
+
+class _AddRows(torch.autograd.Function):
+    """`index_add` with a factor. torch's keeps what it adds for its backward pass, which needs its shape alone: a branch's
+    whole output, in every block."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Float[Tensor, "n l e"], rows: Tensor, own: Float[Tensor, "k l e"], scale: float) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.scale = scale
+        return x.index_add(0, rows, own, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        return grad, None, grad.index_select(0, rows) * ctx.scale, None
 
 
 def _adopt(target: nn.Module, source: nn.Module) -> None:

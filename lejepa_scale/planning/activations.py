@@ -66,8 +66,6 @@ def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: b
         assert isinstance(block, PackedBlock)
         branch, entering = block.kept(packing), packing.tokens * width * size.residual
         everything = branch.tokens * (_attention(block, width, rotates, packed_kernel, size) + _mlp(block, width, size))
-        if branch != packing:  # index_add keeps what it adds
-            everything += 2 * branch.tokens * width * size.residual
         of_block = {
             "none": everything,
             "full": entering,

@@ -113,7 +113,7 @@ def test_what_a_step_keeps(case: str, precision: str, drop_path: float, kind: st
     predicted = memory.activations + memory.working
     if precision == "autocast":
         kept -= copies(config, images)
-        assert 0.93 * peak < predicted + memory.gathered + memory.inputs / 3 < 1.15 * peak  # all weights cast at once
+        assert 0.93 * peak < predicted + memory.gathered + memory.inputs / 3 < 1.2 * peak  # all weights cast at once
     else:
         assert predicted == pytest.approx(peak, rel=0.08)
     assert memory.activations == pytest.approx(kept, rel=0.07 if kind == "full" else 0.02)
