@@ -1,6 +1,8 @@
 """Measure and check what is ours on this machine.
 
   python tools/bench.py gpu --json gpu.json      everything worth checking on a CUDA GPU, in one run of under 9 minutes
+  python tools/bench.py step --config configs/vitl_in1k.yaml --images 64 --compare packed checkpointing
+                                                 tokens/s, MFU, memory of a training step; what each feature is worth
   python tools/bench.py sigreg                   SIGReg's time, memory, growth and traffic against the textbook form
   python tools/bench.py input                    images/s per core of the input pipeline against torchvision on Pillow
   python tools/bench.py isotropy --plot FILE     free embeddings under SIGReg's gradient: is every direction Gaussian?
@@ -14,26 +16,63 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import socket
+import subprocess
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import torch
-from benchmarks import gpu, input, order, reach, sigreg
+from benchmarks import gpu, input, order, reach, sigreg, step
 from benchmarks.measure import Results, run_sections
 
 from lejepa_scale.errors import UserError
 
+_STEP = """The step is the trainer's own, on any recipe, engine and launcher:
+
+  python tools/bench.py step --config configs/vits_cifar10.yaml                       the recipe's batch, one process
+  python tools/bench.py step --config configs/vitl_in1k.yaml --images 64 engine.compile=true      64 images a rank
+  python tools/bench.py step --config FILE --images 8 --ranks 2 engine.name=fsdp      starts two ranks itself
+  torchrun --nproc-per-node 8 tools/bench.py step --config FILE                       or under a launcher
+
+  ... --compare packed                 the configuration in turns with each other form of a feature: time, memory,
+  ... --compare checkpointing,engine   collectives, and whether loss and gradient agree
+  ... --mode loader                    images/s of the input pipeline alone
+  ... --mode end-to-end                shards to updated weights, and the share of the time that waits for data
+  ... --profile trace.json             phases of a step; a Chrome trace for chrome://tracing or ui.perfetto.dev
+
+Features: """ + ", ".join(step.FEATURES)
 _PHOTOS = Path(__file__).parents[2] / "shared/data/imagenet_sample.tar"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher's
     kinds = parser.add_subparsers(dest="kind", required=True)
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--smoke", action="store_true", help="toy sizes on whatever device is here")
     options.add_argument("--json", type=Path, help="also write the results as JSON")
     kind = kinds.add_parser("gpu", parents=[options], help="attention, precision, a short training run, steps and MFU")
     kind.add_argument("--minutes", type=float, default=8.5, help="sections not begun by then are not measured")
+    kind = kinds.add_parser(
+        "step",
+        parents=[options],
+        help="a training step: rate, MFU, memory, phases, collectives, and each feature's gain",
+        description=_STEP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kind.add_argument("--config", type=Path, help="YAML file; see configs/")
+    kind.add_argument("--images", type=int, help="images a rank and step, in place of the recipe's batch")
+    kind.add_argument("--mode", choices=step.MODES, default="synthetic", help="where views come from; %(default)s")
+    kind.add_argument("--compare", action="extend", nargs="+", metavar="FEATURE", default=[], help="see above")
+    kind.add_argument("--apart", action="store_true", help="compare one after the other, where two forms do not fit")
+    kind.add_argument("--against", choices=["minimal"], help="a plain training loop on the same model and batch")
+    kind.add_argument("--profile", type=Path, metavar="TRACE.json", help="phases from torch's profiler, and its trace")
+    kind.add_argument("--ranks", type=int, default=1, help="start this many ranks on this machine")
+    kind.add_argument("--steps", type=int, default=10, help="timed steps, of which medians are taken; %(default)s")
+    kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     kind = kinds.add_parser("sigreg", parents=[options], help="SIGReg alone, on the GPU where there is one")
     kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     kind.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
@@ -42,19 +81,102 @@ def main() -> int:
     kind = kinds.add_parser("isotropy", parents=[options], help="does SIGReg reach isotropy from far away?")
     kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG of every direction's statistic over the steps")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
-    arguments = parser.parse_args()
+    arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
+    unknown = [x for x in overrides if arguments.kind != "step" or x.startswith("-") or "=" not in x]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if arguments.kind == "step":
+        arguments.overrides += overrides
+        return _step(arguments)
     try:
         measure = {"gpu": _gpu, "sigreg": _sigreg, "input": _input, "isotropy": _isotropy, "order": _order}
         results = measure[arguments.kind](arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.json:
-        arguments.json.write_text(json.dumps(results, indent=1))
+    return _report(results, arguments.json)
+
+
+def _report(results: Results, out: Path | None) -> int:
+    if out:
+        out.write_text(json.dumps(results, indent=1))
     failed = [row for row in results["rows"] if row.get("ok") is False]
     for row in failed:
         print(f"FAILED: {row['section']}, {row['case']}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _step(arguments: argparse.Namespace) -> int:
+    """Here, under a launcher, or on ranks of its own."""
+    launched, rank = "RANK" in os.environ, int(os.environ.get("RANK", "0"))
+    ranks = int(os.environ["WORLD_SIZE"]) if launched else arguments.ranks
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    try:
+        recipe, options = _step_request(arguments, ranks)
+        step.check_request(recipe, options, ranks)
+    except UserError as error:
+        error.everywhere = True
+        return _refuse(error, rank)
+    if ranks > 1 and not launched:
+        return _on_ranks(ranks)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    try:
+        results = step.measure(recipe, options)
+    except UserError as error:
+        _refuse(error, rank)
+        os._exit(2)  # other ranks may wait in a collective: leave without waiting for them
+    return _report(results, arguments.json if rank == 0 else None)
+
+
+def _refuse(error: UserError, rank: int) -> int:
+    """Say it once where every rank has the same error, else with the rank."""
+    if rank == 0 or not error.everywhere:
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(3)  # a launcher ends all ranks when the first one leaves: rank 0 speaks before that
+    return 2
+
+
+def _step_request(arguments: argparse.Namespace, ranks: int) -> tuple[step.Recipe, step.Options]:
+    words = [word for text in arguments.compare for word in ([text] if "=" in text else text.split(","))]
+    overrides = [*arguments.overrides, *(word for word in words if "=" in word)]  # --compare packed train.steps=5
+    images, steps = arguments.images, arguments.steps
+    if arguments.smoke:
+        arguments.config = arguments.config or Path(__file__).parents[1] / "configs/vits_cifar10.yaml"
+        overrides = ["model.options={depth: 2}", "objective.num_slices=32", *overrides]
+        images, steps = images or 4, 2
+    if arguments.config is None:
+        raise UserError("bench.py step needs --config FILE, a recipe such as configs/vits_cifar10.yaml.")
+    recipe = step.Recipe(arguments.config, tuple(overrides))
+    options = step.Options(
+        mode=arguments.mode,
+        compare=tuple(dict.fromkeys(word for word in words if "=" not in word)),
+        steps=steps,
+        trace=arguments.profile,
+        apart=arguments.apart,
+        minimal=arguments.against == "minimal",
+    )
+    return recipe.of(images, ranks) if images else recipe, options
+
+
+def _on_ranks(ranks: int) -> int:
+    """The same command under torchrun, with the cores shared out."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    threads = str(max(1, (os.cpu_count() or 1) // ranks))
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--master-port",
+        str(port),
+    ]
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    return subprocess.run([*command, *sys.argv], env=environment, check=False).returncode
 
 
 def _gpu(arguments: argparse.Namespace) -> Results:

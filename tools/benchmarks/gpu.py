@@ -18,15 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import step
 from benchmarks.measure import Results, Row, milliseconds, run_sections
 from benchmarks.sigreg import Shape, compare
-from lejepa_scale.config import Config, check_world, load
+from lejepa_scale.config import check_world
 from lejepa_scale.data import photometric
-from lejepa_scale.engine import Engine, build_engine
+from lejepa_scale.engine import build_engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import build
-from lejepa_scale.model.attention import BACKENDS, Packing
-from lejepa_scale.planning import peak_flops, step_flops
+from lejepa_scale.model.attention import BACKENDS, Packing, offsets
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,9 +42,14 @@ class Sizes:
     views: tuple[int, int]  # (images, side) of the colour operations
     training: tuple[int, int]  # (steps, global batch) of the short run
     steps: tuple[tuple[str, tuple[str, ...], int], ...]  # recipe, overrides, images a step
+    largest: tuple[tuple[str, tuple[str, ...], int], ...]  # recipe, overrides, images that fit
+    features: tuple[tuple[str, tuple[str, ...], int, tuple[str, ...]], ...]  # recipe, overrides, images, features
     repeats: int
 
 
+# 2 x 224 + 6 x 98 px, as ViT-L. DINOv2's layer scale of 1e-5 leaves first features that differ by less than bf16 can say:
+# whether two forms agree would be chance.
+_VITG = ("data.views.local.count=6", "model.options={init_values: 1.0}")
 FULL = Sizes(
     heads=((6, 64), (16, 64), (24, 64), (16, 88), (16, 104)),  # ViT-S, L, g/14 of DINOv2, g/14 of timm, gigantic
     packing=Packing(((2 * 16, 257), (8 * 16, 50))),
@@ -61,8 +66,19 @@ FULL = Sizes(
     steps=(
         ("configs/vitl_in1k.yaml", ("model.encoder=vit_small_patch16_224", "data.views.local.size=96"), 256),
         ("configs/vitl_in1k.yaml", (), 64),
-        ("configs/vitg_lvd.yaml", ("engine.activation_checkpointing=none",), 24),
-        ("configs/vitg_lvd.yaml", (), 48),
+        ("configs/vitg_lvd.yaml", (*_VITG, "engine.activation_checkpointing=none"), 24),
+        ("configs/vitg_lvd.yaml", (*_VITG, "engine.activation_checkpointing=full"), 48),
+    ),
+    largest=(
+        ("configs/vitl_in1k.yaml", ("engine.activation_checkpointing=none",), 32),
+        ("configs/vitg_lvd.yaml", (*_VITG, "engine.activation_checkpointing=none"), 8),
+        ("configs/vitg_lvd.yaml", (*_VITG, "engine.activation_checkpointing=full"), 32),
+    ),
+    features=(
+        ("configs/vitl_in1k.yaml", (), 32, ("packed", "attention", "optimizer", "checkpointing", "compile", "float8")),
+        ("configs/vitl_in1k.yaml", ("model.drop_path=0.3", "model.drop_path_uniform=true"), 32, ("stochastic-depth",)),
+        ("configs/vitg_lvd.yaml", (*_VITG, "engine.compile=true"), 8, ("checkpointing", "compile", "float8")),
+        ("configs/vitg_lvd.yaml", _VITG, 8, ("packed", "attention", "stochastic-depth", "optimizer")),
     ),
     repeats=10,
 )
@@ -74,13 +90,18 @@ TOY = Sizes(
     views=(8, 32),
     training=(12, 32),
     steps=(("configs/vits_cifar10.yaml", (), 8),),
+    largest=(),
+    features=(
+        ("configs/vits_cifar10.yaml", ("model.options={depth: 2}", "model.drop_path=0.3"), 4, ("stochastic-depth",)),
+        ("configs/vits_cifar10.yaml", ("model.options={depth: 2}",), 4, ("packed", "checkpointing", "optimizer")),
+    ),
     repeats=2,
 )
 
 
 def measure(sizes: Sizes, device: torch.device, minutes: float) -> Results:
     """Every section in turn; those that the time does not reach say so."""
-    sections = (attention, precision, training, step_rates, sigreg, colours)
+    sections = (attention, precision, step_rates, training, sigreg, colours, step_features)
     return run_sections({s.__name__.replace("_", " "): s(sizes, device) for s in sections}, device, minutes)
 
 
@@ -105,7 +126,7 @@ def attention(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 def _attention_with_gradients(backend: Any, qkvg: Tensor, packing: Packing) -> list[Tensor]:
     q, k, v = (x.detach().clone().requires_grad_() for x in qkvg[:3])
-    out = backend(q, k, v, packing)
+    out = backend(q, k, v, packing, offsets(packing, q.device))
     return [out.detach(), *torch.autograd.grad(out, (q, k, v), qkvg[3])]
 
 
@@ -114,9 +135,9 @@ def precision(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     recipe, overrides, images = sizes.precision
     found = {}
     for name in ("fp32", "bf16"):
-        config = _single(recipe, (*overrides, f"engine.precision={name}"), images)
-        engine = _engine(config, device)
-        views = _views(config, images, device)
+        config = _recipe(recipe, (*overrides, f"engine.precision={name}"), images).config()
+        engine = build_engine(config, check_world(config, 1), lambda config=config: build(config), device, None)  # type: ignore[misc]
+        views = step.synthetic_views(config, images, device)
         out = engine.forward(views, 0)
         engine.backward(out["loss"], True)
         gradient = torch.cat([p.grad.flatten().float().cpu() for p in engine.module.parameters() if p.grad is not None])
@@ -170,35 +191,20 @@ def training(sizes: Sizes, device: torch.device) -> Iterator[Row]:
 
 
 def step_rates(sizes: Sizes, device: torch.device) -> Iterator[Row]:
-    """Whole optimizer steps on views that lie on the device already: what the input pipeline has to keep up with."""
+    """Whole optimizer steps, and the largest batches: what the input pipeline has to keep up with."""
     for recipe, overrides, images in sizes.steps:
-        config = _single(recipe, (*overrides, "engine.precision=bf16"), images)
-        engine = _engine(config, device)
-        views = _views(config, images, device)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        yield step.alone(_recipe(recipe, (*overrides, "engine.precision=bf16"), images), device, sizes.repeats)
+    for recipe, overrides, images in sizes.largest:
+        yield step.largest_batch(_recipe(recipe, (*overrides, "engine.precision=bf16"), images), device, images)
 
-        def step(engine: Engine = engine, views: list[Tensor] = views) -> None:
-            out = engine.forward(views, 0)
-            engine.backward(out["loss"], True)
-            engine.step(1e-5, 0.05)
 
-        seconds = milliseconds(step, device, sizes.repeats) / 1e3
-        row: Row = {
-            "case": f"{config.model.encoder}, batch {images}"
-            + (", recomputing blocks" if config.engine.activation_checkpointing != "none" else ""),
-            "images/s": images / seconds,
-            "tokens/s": images * _tokens_per_image(config) / seconds,
-        }
-        flops, peak = step_flops(config, check_world(config, 1)).total, peak_flops(device)
-        row["TFLOP/s"] = flops / seconds / 1e12
-        row["MFU"] = flops / seconds / peak if peak else "not measured"
-        if device.type == "cuda":
-            row["peak GiB"] = torch.cuda.max_memory_allocated(device) / 2**30
-        yield row
-        del engine, views, step
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+def step_features(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """What each feature of a step is worth: the recipe and each other form of the feature, in turns."""
+    for recipe, overrides, images, features in sizes.features:
+        setting = _recipe(recipe, (*overrides, "engine.precision=bf16"), images)
+        for feature in features:
+            for row in step.compare(setting, feature, device, sizes.repeats):
+                yield row | {"case": f"{setting.config().model.encoder}, batch {images}, {feature}: {row['case']}"}
 
 
 def sigreg(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -234,31 +240,9 @@ def colours(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     }
 
 
-def _single(recipe: str, overrides: tuple[str, ...], images: int) -> Config:
+def _recipe(recipe: str, overrides: tuple[str, ...], images: int) -> step.Recipe:
     """A recipe as one process runs it on one batch."""
-    return load(
-        ROOT / recipe, [*overrides, f"train.global_batch={images}", f"train.micro_batch={images}", "engine.name=single"]
-    )
-
-
-def _engine(config: Config, device: torch.device) -> Engine:
-    return build_engine(config, check_world(config, 1), lambda: build(config), device, None)
-
-
-def _views(config: Config, images: int, device: torch.device) -> list[Tensor]:
-    generator = torch.Generator(device).manual_seed(0)
-    groups = [g for g in (config.data.views.global_, config.data.views.local) if g.count]
-    return [torch.randn(g.count, images, 3, g.size, g.size, generator=generator, device=device) for g in groups]
-
-
-def _tokens_per_image(config: Config) -> int:
-    with torch.device("meta"):
-        encoder = build(config).encoder
-    patch, prefix = encoder.patch_size, encoder.backbone.num_prefix_tokens
-    if patch is None:
-        raise UserError(f"{config.model.encoder} has no patches to count as tokens.")
-    groups = (config.data.views.global_, config.data.views.local)
-    return sum(g.count * ((g.size // patch) ** 2 + prefix) for g in groups)
+    return step.Recipe(ROOT / recipe, (*overrides, "engine.name=single")).of(images)
 
 
 def _call(*arguments: object) -> None:

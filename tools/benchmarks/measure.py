@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -89,10 +92,42 @@ def peak_bytes(work: Work, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profiled(device, profile_memory=True) as profiler:
         work()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(trace))
-        events = [e["args"] for e in json.loads(trace.read_text())["traceEvents"] if e.get("name") == "[memory]"]
+        traced = json.loads(trace.read_text())["traceEvents"]
+    found = sorted(
+        (e for e in traced if e.get("name") == "[memory]"), key=lambda e: e["ts"]
+    )  # written thread by thread
+    events = [e["args"] for e in found]
     return max(e["Total Allocated"] for e in events) - (events[0]["Total Allocated"] - events[0]["Bytes"])
+
+
+@contextmanager
+def profiled(device: torch.device, *, profile_memory: bool = False) -> Iterator[torch.profiler.profile]:
+    """torch's profiler for the host and the device, without its lines on stderr about every start and absent GPUs."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when the process profiles for the first time
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=profile_memory) as profiler:
+        yield profiler
+
+
+def matrix_product(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> tuple[Work, int]:
+    """A product of two square matrices, of a few sizes the one with the highest rate, and its FLOPs: what a step could
+    reach here at most, to be timed in turns with it."""
+    found: dict[float, tuple[Work, int]] = {}
+    for side in (4096, 8192) if device.type == "cuda" else (768, 1536):
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        work = partial(torch.matmul, a, b)
+        found[2 * side**3 / milliseconds(work, device, repeats)] = work, 2 * side**3
+    return found[max(found)]
+
+
+def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:
+    """FLOP/s of the best matrix product, a median."""
+    work, flops = matrix_product(device, dtype)
+    return 1e3 * flops / milliseconds(work, device, repeats)

@@ -1,0 +1,165 @@
+"""One form of the training step, held ready: an engine, and the trainer's step on it, its phases named and timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from torch.profiler import record_function
+
+from benchmarks.features import Form
+from lejepa_scale import distributed
+from lejepa_scale.checkpoint import CanonicalState
+from lejepa_scale.config import Config, check_world, dump, load, validate
+from lejepa_scale.engine import build_engine
+from lejepa_scale.engine.build import initial_state
+from lejepa_scale.errors import UserError
+from lejepa_scale.model import Replay, build
+from lejepa_scale.train import _seed_step
+
+CHECKED = 3  # first steps, whose losses and gradients say whether two forms are one computation
+Sums = tuple[float, float]  # a step's loss and gradient norm
+MakeViews = Callable[[], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration file and overrides of its keys."""
+
+    path: Path
+    overrides: tuple[str, ...] = ()
+
+    def config(self, *more: str) -> Config:
+        return load(self.path, [*self.overrides, *more])
+
+    def of(self, images: int, ranks: int = 1) -> Recipe:
+        """One micro-batch of `images` a rank and step, in place of the file's batch."""
+        return Recipe(
+            self.path, (*self.overrides, f"train.micro_batch={images}", f"train.global_batch={images * ranks}")
+        )
+
+
+class Phases:
+    """Names the phases of steps in a profile, and times them: on CUDA between events on the current stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.spans: list[tuple[str, Any, Any]] = []
+
+    @contextmanager
+    def __call__(self, name: str, *, host: bool = False) -> Iterator[None]:
+        """host: time of this process, even where the device works on."""
+        begun = self._now(host)
+        with record_function(name):
+            yield
+        self.spans.append((name, begun, self._now(host)))
+
+    def _now(self, host: bool) -> Any:
+        if host or self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds of each phase since the last reading; waits for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        spent: dict[str, float] = {}
+        for name, begun, ended in self.spans:
+            ms = 1e3 * (ended - begun) if isinstance(begun, float) else begun.elapsed_time(ended)
+            spent[name] = spent.get(name, 0.0) + ms
+        self.spans = []
+        return spent
+
+
+@dataclass
+class Trial:
+    """One form of the step: an engine, and the trainer's step on it."""
+
+    config: Config
+    device: torch.device
+    form: Form = field(default_factory=lambda: Form("as configured"))
+    first: list[Sums] = field(default_factory=list)  # of the first steps
+    held: int = 0  # bytes of device memory that are kept between steps
+
+    def __post_init__(self) -> None:
+        before = _allocated(self.device)
+        self.plan = check_world(self.config, distributed.launched_ranks())
+        state = _initial(self.config) if distributed.rank() == 0 else None
+        self.engine = build_engine(self.config, self.plan, lambda: build(self.config), self.device, state)
+        if self.form.alter is not None:
+            self.form.alter(self.engine)
+        self.phases, self.number = Phases(self.device), 0
+        self.views = synthetic_views(self.config, self.plan.micro_batch, self.device)
+        self.first = [self.step(self.synthetic()) for _ in range(CHECKED)]
+        self.held = _allocated(self.device) - before
+
+    def synthetic(self) -> Iterator[MakeViews]:
+        """A step's micro-batches, of the same views each."""
+        return iter([lambda: self.views] * self.plan.accumulation)
+
+    def step(self, micro_batches: Iterable[MakeViews]) -> Sums:
+        """One optimizer step as train.py takes it; (mean loss, gradient norm). Each item makes a micro-batch's views."""
+        total, count = torch.zeros((), device=self.device), self.plan.accumulation
+        for micro, (views, replay) in enumerate(self._replayed(micro_batches)):
+            _seed_step(self.config.run.seed, self.number, micro)
+            ready = views()
+            with self.phases("forward"):
+                out = self.engine.forward(ready, self.number, replay)
+            with self.phases("backward"):
+                self.engine.backward(out["loss"] / count, micro == count - 1)
+            total += out["loss"].detach() / count
+        with self.phases("optimizer"):
+            norm = self.engine.step(self.config.optim.lr / 10, self.config.optim.weight_decay)
+        self.number += 1
+        if not torch.isfinite(norm):  # the trainer looks at it too
+            raise UserError(
+                f"{self.form.name}: the gradient of step {self.number} is not finite; nothing was measured."
+            )
+        return float(total), float(norm)
+
+    def _replayed(self, micro_batches: Iterable[MakeViews]) -> Iterator[tuple[MakeViews, Replay | None]]:
+        """An exact objective encodes all micro-batches without a graph first."""
+        if self.plan.accumulation == 1 or self.config.objective.accumulation != "exact":
+            yield from ((views, None) for views in micro_batches)
+            return
+        held, features = list(micro_batches), []
+        for micro, views in enumerate(held):
+            _seed_step(self.config.run.seed, self.number, micro)
+            ready = views()
+            with self.phases("first pass"):
+                features.append(self.engine.encode(ready))
+        for micro, views in enumerate(held):
+            yield views, Replay(features, micro)
+
+
+def synthetic_views(config: Config, images: int, device: torch.device) -> list[Tensor]:
+    """Noise [V, B, 3, S, S] for each view size, another on every rank."""
+    generator = torch.Generator(device).manual_seed(distributed.rank())
+    groups = [g for g in (config.data.views.global_, config.data.views.local) if g.count]
+    return [torch.randn(g.count, images, 3, g.size, g.size, generator=generator, device=device) for g in groups]
+
+
+def _initial(config: Config) -> CanonicalState:
+    """First weights, which engines and switches share; drawn once, since that takes long for large models."""
+    model = config.model.model_copy(update={"drop_path": 0.0, "attention": "auto"})
+    return _drawn(dump(config.model_copy(update={"engine": type(config.engine)(), "model": model})))
+
+
+@lru_cache(maxsize=1)
+def _drawn(text: str) -> CanonicalState:
+    config = validate(yaml.safe_load(text))
+    return initial_state(config.run.seed, lambda: build(config))
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
