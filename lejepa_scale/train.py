@@ -118,7 +118,7 @@ class _Run:
             keys: list[str] = []
             for micro, (batch, replay) in enumerate(self._micro_batches(batches, step)):
                 keys += batch.keys
-                _seed_step(config.run.seed, step, micro)
+                seed_step(config.run.seed, step, micro)
                 out = self.engine.forward(batch.augmented(self.device), step, replay)
                 self.engine.backward(out["loss"] / plan.accumulation, micro == plan.accumulation - 1)
                 means.add(loss=out["loss"], loss_prediction=out["prediction"], loss_sigreg=out["sigreg"])
@@ -176,7 +176,7 @@ class _Run:
         held = [self._next(batches, step) for _ in range(count)]
         features = []
         for micro, batch in enumerate(held):
-            _seed_step(self.config.run.seed, step, micro)
+            seed_step(self.config.run.seed, step, micro)
             features.append(self.engine.encode(batch.augmented(self.device)))
         for micro, batch in enumerate(held):
             yield batch, Replay(features, micro)
@@ -256,7 +256,7 @@ def _build_probe(
     return probe
 
 
-def _seed_step(seed: int, step: int, micro: int) -> None:
+def seed_step(seed: int, step: int, micro: int) -> None:
     """Stochastic depth draws from (seed, step, micro-batch, rank): nothing to save, nothing to lose."""
     rank = distributed.rank()
     torch.manual_seed((((seed * 1_000_003 + step) * 1_009 + micro) * 65_537 + rank) % (1 << 63))

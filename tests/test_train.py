@@ -29,7 +29,7 @@ def test_the_second_pass_of_an_exact_step_draws_the_random_numbers_of_the_first(
     monkeypatch.setattr(train._Run, "_next", lambda *_: SimpleNamespace(augmented=lambda device: []))
     met = []
     for micro, (_, replay) in enumerate(run._micro_batches(iter(()), 5)):
-        train._seed_step(run.config.run.seed, 5, micro)
+        train.seed_step(run.config.run.seed, 5, micro)
         met.append(torch.rand(1))
         assert replay.index == micro
         assert torch.equal(replay.features[micro], met[-1])

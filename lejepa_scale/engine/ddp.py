@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -29,7 +30,9 @@ class ReplicaEngine(TorchEngine):
         self.bf16 = config.engine.precision == "bf16"
         self.ddp: DistributedDataParallel | None = None
         if world_size() > 1:
-            self.ddp = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            with warnings.catch_warnings():  # torch 2.13 has another name for it, which 2.11 does not know
+                warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+                self.ddp = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
         if self.ddp is not None:  # DDP decides in the forward pass whether the next backward reduces

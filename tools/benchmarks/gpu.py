@@ -53,7 +53,11 @@ _VITG = ("data.views.local.count=6", "model.options={init_values: 1.0}")
 FULL = Sizes(
     heads=((6, 64), (16, 64), (24, 64), (16, 88), (16, 104)),  # ViT-S, L, g/14 of DINOv2, g/14 of timm, gigantic
     packing=Packing(((2 * 16, 257), (8 * 16, 50))),
-    precision=("configs/vitl_in1k.yaml", ("model.encoder=vit_small_patch14_dinov2", "model.drop_path=0"), 16),
+    precision=(
+        "configs/vitl_in1k.yaml",
+        ("model.encoder=vit_small_patch14_dinov2", "model.options={init_values: 0.01}", "model.drop_path=0"),
+        16,
+    ),
     sigreg=(
         Shape(512, 64, 1024),
         Shape(8192, 64, 1024),

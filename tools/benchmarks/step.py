@@ -205,7 +205,7 @@ def _pair(recipe: Recipe, base: Form, form: Form, device: torch.device, rounds: 
     apart |= budget
     if not apart:
         try:
-            trials = {f.name: Trial(configs[f.name], device, f) for f in (base, form)}
+            trials = {f.name: Trial(configs[f.name], device, f, shared=True) for f in (base, form)}
             times = _timed(trials, device, rounds)
             found = {name: _facts(trial, times[name]) for name, trial in trials.items()}
         except torch.OutOfMemoryError:
@@ -220,7 +220,7 @@ def _pair(recipe: Recipe, base: Form, form: Form, device: torch.device, rounds: 
         for f in (base, form):
             if budget:
                 torch.compiler.reset()
-            trial = Trial(configs[f.name], device, f)
+            trial = Trial(configs[f.name], device, f, shared=True)
             found[f.name] = _facts(trial, _timed({f.name: trial}, device, rounds)[f.name])
             del trial
             _free(device)

@@ -23,7 +23,7 @@ from lejepa_scale.engine import build_engine
 from lejepa_scale.engine.build import initial_state
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Replay, build
-from lejepa_scale.train import _seed_step
+from lejepa_scale.train import seed_step
 
 CHECKED = 3  # first steps, whose losses and gradients say whether two forms are one computation
 Sums = tuple[float, float]  # a step's loss and gradient norm
@@ -88,13 +88,14 @@ class Trial:
     config: Config
     device: torch.device
     form: Form = field(default_factory=lambda: Form("as configured"))
+    shared: bool = False  # keep the first weights for the next trial: 4 bytes a parameter
     first: list[Sums] = field(default_factory=list)  # of the first steps
     held: int = 0  # bytes of device memory that are kept between steps
 
     def __post_init__(self) -> None:
         before = _allocated(self.device)
         self.plan = check_world(self.config, distributed.launched_ranks())
-        state = _initial(self.config) if distributed.rank() == 0 else None
+        state = _initial(self.config) if self.shared and distributed.rank() == 0 else None
         self.engine = build_engine(self.config, self.plan, lambda: build(self.config), self.device, state)
         if self.form.alter is not None:
             self.form.alter(self.engine)
@@ -111,7 +112,7 @@ class Trial:
         """One optimizer step as train.py takes it; (mean loss, gradient norm). Each item makes a micro-batch's views."""
         total, count = torch.zeros((), device=self.device), self.plan.accumulation
         for micro, (views, replay) in enumerate(self._replayed(micro_batches)):
-            _seed_step(self.config.run.seed, self.number, micro)
+            seed_step(self.config.run.seed, self.number, micro)
             ready = views()
             with self.phases("forward"):
                 out = self.engine.forward(ready, self.number, replay)
@@ -134,7 +135,7 @@ class Trial:
             return
         held, features = list(micro_batches), []
         for micro, views in enumerate(held):
-            _seed_step(self.config.run.seed, self.number, micro)
+            seed_step(self.config.run.seed, self.number, micro)
             ready = views()
             with self.phases("first pass"):
                 features.append(self.engine.encode(ready))
