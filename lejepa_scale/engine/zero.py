@@ -32,6 +32,7 @@ def deepspeed_config(config: Config, plan: BatchPlan, module: nn.Module) -> dict
     blocks = [sum(p.numel() for p in unit.parameters()) for unit in sharding_units(module)]
     unit = max(blocks, default=everything)
     persistent = min(100_000, unit // 100)  # parameters up to this size stay on every rank: vectors
+    bucket = min(200_000_000, 2 * unit)  # elements reduced or gathered at once, in memory of their own
     live = everything - sum(blocks) + sum(p.numel() for p in module.parameters() if p.numel() < persistent)
     stage = int(config.engine.name.removeprefix("zero"))
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if config.engine.cpu_offload else None
@@ -54,8 +55,8 @@ def deepspeed_config(config: Config, plan: BatchPlan, module: nn.Module) -> dict
             "contiguous_gradients": True,
             "overlap_comm": torch.cuda.is_available(),
             "round_robin_gradients": False,
-            "reduce_bucket_size": 200_000_000,
-            "allgather_bucket_size": 200_000_000,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
             "sub_group_size": 100_000_000,  # updated at once: bounds the optimizer's transient memory
             "stage3_prefetch_bucket_size": config.engine.prefetch * unit,
             "stage3_param_persistence_threshold": persistent,
