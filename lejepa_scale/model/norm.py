@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lejepa_scale.distributed import all_gather, all_reduce_sum
+from lejepa_scale.distributed import gather_statistics
 
 
 class BatchNorm(nn.Module):
@@ -66,7 +66,7 @@ class _Normalise(torch.autograd.Function):
         n = x.numel() // x.shape[1]
         mean, var = _moments(x) if n else x.new_zeros(2, x.shape[1])
         # Chan's combination of (count, mean, M2) per rank: no cancellation when the mean is large
-        parts = all_gather(torch.cat([x.new_tensor([n]), mean, var * n]))  # [W, 1 + 2C]
+        parts = gather_statistics(torch.cat([x.new_tensor([n]), mean, var * n]))  # [W, 1 + 2C]
         counts, means, m2s = parts[:, :1], *parts[:, 1:].chunk(2, dim=1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
@@ -87,7 +87,7 @@ class _Normalise(torch.autograd.Function):
                     grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
                 )[1:]
             )
-        of_product, of_grad = all_reduce_sum(own_sums) / count
+        of_product, of_grad = gather_statistics(own_sums).sum(0) / count
         inverse = (var + ctx.eps).rsqrt()
         scale, shape = weight * inverse, [1, -1, *[1] * (x.ndim - 2)]
         slope = -scale * inverse * of_product
