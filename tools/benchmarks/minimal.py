@@ -4,16 +4,21 @@ view, the textbook SIGReg, AdamW. Ours is what train.py runs. They take turns in
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import socket
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, repeat
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import timm
 import torch
@@ -26,6 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.input import PillowViews
 from benchmarks.measure import Row
 from lejepa_scale import distributed
+from lejepa_scale.allocator import keep_memory
 from lejepa_scale.config import Config, check_world, load
 from lejepa_scale.data import Batch, Loader, ahead, open_sources, sources
 from lejepa_scale.data.stream import expand, is_remote
@@ -143,13 +149,11 @@ class Arrangement:
 
 
 class Minimal:
-    """The recipe under one arrangement. Its own rank's part only: with one process, the others wait."""
+    """The recipe under one arrangement, on one of its ranks."""
 
-    def __init__(self, config: Config, shards: Sequence[str], arrangement: Arrangement) -> None:
+    def __init__(self, config: Config, shards: Sequence[str], arrangement: Arrangement, rank: int) -> None:
         self.config, self.arrangement = config, arrangement
         self.watch, self.count = Stopwatch(), 0
-        if distributed.rank() >= arrangement.ranks:
-            return
         torch.manual_seed(config.run.seed)
         network = Network(config).train()
         self.network = DistributedDataParallel(network) if arrangement.ranks > 1 else network
@@ -158,20 +162,16 @@ class Minimal:
             network.parameters(), lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay
         )
         dataset = ShardImages(shards, PillowViews(config.data.views, config.data.augment))
-        mine = range(distributed.rank(), len(dataset), arrangement.ranks)
         self.loader = DataLoader(
-            torch.utils.data.Subset(dataset, mine),
+            torch.utils.data.Subset(dataset, range(rank, len(dataset), arrangement.ranks)),
             batch_size=config.train.global_batch // arrangement.ranks,
             shuffle=True,
             drop_last=True,
             num_workers=arrangement.workers,
         )
 
-    def steps(self) -> Iterator[None]:
+    def steps(self) -> Generator[None, None, None]:
         """One step for each `next`."""
-        if distributed.rank() >= self.arrangement.ranks:
-            while True:
-                yield
         batches = chain.from_iterable(repeat(self.loader))
         while True:
             self.watch.start()
@@ -197,6 +197,76 @@ class Minimal:
         self.watch.lap("update")
 
 
+class Elsewhere:
+    """The recipe in processes of its own, one beside each rank of ours: neither side's allocator, threads or process group
+    is the other's. A rank that an arrangement does not use waits."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,))
+        self.process.start()
+        theirs.close()
+
+    def begin(self, config: Config, shards: list[str], arrangement: Arrangement) -> None:
+        """Another arrangement, at its first weights."""
+        self.arrangement = arrangement
+        port = distributed.on_rank_zero(_free_port)
+        self.used = distributed.rank() < arrangement.ranks
+        if self.used:
+            self._ask(config, shards, arrangement, distributed.rank(), port)
+
+    def turn(self, steps: int) -> float:
+        """Seconds of some steps, on rank 0 (0 elsewhere)."""
+        return float(self._ask(steps)) if self.used else 0.0
+
+    def medians(self) -> dict[str, float]:
+        """Of the steps since `begin`, on rank 0."""
+        return self._ask("medians") if self.used else {}
+
+    def close(self) -> None:
+        self.pipe.close()
+        self.process.join(60)
+
+    def _ask(self, *request: Any) -> Any:
+        self.pipe.send(request)
+        answer = self.pipe.recv()
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+
+def _serve(pipe: Connection) -> None:
+    """Answer the requests of an `Elsewhere` until it is gone."""
+    minimal: Minimal | None = None
+    while True:
+        try:
+            request = pipe.recv()
+        except EOFError:
+            return
+        try:
+            if len(request) > 1:
+                config, shards, arrangement, rank, port = request
+                distributed.stop()
+                if arrangement.ranks > 1:
+                    store = dist.TCPStore("127.0.0.1", port, arrangement.ranks, is_master=rank == 0)
+                    dist.init_process_group("gloo", store=store, rank=rank, world_size=arrangement.ranks)
+                torch.set_num_threads(arrangement.threads)
+                minimal = Minimal(config, shards, arrangement, rank)
+                pipe.send(None)
+                continue
+            assert minimal is not None
+            pipe.send(minimal.watch.medians() if request == ("medians",) else _timed(minimal.steps(), *request))
+        except Exception as error:
+            pipe.send(error)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 class Ours:
     """The trainer's step on every rank: the same calls in the same order as train.py's loop, the online probe included."""
 
@@ -213,7 +283,7 @@ class Ours:
             width = self.engine.module.encoder.embed_dim
             self.probe = OnlineProbe(width, classes, config.probe.lr, config.run.seed, self.device)
 
-    def steps(self) -> Iterator[None]:
+    def steps(self) -> Generator[None, None, None]:
         loader = Loader(
             self.sources, self.config, self.plan, rank=distributed.rank(), first_step=self.count, pin_memory=False
         )
@@ -256,28 +326,30 @@ def against(
     """
     config = load(path, list(overrides))
     check_world(config, distributed.launched_ranks())
+    minimal = Elsewhere()
+    keep_memory()  # as launchers/train.py does
     joined = not dist.is_initialized()
     if joined:
         distributed.start(timedelta(minutes=config.engine.timeout_minutes))
-    own_threads = max(1, cores() // distributed.world_size())
-    with tempfile.TemporaryDirectory() as folder:
+    ranks = distributed.world_size()
+    with closing(minimal), tempfile.TemporaryDirectory() as folder:
         config = _with_shards(config, Path(folder), list(overrides), path)
         shards = _local_shards(config)
-        best: tuple[float, Minimal] | None = None
-        for arrangement in arrangements(cores(), distributed.world_size()):
-            minimal = Minimal(config, shards, arrangement)
-            rate = _rate(minimal.steps(), arrangement.threads, steps, config)
-            yield {"case": f"minimal recipe: {arrangement}", "images/s": rate}
-            if best is None or rate > best[0]:
-                best = rate, minimal
-        assert best is not None
-        ours, minimal = Ours(config), best[1]
-        ours.watch, minimal.watch = Stopwatch(), Stopwatch()
+        tried: dict[Arrangement, float] = {}
+        for arrangement in arrangements(cores(), ranks):
+            minimal.begin(config, shards, arrangement)
+            tried[arrangement] = _rate(minimal.turn(steps), steps, config)
+            yield {"case": f"minimal recipe: {arrangement}", "images/s": tried[arrangement]}
+        minimal.begin(config, shards, max(tried, key=tried.__getitem__))
+        torch.set_num_threads(max(1, cores() // ranks))
+        ours = Ours(config)
         rates: dict[str, list[float]] = {"ours": [], "minimal": []}
         for _ in range(rounds):
-            rates["ours"].append(_rate(ours.steps(), own_threads, steps, config))
-            rates["minimal"].append(_rate(minimal.steps(), minimal.arrangement.threads, steps, config))
-        yield from _verdict(config, ours, minimal, rates, own_threads, target)
+            rates["ours"].append(_rate(_timed(ours.steps(), steps), steps, config))
+            rates["minimal"].append(_rate(minimal.turn(steps), steps, config))
+        yield {"case": "ours, parts of a step", **ours.watch.medians()}
+        yield {"case": "minimal recipe, parts of a step", **minimal.medians()}
+        yield _verdict(config, minimal.arrangement, rates, target)
         distributed.barrier()
     if joined:
         distributed.stop()
@@ -289,15 +361,15 @@ def cores() -> int:
 
 
 def arrangements(threads: int, ranks: int) -> list[Arrangement]:
-    """One process on all cores, with workers up to their number; DDP on all ranks, with none or one."""
-    single = [Arrangement(1, threads, workers) for workers in range(threads + 1)]
+    """One process on all cores, with none, half as many or as many workers; DDP on all ranks, with none or one."""
+    single = [Arrangement(1, threads, workers) for workers in sorted({0, threads // 2, threads})]
     each = max(1, threads // ranks)
     return single + [Arrangement(ranks, each, workers) for workers in range(2) if ranks > 1]
 
 
-def _rate(steps: Iterator[None], threads: int, count: int, config: Config) -> float:
-    """Images/s of one turn; the same on every rank. What loads the steps is started and stopped with the turn."""
-    torch.set_num_threads(threads)
+def _timed(steps: Generator[None, None, None], count: int) -> float:
+    """Seconds of a turn, which ends when every rank of the process group has. What loads the steps is started and
+    stopped with the turn."""
     for _ in range(_WARM):
         next(steps)
     distributed.barrier()
@@ -305,22 +377,23 @@ def _rate(steps: Iterator[None], threads: int, count: int, config: Config) -> fl
     for _ in range(count):
         next(steps)
     distributed.barrier()
-    seconds = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
-    steps.close()  # type: ignore[attr-defined]
-    return count * config.train.global_batch * distributed.world_size() / float(distributed.all_reduce_sum(seconds))
+    seconds = time.perf_counter() - started
+    steps.close()
+    return seconds
 
 
-def _verdict(
-    config: Config, ours: Ours, minimal: Minimal, rates: dict[str, list[float]], threads: int, target: float | None
-) -> Iterator[Row]:
+def _rate(seconds: float, count: int, config: Config) -> float:
+    """Images/s by rank 0's clock, on every rank."""
+    return count * config.train.global_batch / distributed.on_rank_zero(lambda: seconds)
+
+
+def _verdict(config: Config, theirs: Arrangement, rates: dict[str, list[float]], target: float | None) -> Row:
     ratios = sorted(a / b for a, b in zip(*rates.values(), strict=True))
     engine, views = config.engine, config.data.views
-    yield {"case": "ours, parts of a step", **ours.watch.medians()}
-    yield {"case": "minimal recipe, parts of a step", **minimal.watch.medians()}
     row: Row = {
         "case": f"{config.model.encoder}, {views.global_.count} x {views.global_.size} + {views.local.count} x "
         f"{views.local.size} px, batch {config.train.global_batch}, {engine.precision}: {engine.name} on "
-        f"{distributed.world_size()} ranks of {threads} threads against {minimal.arrangement}",
+        f"{distributed.world_size()} ranks against {theirs}",
         "rounds": len(ratios),
         "ours images/s": median(rates["ours"]),
         "minimal images/s": median(rates["minimal"]),
@@ -330,7 +403,7 @@ def _verdict(
     }
     if target is not None:
         row |= {"target": target, "ok": median(ratios) >= target}
-    yield row
+    return row
 
 
 def _with_shards(config: Config, folder: Path, overrides: list[str], path: Path) -> Config:
