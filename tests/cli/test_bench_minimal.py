@@ -94,6 +94,8 @@ from pathlib import Path
 sys.path.insert(0, "tools")
 from benchmarks import minimal
 
+minimal._WARM = 1
+
 if __name__ == "__main__":
     rows = list(minimal.against(Path(sys.argv[1]), ["train.global_batch=16"], rounds=1, steps=1, target=None))
     if os.environ["RANK"] == "0":
