@@ -38,8 +38,10 @@ def main() -> int:
         return 0
     # libraries inside torch and DeepSpeed call each other's deprecated names
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    from lejepa_scale.train import train  # torch is imported once the configuration is known to be sound
+    from lejepa_scale.allocator import keep_memory  # torch is imported once the configuration is known to be sound
+    from lejepa_scale.train import train
 
+    keep_memory()
     try:
         train(config)
     except UserError as error:

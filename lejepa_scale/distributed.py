@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lejepa_scale import blackboard
+from lejepa_scale.blackboard import Blackboard
 from lejepa_scale.errors import UserError
 
 T = TypeVar("T")
@@ -34,6 +36,8 @@ def start(timeout: timedelta) -> torch.device:
 
     Reads the environment that torchrun and the deepspeed launcher both set; under plain `python` it makes a group of one.
     """
+    global _timeout
+    _timeout = timeout
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
@@ -50,6 +54,8 @@ def start(timeout: timedelta) -> torch.device:
 
 
 def stop() -> None:
+    global _board
+    _board = None, None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -78,6 +84,20 @@ def all_gather(x: Tensor, group: Group = None) -> Tensor:
     out = x.new_empty(ranks * x.numel())
     dist.all_gather(list(out.chunk(ranks)), x.detach().flatten(), group=group)
     return out.view(ranks, *x.shape)
+
+
+_board: tuple[Group, Blackboard | None] = None, None  # the group it belongs to
+_timeout = timedelta(minutes=10)
+
+
+def gather_statistics(x: Tensor) -> Tensor:
+    """`all_gather` over all ranks for what is small and frequent: CPU ranks of one host exchange it in shared memory."""
+    global _board
+    if world_size() == 1 or not blackboard.fits(x):
+        return all_gather(x)
+    if _board[0] is not dist.group.WORLD:
+        _board = dist.group.WORLD, blackboard.shared(_timeout.total_seconds())
+    return all_gather(x) if _board[1] is None else _board[1].gather(x)
 
 
 class _SumReplicated(torch.autograd.Function):

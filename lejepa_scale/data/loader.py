@@ -139,7 +139,7 @@ class _Samples(Dataset[Batch]):
     def __getitems__(self, where: list[int]) -> Batch:
         skipped: list[Fault] = []
         cut = [torch.empty(g.count, len(where), 3, g.size, g.size, dtype=torch.uint8) for g in self.groups]
-        parameters = [torch.empty(g.count, len(where), photometric.WIDTH) for g in self.groups]
+        colours = [np.empty((g.count, len(where), photometric.DRAWS)) for g in self.groups]
         if get_worker_info() is not None:  # a worker's tensors go there anyway; on the heap they would fragment it
             cut = [tensor.share_memory_() for tensor in cut]
         labels, keys, records = [], [], []
@@ -147,22 +147,23 @@ class _Samples(Dataset[Batch]):
         ahead = [read_ahead(self.reader, self._shard(location), location.member) for location in locations]
         for b, (position, location) in enumerate(zip(where, locations, strict=True)):
             image, shard, member = self._image(location, ahead[b], skipped)
-            for i, (group, (crops, colours)) in enumerate(zip(self.groups, self._draws(location), strict=True)):
-                cut[i][:, b] = views.cut_views(image, group, crops)
-                parameters[i][:, b] = torch.from_numpy(photometric.draw(colours, self.augment))
+            for i, (group, draws) in enumerate(zip(self.groups, self._draws(location), strict=True)):
+                cut[i][:, b] = views.cut_views(image, group, draws[:, : views.DRAWS])
+                colours[i][:, b] = draws[:, views.DRAWS :]
             labels.append(int(shard.labels[member]))
             keys.append(shard.key(member))
             records.append(self.sources.record(position, location, keys[-1]))
+        drawn = [photometric.draw(x.reshape(-1, photometric.DRAWS), self.augment) for x in colours]
+        parameters = [torch.from_numpy(d).view(*x.shape[:2], -1) for d, x in zip(drawn, colours, strict=True)]
         return Batch(cut, parameters, torch.tensor(labels), keys, skipped, records)
 
-    def _draws(self, location: Location) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Uniform numbers of each group, for crops and for colours, a row per view: a function of (seed, epoch, sample,
-        group, view), so that a further view, or a group without any, changes no other."""
+    def _draws(self, location: Location) -> Iterator[np.ndarray]:
+        """Uniform numbers of each group, for crops and then for colours, a row per view: a function of (seed, epoch,
+        sample, group, view), so that a further view, or a group without any, changes no other."""
         key = np.random.SeedSequence((self.seed, 2, *location)).generate_state(2, np.uint64)
         for number, group in enumerate(self.groups):
             generator = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, 0, number)))
-            draws = generator.random((group.count, views.DRAWS + photometric.DRAWS))
-            yield draws[:, : views.DRAWS], draws[:, views.DRAWS :]
+            yield generator.random((group.count, views.DRAWS + photometric.DRAWS))
 
     def _shard(self, location: Location) -> ShardIndex:
         return self.sources.shards[location.source][location.shard]

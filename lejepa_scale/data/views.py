@@ -23,18 +23,21 @@ def crop_boxes(height: int, width: int, scale: tuple[float, float], draws: np.nd
     """(top, left, height, width) of random resized crops, int64 [n, 4], from uniform `draws` [n, DRAWS]: area uniform in
     `scale`, log-aspect uniform in [3/4, 4/3], ten attempts, then the centre. The distribution of torchvision's
     RandomResizedCrop."""
-    n = len(draws)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[:, :_ATTEMPTS])
+    return np.array([_crop_box(height, width, scale, row) for row in draws.tolist()], np.int64)
+
+
+def _crop_box(height: int, width: int, scale: tuple[float, float], draws: list[float]) -> tuple[int, int, int, int]:
+    """One box. In Python's own numbers: the first attempt nearly always fits, and arrays of a few elements are slower."""
     low, high = (math.log(r) for r in _RATIO)
-    ratio = np.exp(low + (high - low) * draws[:, _ATTEMPTS : 2 * _ATTEMPTS])
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    chosen = np.arange(n), fits.argmax(1)  # the first that fits
-    central = (min(height, round(width / _RATIO[0])), min(width, round(height * _RATIO[1])))
-    size = np.where(fits[chosen][:, None], np.stack([h[chosen], w[chosen]], 1), central)
-    room = (height, width) - size
-    corner = np.where(fits[chosen][:, None], np.floor(draws[:, -2:] * (room + 1)), room // 2)
-    return np.concatenate([corner, size], 1).astype(np.int64)
+    for attempt in range(_ATTEMPTS):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[attempt])
+        ratio = math.exp(low + (high - low) * draws[_ATTEMPTS + attempt])
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = draws[-2] * (height - h + 1), draws[-1] * (width - w + 1)
+            return int(top), int(left), h, w
+    h, w = min(height, round(width / _RATIO[0])), min(width, round(height * _RATIO[1]))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def cut_views(image: np.ndarray, group: ViewGroup, draws: np.ndarray) -> Tensor:

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lejepa_scale.distributed import all_gather, all_reduce_sum
+from lejepa_scale.distributed import gather_statistics
+from lejepa_scale.model import norm_cpu
 
 
 class BatchNorm(nn.Module):
@@ -59,14 +60,13 @@ class BatchNorm(nn.Module):
 
 
 class _Normalise(torch.autograd.Function):
-    """torch's own one-pass kernels for each half of the work, with the ranks' statistics exchanged between the halves."""
+    """Each half of the work in few passes over memory, with the ranks' statistics exchanged between the halves."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n = x.numel() // x.shape[1]
-        mean, var = _moments(x) if n else x.new_zeros(2, x.shape[1])
+        ctx.native = norm_cpu.usable(x)
         # Chan's combination of (count, mean, M2) per rank: no cancellation when the mean is large
-        parts = all_gather(torch.cat([x.new_tensor([n]), mean, var * n]))  # [W, 1 + 2C]
+        parts = gather_statistics(norm_cpu.moments(x) if ctx.native else _moments(x))  # [W, 1 + 2C]
         counts, means, m2s = parts[:, :1], *parts[:, 1:].chunk(2, dim=1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
@@ -74,34 +74,46 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, count)
+        if ctx.native:
+            return norm_cpu.normalise(x, mean, weight * (var + eps).rsqrt(), bias), mean, var, count
         return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
         """dx = weight / sigma (grad - sum(grad) / N - y sum(grad y) / N), with y = (x - mean) / sigma."""
         x, weight, mean, var, count = ctx.saved_tensors
+        inverse = (var + ctx.eps).rsqrt()
         own_sums = x.new_zeros(2, x.shape[1])  # of grad y and grad on this rank: the affine parameters' gradients
-        if x.numel():
+        if ctx.native:
+            own_sums = norm_cpu.gradient_sums(grad, x, mean)
+            own_sums[0] *= inverse
+        elif x.numel():
             own_sums = torch.stack(
                 torch.ops.aten.native_batch_norm_backward(
                     grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
                 )[1:]
             )
-        of_product, of_grad = all_reduce_sum(own_sums) / count
-        inverse = (var + ctx.eps).rsqrt()
-        scale, shape = weight * inverse, [1, -1, *[1] * (x.ndim - 2)]
-        slope = -scale * inverse * of_product
+        of_product, of_grad = gather_statistics(own_sums).sum(0) / count
+        scale = weight * inverse
+        slope, shift = -scale * inverse * of_product, scale * of_grad
+        if ctx.native:
+            return norm_cpu.gradient(grad, x, mean, slope, scale, shift), own_sums[0], own_sums[1], None
+        shape = [1, -1, *[1] * (x.ndim - 2)]
         dx = x - mean.view(shape)  # first, lest sums over the batch that ought to be zero fill with rounding
-        dx.mul_(slope.view(shape)).addcmul_(grad, scale.view(shape)).sub_((scale * of_grad).view(shape))
+        dx.mul_(slope.view(shape)).addcmul_(grad, scale.view(shape)).sub_(shift.view(shape))
         return dx, own_sums[0], own_sums[1], None
 
 
-def _moments(x: Float[Tensor, "b c *rest"]) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel."""
-    if x.is_meta or torch.compiler.is_compiling():  # the fast kernel is not known to either
+def _moments(x: Float[Tensor, "b c *rest"]) -> Float[Tensor, " 1+2*c"]:
+    """Values per channel, means, and sums of squared differences from them."""
+    n = x.numel() // x.shape[1]
+    if not n:
+        mean = var = x.new_zeros(x.shape[1])
+    elif x.is_meta or torch.compiler.is_compiling():  # the fast kernel is not known to either
         var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
-        return mean, var
-    return torch.batch_norm_update_stats(x, None, None, 0.0)
+    else:
+        mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
+    return torch.cat([x.new_tensor([n]), mean, var * n])
 
 
 def synchronised(module: nn.Module) -> nn.Module:

@@ -54,7 +54,7 @@ def available() -> bool:
 
 @cache
 def _library(dtype: torch.dtype) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(_build(_REALS[dtype])))
+    library = ctypes.CDLL(str(build(_SOURCE, _REALS[dtype])))
     real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
     integers = [ctypes.c_long] * 3 + [ctypes.c_int]
     library.sums.argtypes = [ctypes.c_void_p] * 2 + [real, *integers]
@@ -63,23 +63,25 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     return library
 
 
-def _build(real: str) -> Path:
-    """The shared library for one precision; a name for each source, compiler and processor, since homes are shared."""
+def build(source: Path, real: str) -> Path:
+    """The shared library of a source for one precision, float or double.
+
+    A name for each source, compiler and processor, since homes are shared."""
     compiler = next(
         (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := which(name))), None
     )
     if compiler is None:
         raise OSError("no C++ compiler (g++ or clang++) was found")
-    key = "\n".join([_SOURCE.read_text(), compiler, *_FLAGS, *_BEST, platform.machine(), _processor()])
+    key = "\n".join([source.read_text(), compiler, *_FLAGS, *_BEST, platform.machine(), _processor()])
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lejepa_scale"
-    target = folder / f"native-{real}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
+    target = folder / f"{source.stem}-{real}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
     if target.exists():
         return target
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch, target.name)
         for extra in (_BEST, _BEST[:1], _BEST[1:], ()):
-            command = [compiler, f"-DREAL={real}", *_FLAGS, *extra, "-o", str(built), str(_SOURCE)]
+            command = [compiler, f"-DREAL={real}", *_FLAGS, *extra, "-o", str(built), str(source)]
             result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
             if result.returncode == 0:
                 break

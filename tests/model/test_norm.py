@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,16 +12,24 @@ from ranks import run_ranks
 from torch import nn
 
 from lejepa_scale import distributed
+from lejepa_scale.model import norm_cpu
 from lejepa_scale.model.norm import BatchNorm, synchronised
+from lejepa_scale.objective import native
 
 
-@pytest.mark.parametrize("shape", [(20, 6), (5, 6, 4, 3)])
-def test_equals_torch(shape: tuple[int, ...]) -> None:
-    theirs = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(6).double()
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+@pytest.mark.parametrize(
+    "shape", [(20, 6), (5, 6, 4, 3), (70, 21), (9, 37, 5, 4)]
+)  # blocks and vectors, and what is left
+def test_equals_torch(shape: tuple[int, ...], layout: str) -> None:
+    theirs = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1]).double()
     nn.init.normal_(theirs.weight)
     ours = synchronised(nn.Sequential(copy.deepcopy(theirs)))[0]
     assert isinstance(ours, BatchNorm)
     x = torch.randn(shape, dtype=torch.float64) * 3 + 100
+    if layout == "channels last" and x.ndim == 4:
+        x = x.contiguous(memory_format=torch.channels_last)
+        assert norm_cpu.usable(x) or shutil.which("g++") is None
     weight = torch.randn(shape, dtype=torch.float64)
     gradients = []
     for module in (theirs, ours):
@@ -29,6 +39,37 @@ def test_equals_torch(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(gradients[1], gradients[0])
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("shape", [(300, 21), (128, 12, 24, 24)])
+def test_native_statistics_are_more_accurate_than_torchs(shape: tuple[int, ...]) -> None:
+    """In fp32 with a mean of 100 deviations; the same for any number of threads."""
+    x = (torch.randn(shape) + 100).contiguous(
+        memory_format=torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    )
+    if not norm_cpu.usable(x):
+        pytest.skip("no C++ compiler")
+    n = x.numel() // shape[1]
+    var, mean = torch.var_mean(x.double(), [0, *range(2, x.ndim)], correction=0)
+    found = norm_cpu.moments(x)
+    assert found[0] == n
+    torch.testing.assert_close(found[1 : 1 + shape[1]].double(), mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(found[1 + shape[1] :].double() / n, var, rtol=1e-6, atol=0)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    assert torch.equal(norm_cpu.moments(x), found)
+    torch.set_num_threads(before)
+
+
+def test_without_a_compiler_torch_does_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    x = torch.randn(20, 6)
+    expected = BatchNorm(6)(x)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "which", lambda name: None)
+    norm_cpu._library.cache_clear()
+    with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
+        torch.testing.assert_close(BatchNorm(6)(x), expected)
+    norm_cpu._library.cache_clear()
 
 
 def test_low_precision_input_keeps_fp32_statistics() -> None:
