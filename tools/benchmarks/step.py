@@ -70,7 +70,7 @@ def measure(recipe: Recipe, options: Options) -> Results:
     for feature in options.compare:
         sections[feature] = compare(recipe, feature, device, options.steps, apart=options.apart)
     if options.minimal:
-        from benchmarks import minimal  # type: ignore[attr-defined]
+        from benchmarks import minimal
 
         target = minimal.TARGET if recipe.path.stem == "quickstart" else None  # what was promised of that recipe alone
         sections["against minimal"] = minimal.against(recipe.path, recipe.overrides, options.steps, target=target)
