@@ -11,7 +11,7 @@ import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain, repeat
@@ -317,39 +317,46 @@ class Ours:
 def against(
     path: Path, overrides: Sequence[str] = (), rounds: int = 9, *, steps: int = 6, target: float | None = TARGET
 ) -> Iterator[Row]:
-    """Rows of images/s: the recipe under each arrangement that this machine offers, then ours and the recipe at its best
-    in turns of `steps` steps. Every rank iterates to the end; rank 0's rows are those to print.
+    """Rows of images/s: the recipe under each arrangement that this machine offers, then ours in turns of `steps` steps with
+    the recipe at its best in one process, as it was published, and at its best on as many ranks as ours has, which its
+    authors left to others. Every rank iterates to the end; rank 0's rows are those to print.
 
-    Under torchrun ours runs on its ranks and the recipe is tried on one of them with every core, too. Where the
-    configuration's shards are absent, scenes like the quickstart's are written to a temporary folder. Without a target
-    there is no verdict.
+    Where the configuration's shards are absent, scenes like the quickstart's are written to a temporary folder. The target
+    is for the recipe as published; without one there is no verdict.
     """
     config = load(path, list(overrides))
     check_world(config, distributed.launched_ranks())
-    minimal = Elsewhere()
-    keep_memory()  # as launchers/train.py does
-    joined = not dist.is_initialized()
-    if joined:
-        distributed.start(timedelta(minutes=config.engine.timeout_minutes))
-    ranks = distributed.world_size()
-    with closing(minimal), tempfile.TemporaryDirectory() as folder:
-        config = _with_shards(config, Path(folder), list(overrides), path)
+    with ExitStack() as stack:
+        published = stack.enter_context(closing(Elsewhere()))
+        on_ranks = stack.enter_context(closing(Elsewhere())) if distributed.launched_ranks() > 1 else None
+        keep_memory()  # as launchers/train.py does
+        joined = not dist.is_initialized()
+        if joined:
+            distributed.start(timedelta(minutes=config.engine.timeout_minutes))
+        ranks = distributed.world_size()
+        config = _with_shards(config, Path(stack.enter_context(tempfile.TemporaryDirectory())), list(overrides), path)
         shards = _local_shards(config)
         tried: dict[Arrangement, float] = {}
         for arrangement in arrangements(cores(), ranks):
-            minimal.begin(config, shards, arrangement)
-            tried[arrangement] = _rate(minimal.turn(steps), steps, config)
+            published.begin(config, shards, arrangement)
+            tried[arrangement] = _rate(published.turn(steps), steps, config)
             yield {"case": f"minimal recipe: {arrangement}", "images/s": tried[arrangement]}
-        minimal.begin(config, shards, max(tried, key=tried.__getitem__))
+        rivals = {"minimal": published} | ({"minimal on ranks": on_ranks} if on_ranks else {})
+        for name, rival in rivals.items():
+            fitting = [a for a in tried if (a.ranks == 1) == (name == "minimal")]
+            rival.begin(config, shards, max(fitting, key=tried.__getitem__))
         torch.set_num_threads(max(1, cores() // ranks))
         ours = Ours(config)
-        rates: dict[str, list[float]] = {"ours": [], "minimal": []}
+        rates: dict[str, list[float]] = {"ours": [], **{name: [] for name in rivals}}
         for _ in range(rounds):
             rates["ours"].append(_rate(_timed(ours.steps(), steps), steps, config))
-            rates["minimal"].append(_rate(minimal.turn(steps), steps, config))
+            for name, rival in rivals.items():
+                rates[name].append(_rate(rival.turn(steps), steps, config))
         yield {"case": "ours, parts of a step", **ours.watch.medians()}
-        yield {"case": "minimal recipe, parts of a step", **minimal.medians()}
-        yield _verdict(config, minimal.arrangement, rates, target)
+        for name, rival in rivals.items():
+            yield {"case": f"{name}, parts of a step", **rival.medians()}
+        for name, rival in rivals.items():
+            yield _verdict(config, rival.arrangement, rates["ours"], rates[name], target if name == "minimal" else None)
         distributed.barrier()
     if joined:
         distributed.stop()
@@ -387,16 +394,16 @@ def _rate(seconds: float, count: int, config: Config) -> float:
     return count * config.train.global_batch / distributed.on_rank_zero(lambda: seconds)
 
 
-def _verdict(config: Config, theirs: Arrangement, rates: dict[str, list[float]], target: float | None) -> Row:
-    ratios = sorted(a / b for a, b in zip(*rates.values(), strict=True))
+def _verdict(config: Config, theirs: Arrangement, ours: list[float], minimal: list[float], target: float | None) -> Row:
+    ratios = sorted(a / b for a, b in zip(ours, minimal, strict=True))
     engine, views = config.engine, config.data.views
     row: Row = {
         "case": f"{config.model.encoder}, {views.global_.count} x {views.global_.size} + {views.local.count} x "
         f"{views.local.size} px, batch {config.train.global_batch}, {engine.precision}: {engine.name} on "
         f"{distributed.world_size()} ranks against {theirs}",
         "rounds": len(ratios),
-        "ours images/s": median(rates["ours"]),
-        "minimal images/s": median(rates["minimal"]),
+        "ours images/s": median(ours),
+        "minimal images/s": median(minimal),
         "ours / minimal": median(ratios),
         "lowest": ratios[0],
         "highest": ratios[-1],
