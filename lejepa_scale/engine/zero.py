@@ -101,7 +101,8 @@ class ZeROEngine(Engine):
             if buffer.is_floating_point():
                 buffer.data = buffer.data.float()
         self.optimizer.check_grad_overflow = True  # DeepSpeed sets this for 16-bit runs alone
-        self._create_moments()
+        if self.stage < 3:
+            self._create_moments()
 
     def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
         dtype = self.engine.get_data_types()[0]
@@ -141,8 +142,8 @@ class ZeROEngine(Engine):
             safe_set_full_optimizer_state(parameter, full, moment)
 
     def _create_moments(self) -> None:
-        """Before DeepSpeed would: its stages 1 and 2 link moments to parameters after the first group's first update,
-        when the other groups have none yet."""
+        """For stages 1 and 2 before DeepSpeed would, which links moments to parameters after the first group's first
+        update, when the other groups have none yet; for stage 3 where a checkpoint has some, else its first update does."""
         states = self.optimizer.optimizer.state
         for flat in self._masters():
             states[flat] = {
@@ -154,12 +155,14 @@ class ZeROEngine(Engine):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
     def _prepare_moments(self, updates: int) -> None:
+        if self.stage == 3:
+            self._create_moments()
         for flat in self._masters():
             self.optimizer.optimizer.state[flat]["step"].fill_(updates)
 
     def updates(self) -> int:
         states = self.optimizer.optimizer.state
-        return max((int(states[flat]["step"]) for flat in self._masters()), default=0)
+        return max((int(states[flat]["step"]) for flat in self._masters() if flat in states), default=0)
 
     def _masters(self) -> list[Tensor]:
         """This rank's flat fp32 partitions, the tensors that the inner optimizer updates."""
