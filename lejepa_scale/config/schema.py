@@ -39,7 +39,9 @@ class Engine(Section):
     shard_degree: Positive | None = Field(
         None, description="fsdp: ranks a parameter is sharded over, replicated beyond (HSDP); unset: all"
     )
-    prefetch: NonNegative = Field(1, description="fsdp: blocks whose parameters are gathered ahead of their turn")
+    prefetch: NonNegative = Field(
+        1, description="fsdp, zero3: blocks whose parameters are gathered ahead of their turn"
+    )
     cpu_offload: bool = Field(
         False, description="fsdp, zero: optimizer states and sharded parameters live in host memory"
     )

@@ -183,7 +183,7 @@ def test_communication_that_nothing_hides() -> None:
     ("arguments", "words"),
     [
         (("--compare", "packd"), "did you mean packed?"),
-        (("--compare", "prefetch"), "engine.prefetch is for engine.name=fsdp"),
+        (("--compare", "prefetch"), "engine.prefetch is for fsdp and zero3"),
         (("--compare", "stochastic-depth"), "model.drop_path=0"),
         (("train.micro_batch=3",), "is not train.micro_batch x ranks x accumulation"),
         (("--mode", "loader", "--profile", "t.json"), "--mode end-to-end"),

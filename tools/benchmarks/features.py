@@ -87,8 +87,8 @@ def _optimizer(config: Config) -> tuple[str, list[Form]]:
 
 
 def _prefetch(config: Config) -> tuple[str, list[Form]]:
-    if config.engine.name != "fsdp":
-        raise UserError(f"--compare prefetch: engine.prefetch is for engine.name=fsdp, not {config.engine.name}.")
+    if config.engine.name not in ("fsdp", "zero3"):
+        raise UserError(f"--compare prefetch: engine.prefetch is for fsdp and zero3, not {config.engine.name}.")
     depth = config.engine.prefetch
     return f"{depth} blocks ahead", [
         Form(f"{n} blocks ahead", (f"engine.prefetch={n}",)) for n in (0, 1, 2) if n != depth
