@@ -103,6 +103,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_the_race_reports(command: Command, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks at toy size: every arrangement of the recipe is tried; the best in one process and the best on two ranks
     meet ours. Rates are not checked."""
