@@ -1,10 +1,9 @@
 """What is in the shards. A sidecar per shard says where each image lies, and its checksum; a manifest per folder of shards
-says how many images each shard holds, so that a run reads one file at its start. Both are checked when they are read."""
+says how many images each shard holds, so that a run reads one file at its start (indexfiles.py)."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
@@ -17,44 +16,14 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from lejepa_scale.data.indexfiles import ROW, Home, row_of
 from lejepa_scale.data.scan import ShardIndex, scan
-from lejepa_scale.data.stream import Reader, is_remote, shard_name, user_cache
+from lejepa_scale.data.stream import Reader, is_remote, shard_name
 from lejepa_scale.errors import UserError
 
 T = TypeVar("T")
-_VERSION = 2
-_MANIFEST = "manifest.index.npz"
 _HELD_SAMPLES = 1 << 20  # of the sidecars that a process keeps in memory, about 60 bytes each
 _SHOWN = 20  # faults that one error lists
-_ROW = np.dtype([("count", "<i8"), ("labelled", "<i8"), ("classes", "<i8"), ("nbytes", "<i8"), ("digest", "S32")])
-
-
-class Home:
-    """Where the index files of one folder of shards lie: beside them, or in a folder of our own where that cannot be
-    written. With `index_dir` they are written there alone."""
-
-    def __init__(self, folder: str, index_dir: Path | None, reader: Reader) -> None:
-        address = folder if is_remote(folder) else str(Path(folder).absolute())
-        mirror = hashlib.blake2b(address.encode(), digest_size=8).hexdigest()
-        beside = [] if folder == "pipe:" else [folder]
-        self.folder, self.reader = folder, reader
-        if index_dir is not None:
-            self.places, self.written = [str(index_dir / mirror), *beside], [str(index_dir / mirror)]
-        else:
-            self.places = self.written = [*beside, str(user_cache() / "index" / mirror)]
-
-    def candidates(self, name: str) -> Iterator[bytes]:
-        """The contents of every file of that name, nearest first."""
-        for place in self.places:
-            if (data := self.reader.get(f"{place}/{name}")) is not None:
-                yield data
-
-    def write(self, name: str, data: bytes) -> None:
-        if not any(self.reader.put(f"{place}/{name}", data) for place in self.written):
-            raise UserError(
-                f"cannot write the index of {self.folder} to {' or '.join(self.written)}. "
-                "Set data.index_dir (tools/index_shards.py: --out) to a folder that can be written and every node sees."
-            )
 
 
 @dataclass
@@ -63,7 +32,7 @@ class Shards:
     of a shard when it is asked for. 100,000 shards take about 20 MB."""
 
     urls: list[str]
-    rows: np.ndarray  # _ROW [shards]
+    rows: np.ndarray  # ROW [shards]
     homes: dict[str, Home]
 
     def __post_init__(self) -> None:
@@ -93,7 +62,7 @@ class Shards:
             self._held.move_to_end(number)
             return self._held[number]
         url, row = self.urls[number], self.rows[number]
-        index = _stored(url, self.homes[_folder(url)], row)
+        index = self.homes[_folder(url)].sidecar(url, row)
         if index is None:
             raise UserError(
                 f"the index of shard {url} is missing, damaged, or not the one that its manifest names. "
@@ -126,8 +95,8 @@ def index_shards(
     reader = reader or Reader()
     _refuse_repeats(urls)
     homes = {folder: Home(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
-    rows = np.zeros(len(urls), _ROW)
-    known = {folder: _read_manifest(home) for folder, home in homes.items()}
+    rows = np.zeros(len(urls), ROW)
+    known = {folder: home.manifest() for folder, home in homes.items()}
     lacking = [
         number for number, url in enumerate(urls) if not _fill(rows, number, known[_folder(url)].get(shard_name(url)))
     ]
@@ -148,7 +117,7 @@ def index_shards(
         for number, url in enumerate(urls):
             known[_folder(url)][shard_name(url)] = rows[number]
         for folder, home in homes.items():
-            home.write(_MANIFEST, _packed(_manifest_arrays(known[folder])))
+            home.write_manifest(known[folder])
     return shards
 
 
@@ -158,7 +127,7 @@ def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: 
 
     def compare(url: str) -> str | None:
         try:
-            stored, found = _stored(url, homes[_folder(url)], None), scan(url, reader)
+            stored, found = homes[_folder(url)].sidecar(url), scan(url, reader)
         except UserError as error:
             return str(error)
         if stored is None:
@@ -187,14 +156,14 @@ def _index(
 
     def sidecar(number: int) -> ShardIndex | None:
         url = urls[number]
-        stored = _stored(url, homes[_folder(url)], None)
-        return stored if stored is not None and _fits(url, _row(stored)) else None
+        stored = homes[_folder(url)].sidecar(url)
+        return stored if stored is not None and _fits(url, row_of(stored)) else None
 
     def scanned(number: int) -> ShardIndex | UserError:
         url = urls[number]
         try:
             index = scan(url, reader)
-            homes[_folder(url)].write(f"{shard_name(url)}.index.npz", _packed(_sidecar_arrays(index)))
+            homes[_folder(url)].write_sidecar(index)
         except UserError as error:
             return error
         return index
@@ -203,7 +172,7 @@ def _index(
     found = [None] * len(lacking) if rebuild else list(_each(workers, sidecar, numbers))
     for number, index in zip(lacking, found, strict=True):
         if index is not None:
-            rows[number] = _row(index)
+            rows[number] = row_of(index)
     missing = [number for number, index in zip(lacking, found, strict=True) if index is None]
     if not missing:
         return
@@ -218,7 +187,7 @@ def _index(
         if isinstance(result, UserError):
             faults.append(str(result))
         else:
-            rows[number] = _row(result)
+            rows[number] = row_of(result)
     if faults:
         more = f" And {len(faults) - _SHOWN} shards more." if len(faults) > _SHOWN else ""
         many = f"{len(faults)} shards cannot be used. " if len(faults) > 1 else ""
@@ -244,13 +213,6 @@ def _folder(url: str) -> str:
     return folder or slash or "."
 
 
-def _row(index: ShardIndex) -> np.ndarray:
-    labels = index.labels
-    row = np.zeros((), _ROW)
-    row[()] = (len(index), int((labels >= 0).sum()), int(labels.max()) + 1, index.nbytes, index.digest.encode())
-    return row
-
-
 def _fill(rows: np.ndarray, number: int, row: np.ndarray | None) -> bool:
     if row is not None:
         rows[number] = row
@@ -273,71 +235,6 @@ def _fits(url: str, row: np.ndarray) -> bool:
         return Path(url).stat().st_size == row["nbytes"]
     except OSError:
         return False
-
-
-# -- files
-
-
-def _stored(url: str, home: Home, row: np.ndarray | None) -> ShardIndex | None:
-    """The sound sidecar of a shard, the one that `row` of the manifest describes where it is given."""
-    for data in home.candidates(f"{shard_name(url)}.index.npz"):
-        try:
-            a = _unpacked(data)
-            index = ShardIndex(url, a["keys"], a["offsets"], a["sizes"], a["labels"], a["checksums"], int(a["nbytes"]))
-            if a["digest"].tobytes().decode() == index.digest and (row is None or row == _row(index)):
-                return index
-        except Exception:  # numpy and zipfile raise all sorts for a file that is cut or altered
-            continue
-    return None
-
-
-def _sidecar_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
-    return {
-        "nbytes": np.array(index.nbytes),
-        "digest": np.frombuffer(index.digest.encode(), np.uint8),
-        "keys": index.keys,
-        "offsets": index.offsets,
-        "sizes": index.sizes,
-        "labels": index.labels,
-        "checksums": index.checksums,
-    }
-
-
-def _read_manifest(home: Home) -> dict[str, np.ndarray]:
-    damaged = False
-    for data in home.candidates(_MANIFEST):
-        try:
-            arrays = _unpacked(data)
-            names = arrays["names"].tobytes().decode().split("\n")
-            return dict(zip(names, arrays["rows"].view(_ROW), strict=True))
-        except Exception:  # as above; the zip format has a checksum of each array
-            damaged = True
-    if damaged:
-        print(
-            f"the manifest of {home.folder} is damaged or of another version: made anew from the shards' own index files.",
-            file=sys.stderr,
-        )
-    return {}
-
-
-def _manifest_arrays(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    order = sorted(rows)
-    names = np.frombuffer("\n".join(order).encode(), np.uint8)
-    table = np.array([rows[name] for name in order], _ROW).view(np.uint8)
-    return {"names": names, "rows": table}
-
-
-def _packed(arrays: dict[str, np.ndarray]) -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, version=_VERSION, **arrays)  # type: ignore[arg-type]
-    return buffer.getvalue()
-
-
-def _unpacked(data: bytes) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-        if stored["version"] != _VERSION:
-            raise ValueError("another version")
-        return {name: stored[name] for name in stored.files}
 
 
 def _each(workers: int, work: Callable[..., T], arguments: list[tuple]) -> Iterator[T]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lejepa_scale.objective.native import build
+from lejepa_scale.compiler import build
 
 _SOURCE = Path(__file__).with_name("norm.cpp")
 _REALS = {torch.float32: "float", torch.float64: "double"}

@@ -4,23 +4,18 @@ user's cache. Refuses devices other than the CPU."""
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
 import subprocess
-import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
-from shutil import which
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lejepa_scale.compiler import build
+
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ("-O3", "-std=gnu++17", "-shared", "-fPIC")
-_BEST = ("-march=native", "-fopenmp")  # some compilers know one or neither
 _REALS = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -61,40 +56,3 @@ def _library(dtype: torch.dtype) -> ctypes.CDLL:
     library.gradient.argtypes = [ctypes.c_void_p] * 3 + [real, *integers]
     library.sums.restype = library.gradient.restype = None
     return library
-
-
-def build(source: Path, real: str) -> Path:
-    """The shared library of a source for one precision, float or double.
-
-    A name for each source, compiler and processor, since homes are shared."""
-    compiler = next(
-        (found for name in (os.environ.get("CXX"), "g++", "clang++") if name and (found := which(name))), None
-    )
-    if compiler is None:
-        raise OSError("no C++ compiler (g++ or clang++) was found")
-    key = "\n".join([source.read_text(), compiler, *_FLAGS, *_BEST, platform.machine(), _processor()])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lejepa_scale"
-    target = folder / f"{source.stem}-{real}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        built = Path(scratch, target.name)
-        for extra in (_BEST, _BEST[:1], _BEST[1:], ()):
-            command = [compiler, f"-DREAL={real}", *_FLAGS, *extra, "-o", str(built), str(source)]
-            result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-            if result.returncode == 0:
-                break
-        else:
-            raise OSError(f"{compiler} failed: {result.stderr.strip()[-300:]}")
-        built.replace(target)  # whole or not at all, though several ranks may build
-    return target
-
-
-def _processor() -> str:
-    """What -march=native depends on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.lower().startswith(("flags", "features"))), "")

@@ -15,7 +15,8 @@ import pytest
 from shardserver import serve
 
 from lejepa_scale.data import index as module
-from lejepa_scale.data.index import Home, Shards, index_shards
+from lejepa_scale.data.index import Shards, index_shards
+from lejepa_scale.data.indexfiles import ROW, Home
 from lejepa_scale.data.samples import read_image
 from lejepa_scale.data.stream import Reader, expand
 from lejepa_scale.errors import UserError
@@ -153,7 +154,7 @@ def test_a_wrong_count_is_refused(folder: Path) -> None:
     rows = {path.name: row for path, row in zip(sorted(folder.glob("*.tar")), shards.rows.copy(), strict=True)}
     rows["shard-000001.tar"]["count"] += 1
     home = Home(str(folder), None, Reader())
-    home.write(module._MANIFEST, module._packed(module._manifest_arrays(rows)))
+    home.write_manifest(rows)
     wrong = indexed(folder)
     assert wrong.counts.tolist() == [32, 33, 32]
     assert len(wrong[0]) == 32
@@ -268,11 +269,11 @@ def test_an_index_that_cannot_be_written_is_an_error(folder: Path, tmp_path: Pat
 def test_a_start_on_a_billion_samples(tmp_path: Path) -> None:
     """100,000 shards that nobody serves: under 5 s and 200 MB, and no request."""
     base = "http://127.0.0.1:9/large"
-    rows = np.zeros(100_000, module._ROW)
+    rows = np.zeros(100_000, ROW)
     rows["count"], rows["nbytes"], rows["digest"] = 10_000, 10**9, b"0123456789abcdef0123456789abcdef"
     named = {f"{number:06d}.tar": row for number, row in enumerate(rows)}
     home = Home(base, tmp_path, Reader())
-    home.write(module._MANIFEST, module._packed(module._manifest_arrays(named)))
+    home.write_manifest(named)
     del named
     parent, child = os.pipe()
     if not os.fork():  # its memory is its own

@@ -11,10 +11,9 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from lejepa_scale import distributed
+from lejepa_scale import compiler, distributed
 from lejepa_scale.model import norm_cpu
 from lejepa_scale.model.norm import BatchNorm, synchronised
-from lejepa_scale.objective import native
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
@@ -65,7 +64,7 @@ def test_without_a_compiler_torch_does_the_same(monkeypatch: pytest.MonkeyPatch,
     x = torch.randn(20, 6)
     expected = BatchNorm(6)(x)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "which", lambda name: None)
+    monkeypatch.setattr(compiler, "which", lambda name: None)
     norm_cpu._library.cache_clear()
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
         torch.testing.assert_close(BatchNorm(6)(x), expected)

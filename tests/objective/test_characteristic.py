@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lejepa_scale import compiler
 from lejepa_scale.objective import SIGReg, native
 from lejepa_scale.objective.characteristic import fused_sums, has_triton, reference_sums
 
@@ -68,13 +69,13 @@ def test_native_kernels_are_built_once_and_by_any_number_of_processes(
     assert [p.wait(120) for p in processes] == [0, 0]
     (built,) = (tmp_path / "lejepa_scale").iterdir()
     before = built.stat().st_mtime_ns
-    assert native.build(native._SOURCE, "float") == built
+    assert compiler.build(native._SOURCE, "float") == built
     assert built.stat().st_mtime_ns == before
 
 
 def test_without_a_compiler_the_eager_code_runs_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(native, "which", lambda name: None)
+    monkeypatch.setattr(compiler, "which", lambda name: None)
     for cached in (native.available, native._library):
         cached.cache_clear()
     z = torch.randn(30, 4)
