@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -26,7 +25,8 @@ from pathlib import Path
 
 import torch
 from benchmarks import gpu, input, order, reach, sigreg, step
-from benchmarks.measure import Results, run_sections
+from benchmarks.features import FEATURES
+from benchmarks.measure import Results, free_port, run_sections
 
 from lejepa_scale.errors import UserError
 
@@ -43,7 +43,7 @@ _STEP = """The step is the trainer's own, on any recipe, engine and launcher:
   ... --mode end-to-end                shards to updated weights, and the share of the time that waits for data
   ... --profile trace.json             phases of a step; a Chrome trace for chrome://tracing or ui.perfetto.dev
 
-Features: """ + ", ".join(step.FEATURES)
+Features: """ + ", ".join(FEATURES)
 _PHOTOS = Path(__file__).parents[2] / "shared/data/imagenet_sample.tar"
 
 
@@ -162,9 +162,6 @@ def _step_request(arguments: argparse.Namespace, ranks: int) -> tuple[step.Recip
 
 def _on_ranks(ranks: int) -> int:
     """The same command under torchrun, with the cores shared out."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     threads = str(max(1, (os.cpu_count() or 1) // ranks))
     command = [
         sys.executable,
@@ -173,7 +170,7 @@ def _on_ranks(ranks: int) -> int:
         "--nproc-per-node",
         str(ranks),
         "--master-port",
-        str(port),
+        str(free_port()),
     ]
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     return subprocess.run([*command, *sys.argv], env=environment, check=False).returncode

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from benchmarks import features, step
+from benchmarks import compare, features, fed, trial
 from benchmarks.features import Form
 from benchmarks.trace import communication
 from benchmarks.trial import Trial
@@ -24,11 +24,11 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def recipe(tmp_path: Path, scenes: Path) -> Callable[..., step.Recipe]:
-    def make(*overrides: str) -> step.Recipe:
+def recipe(tmp_path: Path, scenes: Path) -> Callable[..., trial.Recipe]:
+    def make(*overrides: str) -> trial.Recipe:
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(small_config(tmp_path / "run", scenes, train={"global_batch": 4})))
-        return step.Recipe(path, overrides)
+        return trial.Recipe(path, overrides)
 
     return make
 
@@ -54,9 +54,10 @@ def test_rates_phases_and_forms(bench: Callable[..., tuple[int, Rows]], tmp_path
     by_section: dict[str, Rows] = {}
     for row in rows:
         by_section.setdefault(row["section"], []).append(row)
-    whole, *phases = by_section["step"]
+    whole, formula, *phases = by_section["step"]
+    assert whole["tokens/s"] / whole["images/s"] == pytest.approx(formula["tokens per image"])
     assert {"images/s", "MFU", "MFU of a matrix product here", "forward ms", "working MiB"} <= whole.keys()
-    assert whole["tokens/s"] / whole["images/s"] == pytest.approx(2 * (8**2 + 1) + 2 * (4**2 + 1))  # the smoke recipe
+    assert formula["tokens per image"] == 2 * (8**2 + 1) + 2 * (4**2 + 1)  # the smoke recipe
     found = {row["case"].removeprefix("profile: "): row["share"] for row in phases}
     assert {"forward", "backward", "optimizer", "rest", "communication"} == found.keys()
     assert sum(found.values()) - found["communication"] == pytest.approx(1)
@@ -96,19 +97,25 @@ def test_a_packed_step_gathers_half_as_much(command: Command, tmp_path: Path) ->
     assert per_view["ok"]
 
 
-def test_from_shards_and_the_loader_alone(recipe: Callable[..., step.Recipe], tmp_path: Path) -> None:
-    loader, coloured = step.loader_rates(recipe().config(), CPU, 2)
+def test_from_shards_and_the_loader_alone(recipe: Callable[..., trial.Recipe], tmp_path: Path) -> None:
+    loader, coloured = fed.loader_rates(recipe().config(), CPU, 2)
     assert {"images/s", "images/s per core"} <= loader.keys() & coloured.keys()
-    options = step.Options(mode="end-to-end", steps=2, trace=tmp_path / "t.json")
     exact = ("train.micro_batch=2", "objective.accumulation=exact")
     for overrides, extra in (((), set()), (exact, {"first pass ms"})):
-        row, *phases = step.end_to_end(recipe(*overrides), CPU, options)
-        assert {"data wait ms", "colours ms", "forward ms", "backward ms", "optimizer ms"} | extra <= row.keys()
+        row, *phases = fed.end_to_end(recipe(*overrides).config(), CPU, 2, tmp_path / "t.json")
+        assert {
+            "data wait ms",
+            "colours ms",
+            "forward ms",
+            "backward ms",
+            "probe ms",
+            "optimizer ms",
+        } | extra <= row.keys()
         assert 0 < row["data wait fraction"] < 1
         assert "profile: data wait" in {phase["case"] for phase in phases}
 
 
-def test_forms_that_differ_are_found_out(recipe: Callable[..., step.Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forms_that_differ_are_found_out(recipe: Callable[..., trial.Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight changed by a thousandth, and an optimizer that does nothing, in forms that claim to be equal."""
 
     def perturb(engine: Any) -> None:
@@ -120,15 +127,15 @@ def test_forms_that_differ_are_found_out(recipe: Callable[..., step.Recipe], mon
 
     forms = [Form("the same"), Form("perturbed", alter=perturb), Form("paralysed", alter=paralyse)]
     monkeypatch.setitem(features.FEATURES, "probe", lambda config: ("base", forms))
-    _, *rows = step.compare(recipe(), "probe", CPU, 1)
+    _, *rows = compare.compare(recipe(), "probe", CPU, 1)
     assert [row["ok"] for row in rows] == [True, False, False]
     monkeypatch.setitem(features.FEATURES, "probe", lambda config: ("base", forms[:1]))
-    _, same = step.compare(recipe(), "probe", CPU, 1, apart=True)
+    _, same = compare.compare(recipe(), "probe", CPU, 1, apart=True)
     assert same["ok"]
     assert same["measured"] == "one after the other"
 
 
-def test_masked_depth_leaves_out_what_it_draws(recipe: Callable[..., step.Recipe]) -> None:
+def test_masked_depth_leaves_out_what_it_draws(recipe: Callable[..., trial.Recipe]) -> None:
     """Of every sequence either branch is dropped or doubled (p = 1/2); the subset form agrees on a row of everything."""
     options = ("model.drop_path=0.5", "model.drop_path_uniform=true", "model.options={depth: 1}")
     trial = Trial(recipe(*options).config(), CPU)
@@ -158,12 +165,12 @@ def test_masked_depth_leaves_out_what_it_draws(recipe: Callable[..., step.Recipe
     assert drawn == {0, 1, 2, 3}
 
 
-def test_stochastic_depth_and_optimizers(recipe: Callable[..., step.Recipe]) -> None:
-    subset, masked, none = step.compare(recipe("model.drop_path=0.4"), "stochastic-depth", CPU, 1)
+def test_stochastic_depth_and_optimizers(recipe: Callable[..., trial.Recipe]) -> None:
+    subset, masked, none = compare.compare(recipe("model.drop_path=0.4"), "stochastic-depth", CPU, 1)
     assert "ok" not in masked.keys() | none.keys()  # other random numbers: no verdict
     assert masked["loss differs by"] > 0
     assert subset["working MiB"] < masked["working MiB"]
-    _, foreach, loop = step.compare(recipe(), "optimizer", CPU, 1)
+    _, foreach, loop = compare.compare(recipe(), "optimizer", CPU, 1)
     assert foreach["ok"]
     assert loop["ok"]
 

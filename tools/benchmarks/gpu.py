@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import step
+from benchmarks.compare import compare as compare_forms
 from benchmarks.measure import Results, Row, milliseconds, run_sections
 from benchmarks.sigreg import Shape, compare
 from lejepa_scale.config import check_world
@@ -140,7 +141,7 @@ def precision(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     found = {}
     for name in ("fp32", "bf16"):
         config = _recipe(recipe, (*overrides, f"engine.precision={name}"), images).config()
-        engine = build_engine(config, check_world(config, 1), lambda config=config: build(config), device, None)  # type: ignore[misc]
+        engine = build_engine(config, check_world(config, 1), partial(build, config), device, None)
         views = step.synthetic_views(config, images, device)
         out = engine.forward(views, 0)
         engine.backward(out["loss"], True)
@@ -207,7 +208,7 @@ def step_features(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     for recipe, overrides, images, features in sizes.features:
         setting = _recipe(recipe, (*overrides, "engine.precision=bf16"), images)
         for feature in features:
-            for row in step.compare(setting, feature, device, sizes.repeats):
+            for row in compare_forms(setting, feature, device, sizes.repeats):
                 yield row | {"case": f"{setting.config().model.encoder}, batch {images}, {feature}: {row['case']}"}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any, TypedDict
 
 import torch
 
+WARM = 3  # rounds of a timing that do not count
 Row = dict[str, Any]
 Work = Callable[[], object]
 
@@ -72,7 +74,7 @@ def milliseconds(work: Work, device: torch.device, repeats: int) -> float:
 def interleaved(works: dict[str, Work], device: torch.device, repeats: int) -> dict[str, float]:
     """Median milliseconds of each, taken in turns, so that a noisy minute falls on all alike; three rounds to warm up."""
     times: dict[str, list[float]] = {name: [] for name in works}
-    for i in range(3 + repeats):
+    for i in range(WARM + repeats):
         for name, work in works.items():
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -80,7 +82,7 @@ def interleaved(works: dict[str, Work], device: torch.device, repeats: int) -> d
             work()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            if i >= 3:
+            if i >= WARM:
                 times[name].append(1e3 * (time.perf_counter() - started))
     return {name: median(found) for name, found in times.items()}
 
@@ -131,3 +133,10 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> 
     """FLOP/s of the best matrix product, a median."""
     work, flops = matrix_product(device, dtype)
     return 1e3 * flops / milliseconds(work, device, repeats)
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Results, Row, Work, interleaved, milliseconds, peak_bytes, run_sections
+from benchmarks.measure import Results, Row, Work, free_port, interleaved, milliseconds, peak_bytes, run_sections
 from lejepa_scale import distributed
 from lejepa_scale.objective import SIGReg, native
 from lejepa_scale.objective.characteristic import has_triton
@@ -180,7 +179,7 @@ def ranks(sizes: Sizes) -> Iterator[Row]:
     """Real gloo processes: bytes that a rank hands to collectives, counted as they are called, and the time of a call."""
     shape = sizes.shapes[0]
     for world in sizes.ranks:
-        port = _free_port()
+        port = free_port()
         arguments = (world, port, sizes.rank_samples, shape, sizes.repeats)
         with torch.multiprocessing.get_context("spawn").Pool(world) as pool:
             rows = pool.starmap(_on_rank, [(rank, *arguments) for rank in range(world)], chunksize=1)
@@ -249,9 +248,3 @@ def _evaluate(sigreg: SIGReg, z: Tensor, counts: list[int] | None = None) -> tup
     x = z.detach().requires_grad_()
     value = sigreg(x, step=0, counts=counts)
     return value.detach(), torch.autograd.grad(value, x)[0]
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])

@@ -108,8 +108,9 @@ class Trial:
         """A step's micro-batches, of the same views each."""
         return iter([lambda: self.views] * self.plan.accumulation)
 
-    def step(self, micro_batches: Iterable[MakeViews]) -> Sums:
-        """One optimizer step as train.py takes it; (mean loss, gradient norm). Each item makes a micro-batch's views."""
+    def step(self, micro_batches: Iterable[MakeViews], then: Callable[[dict[str, Tensor]], None] | None = None) -> Sums:
+        """One optimizer step as train.py takes it; (mean loss, gradient norm). Each item makes a micro-batch's views; `then`
+        gets what each micro-batch put out, after its backward pass."""
         total, count = torch.zeros((), device=self.device), self.plan.accumulation
         for micro, (views, replay) in enumerate(self._replayed(micro_batches)):
             seed_step(self.config.run.seed, self.number, micro)
@@ -119,6 +120,8 @@ class Trial:
             with self.phases("backward"):
                 self.engine.backward(out["loss"] / count, micro == count - 1)
             total += out["loss"].detach() / count
+            if then is not None:
+                then(out)
         with self.phases("optimizer"):
             norm = self.engine.step(self.config.optim.lr / 10, self.config.optim.weight_decay)
         self.number += 1
