@@ -5,6 +5,7 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -88,6 +89,21 @@ def test_statistics_of_one_sample_are_refused_before_anything_starts() -> None:
             check_world(validate(tree), 1)
         exact = validate({**tree, "objective": {**objective, "accumulation": "exact"}})
         assert check_world(exact, 1).accumulation == 2
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        ({"activation_checkpointing": "budget"}, "set engine.compile=true too"),
+        ({"name": "ddp", "cpu_offload": True}, "cpu_offload is for fsdp and zero1/2/3, not ddp"),
+        ({"name": "zero3", "precision": "bf16", "fp8": True}, "fp8 is for single, ddp and fsdp, not zero3"),
+        ({"fp8": True}, "fp8 needs engine.precision=bf16"),
+        ({"activation_checkpointing": True}, "'none', 'full', 'selective' or 'budget'"),
+    ],
+)
+def test_settings_of_the_step_that_do_not_go_together_are_refused(engine: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        validate(small_config("r", "s", engine=engine))
 
 
 def test_configuration_imports_no_torch() -> None:

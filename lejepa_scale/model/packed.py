@@ -71,10 +71,9 @@ class PackedBlock(nn.Module):
 
 class PackedAttention(nn.Module):
     """Multi-head self-attention of timm over a row of tokens: fused or separate projections, grouped queries, normalised
-    queries and keys, rotary positions, gate."""
+    queries and keys, rotary positions."""
 
     qkv: nn.Module | None
-    gate: nn.Module | None
     q_proj: nn.Module
     k_proj: nn.Module
     v_proj: nn.Module
@@ -90,9 +89,8 @@ class PackedAttention(nn.Module):
     def __init__(self, attn: Any) -> None:
         super().__init__()
         _adopt(self, attn)
-        for name in ("qkv", "gate"):
-            if not hasattr(self, name):
-                setattr(self, name, None)
+        if not hasattr(self, "qkv"):
+            self.qkv = None
         self.num_heads, self.head_dim = int(attn.num_heads), int(attn.head_dim)
         self.rotate_half = bool(getattr(attn, "rotate_half", False))
 
@@ -105,8 +103,6 @@ class PackedAttention(nn.Module):
         if k.shape[1] != self.num_heads:
             k, v = (part.repeat_interleave(self.num_heads // part.shape[1], 1) for part in (k, v))
         out = self.norm(BACKENDS[row.backend](q, k, v, row.branch, row.starts).flatten(1))
-        if self.gate is not None:
-            out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
     def _project(self, x: Float[Tensor, "t e"]) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,7 +127,10 @@ def packable(backbone: Any) -> bool:
     if type(backbone) not in _MODELS or (isinstance(backbone, Eva) and backbone.patch_drop is not None):
         return False
     return all(
-        type(block) in _PRE_NORM + _POST_NORM and type(block.attn) in _ATTENTIONS and not block.attn.attn_drop.p
+        type(block) in _PRE_NORM + _POST_NORM
+        and type(block.attn) in _ATTENTIONS
+        and not block.attn.attn_drop.p
+        and getattr(block.attn, "gate", None) is None
         for block in backbone.blocks
     )
 

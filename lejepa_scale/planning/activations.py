@@ -95,8 +95,6 @@ def _attention(block: PackedBlock, width: int, rotates: bool, packed_kernel: boo
     kept += inner * (1 if packed_kernel else 2) + attn.num_heads * _FP32  # outputs; logarithms of the softmax's sums
     if not isinstance(attn.norm, nn.Identity):
         kept += _inner_norm(attn.num_heads * attn.head_dim, size)
-    if attn.gate is not None:
-        kept += 2 * inner  # the gate and the product
     return kept + _scaled(block, width, size)
 
 

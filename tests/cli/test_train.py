@@ -44,9 +44,13 @@ def test_help_teaches(command: Command) -> None:
 
 def test_single_process_writes_what_the_contract_says(command: Command, tmp_path: Path, scenes: Path) -> None:
     run = tmp_path / "run"
-    path = command.config(small_config(run, scenes, checkpoint={"every": 2, "keep": 1}))
+    path = command.config(small_config(run, scenes, checkpoint={"every": 2, "keep": 1}, model={"drop_path": 0.3}))
     result = command(TRAIN, "--config", path)
     assert result.returncode == 0, result.stderr
+    assert (
+        "Attention by sdpa, 704 tokens of 64 views in a row; stochastic depth leaves a block 484 of them or more."
+        in (result.stdout + result.stderr)
+    )
     lines = records(run)
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert set(lines[0]) >= KEYS

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import Encoder
+from lejepa_scale.model import Encoder, attention
 from lejepa_scale.model.attention import Packing, choose_backend
 
 
@@ -43,6 +43,25 @@ def test_a_backend_that_cannot_run_here_is_refused_by_name() -> None:
     assert choose_backend("auto", packing, **arguments) == "sdpa"
     with pytest.raises(UserError, match="xformers: needs CUDA"):
         choose_backend("xformers", packing, **arguments)
+
+
+def test_auto_is_the_fastest_backend_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults and times are made up here, since other backends need a GPU; random numbers are left alone."""
+    faults = {"xformers": "no kernel", "varlen": None, "sdpa": None}
+    seconds = {"xformers": 1.0, "varlen": 2.0, "sdpa": 3.0}
+    monkeypatch.setattr(attention, "_fault", lambda name, *_: faults[name])
+    monkeypatch.setattr(attention, "_seconds", lambda name, *_: seconds[name])
+    arguments = {"heads": 3, "head_dim": 8, "device": torch.device("cpu"), "dtype": torch.float32}
+    assert choose_backend("auto", Packing(((2, 7),)), **arguments) == "varlen"
+    seconds["sdpa"] = 1.5
+    assert choose_backend("auto", Packing(((2, 8),)), **arguments) == "sdpa"
+    before = torch.get_rng_state()
+    inputs = attention._draw(Packing(((2, 4), (3, 2))), 2, 8, torch.device("cpu"), torch.float32)
+    out, *gradients = attention._forward_backward("sdpa", inputs, Packing(((2, 4), (3, 2))))
+    assert out.shape == (14, 2, 8)
+    assert attention.offsets(Packing(((2, 4), (3, 2))), torch.device("cpu")).tolist() == [0, 4, 8, 10, 12, 14]
+    assert all(g.shape == out.shape for g in gradients)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_uniform_stochastic_depth_is_refused_where_blocks_are_timms() -> None:

@@ -1,0 +1,119 @@
+"""How engines get their first weights: none can be forgotten without a sign, and no rank but the first draws them all. What
+of an engine's settings shows in no result."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from conftest import small_config
+from ranks import run_ranks
+from torch.distributed.fsdp import CPUOffloadPolicy
+
+from lejepa_scale.config import Config, check_world, validate
+from lejepa_scale.engine import Engine, build_engine
+from lejepa_scale.engine.zero import deepspeed_config
+from lejepa_scale.model import LeJEPA, build
+
+ENGINES = ["ddp", "fsdp", "zero1", "zero3"]
+FORGOTTEN = "encoder.backbone.blocks.1.mlp.fc2.weight"
+
+
+def _config(name: str, **model: Any) -> Config:
+    engine = {"name": name, "precision": "bf16"}
+    return validate(small_config("unused", "unused", engine=engine, model={"options": {"depth": 2}, **model}))
+
+
+def _forgetful(names: list[str]) -> list[list[bool]]:
+    """Whether the loss is finite, for each engine whole and with one weight that nobody loads."""
+    whole, found = Engine.load, []
+
+    def load(self: Engine, state: Any) -> None:
+        parameters = dict(self.module.named_parameters())
+        scatter = type(self)._scatter
+        self._scatter = lambda p, full, moment: (  # type: ignore[method-assign]
+            None if p is parameters[FORGOTTEN] else scatter(self, p, full, moment)
+        )
+        whole(self, state)
+
+    for name in names:
+        config, finite = _config(name), []
+        for Engine.load in (whole, load):  # type: ignore[method-assign]
+            engine = build_engine(config, check_world(config, 2), lambda c=config: build(c), torch.device("cpu"), None)
+            out = engine.forward([torch.randn(2, 8, 3, 32, 32)], 0)
+            finite.append(bool(torch.isfinite(out["loss"])))
+        found.append(finite)
+    return found
+
+
+def test_a_weight_that_nobody_loads_shows_in_the_first_loss() -> None:
+    assert run_ranks(_forgetful, 2, ENGINES)[0] == [[True, False]] * len(ENGINES)
+
+
+def _drawn(names: list[str]) -> list[int]:
+    """How many modules with weights in them were built here, for each engine."""
+    counts = []
+    for name in names:
+        config, real = _config(name), []
+
+        def factory(c: Config = config, real: list[bool] = real) -> LeJEPA:
+            module = build(c)
+            # ZeRO-3 empties what it has cut
+            real.append(sum(p.numel() for p in module.parameters() if not p.is_meta) > 1000)
+            return module
+
+        build_engine(config, check_world(config, 2), factory, torch.device("cpu"), None)
+        counts.append(sum(real))
+    return counts
+
+
+def test_only_the_first_rank_draws_a_whole_model() -> None:
+    assert run_ranks(_drawn, 2, ["ddp", "fsdp", "zero3"]) == [[1, 1, 1], [0, 0, 0]]
+
+
+def _rotary_precision() -> set[torch.dtype]:
+    """Of the sines and cosines that blocks get under FSDP in bf16."""
+    options = {"depth": 2, "embed_dim": 96, "num_heads": 4}
+    config = _config("fsdp", encoder="vit_small_patch16_dinov3", options=options)
+    engine = build_engine(config, check_world(config, 2), lambda: build(config), torch.device("cpu"), None)
+    seen = set()
+    for block in engine.module.encoder.blocks:
+        inner = block.attn.forward
+        block.attn.forward = lambda x, row, inner=inner: (seen.update((x.dtype, row.rope[0].dtype)), inner(x, row))[1]
+    engine.forward([torch.randn(2, 8, 3, 32, 32)], 0)
+    return seen
+
+
+def test_rotary_positions_stay_in_fp32() -> None:
+    assert run_ranks(_rotary_precision, 2)[0] == {torch.bfloat16, torch.float32}
+
+
+def _fsdp_settings() -> list[tuple[int, int, bool]]:
+    """Units fetched ahead of the first and of the last block, and whether shards lie on the host, for each configuration."""
+    found = []
+    for prefetch, offload in ((0, False), (1, False), (2, True)):
+        engine = {"name": "fsdp", "prefetch": prefetch, "cpu_offload": offload}
+        config = validate(small_config("unused", "unused", engine=engine, model={"options": {"depth": 4}}))
+        built = build_engine(config, check_world(config, 2), lambda c=config: build(c), torch.device("cpu"), None)
+        first, *_, last = (block._get_fsdp_state() for block in built.module.encoder.blocks)
+        group = first._fsdp_param_groups[0] if hasattr(first, "_fsdp_param_groups") else first._fsdp_param_group
+        ahead = len(first._states_to_forward_prefetch), len(last._states_to_backward_prefetch)
+        found.append((*ahead, isinstance(group.offload_policy, CPUOffloadPolicy)))
+    return found
+
+
+def test_fsdp_fetches_ahead_and_offloads_as_asked() -> None:
+    assert run_ranks(_fsdp_settings, 2)[0] == [(0, 0, False), (1, 1, False), (2, 2, True)]
+
+
+def test_deepspeed_is_told_the_size_of_a_block() -> None:
+    engine = {"name": "zero3", "prefetch": 2, "cpu_offload": True}
+    config = validate(small_config("unused", "unused", engine=engine, model={"options": {"depth": 4}}))
+    with torch.device("meta"):
+        module = build(config)
+    settings = deepspeed_config(config, check_world(config, 2), module)["zero_optimization"]
+    block = sum(p.numel() for p in module.encoder.blocks[0].parameters())
+    rest = sum(p.numel() for p in module.parameters()) - 4 * block
+    assert settings["stage3_prefetch_bucket_size"] == settings["reduce_bucket_size"] == 2 * block
+    assert 3 * block <= settings["stage3_max_live_parameters"] < 3.1 * block + 2 * rest
+    assert settings["offload_optimizer"]["device"] == settings["offload_param"]["device"] == "cpu"
