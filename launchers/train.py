@@ -17,8 +17,9 @@ import time
 import warnings
 from pathlib import Path
 
-from lejepa_scale.config import dump, load
+from lejepa_scale.config import dump, load_config
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import launch
 
 
 def main() -> int:
@@ -29,7 +30,7 @@ def main() -> int:
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     arguments = parser.parse_intermixed_args()
     try:
-        config = load(arguments.config, arguments.overrides)
+        config = load_config(arguments.config, arguments.overrides)
     except UserError as error:
         error.everywhere = True
         return fail(error)
@@ -38,8 +39,8 @@ def main() -> int:
         return 0
     # libraries inside torch and DeepSpeed call each other's deprecated names
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    from lejepa_scale.allocator import keep_memory  # torch is imported once the configuration is known to be sound
-    from lejepa_scale.train import train
+    from lejepa_scale.cpu.allocator import keep_memory  # torch is imported once the configuration is known to be sound
+    from lejepa_scale.training.loop import train
 
     keep_memory()
     try:
@@ -52,7 +53,7 @@ def main() -> int:
 
 def fail(error: UserError) -> int:
     """Print the paragraph once where every rank has the same error, else with the rank."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launch.rank()
     if rank == 0 or not error.everywhere:
         print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
     else:

@@ -22,8 +22,8 @@ def _seeded() -> None:
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """96 labelled scenes of 32 px in three shards."""
-    from lejepa_scale.data import sources
-    from lejepa_scale.data.writer import write_shards
+    from lejepa_scale.data.make import sources
+    from lejepa_scale.data.make.writer import write_shards
 
     out = tmp_path_factory.mktemp("scenes")
     source = sources.scenes(96, 32, 0, "png", 90)
@@ -56,7 +56,7 @@ def small_config(run_dir: Path | str, shards: Path | str, **sections: dict[str, 
 def without_gradient(config: Config) -> set[str]:
     """Parameters of the configured model that its loss does not depend on: their gradient vanishes in float64.
 
-    Such is the bias before a batch normalisation. In fp32 it has a gradient of rounding, which no two ways of adding
+    Such is the bias before a batch normalization. In fp32 it has a gradient of rounding, which no two ways of adding
     agree on; tests hold it to be small instead.
     """
     from lejepa_scale.model import build

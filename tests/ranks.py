@@ -26,7 +26,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
     context = mp.get_context(
         "forkserver"
     )  # ranks are forked from a process that has imported everything and run nothing
-    context.set_forkserver_preload(["lejepa_scale.train"])
+    context.set_forkserver_preload(["lejepa_scale.training.loop"])
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         processes = [
@@ -55,13 +55,13 @@ def _rank(function: Callable[..., Any], rank: int, world: int, port: int, folder
         "MASTER_PORT": str(port),
     }
     torch.set_num_threads(1)
-    from lejepa_scale import distributed
+    from lejepa_scale.parallel import collectives, process_group
 
     try:
-        distributed.start(timedelta(seconds=120))
+        process_group.join(timedelta(seconds=120))
         torch.save(function(*args), Path(folder) / f"result{rank}")
-        distributed.barrier()
-        distributed.stop()
+        collectives.barrier()
+        process_group.leave()
     except BaseException:
         (Path(folder) / f"error{rank}").write_text(traceback.format_exc())
         os._exit(1)

@@ -29,6 +29,7 @@ from benchmarks.features import FEATURES
 from benchmarks.measure import Results, free_port, run_sections
 
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import launch
 
 _STEP = """The step is the trainer's own, on any recipe, engine and launcher:
 
@@ -108,8 +109,8 @@ def _report(results: Results, out: Path | None) -> int:
 
 def _step(arguments: argparse.Namespace) -> int:
     """Here, under a launcher, or on ranks of its own."""
-    launched, rank = "RANK" in os.environ, int(os.environ.get("RANK", "0"))
-    ranks = int(os.environ["WORLD_SIZE"]) if launched else arguments.ranks
+    rank = launch.rank()
+    ranks = launch.ranks() if launch.launched() else arguments.ranks
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     try:
         recipe, options = _step_request(arguments, ranks)
@@ -117,7 +118,7 @@ def _step(arguments: argparse.Namespace) -> int:
     except UserError as error:
         error.everywhere = True
         return _refuse(error, rank)
-    if ranks > 1 and not launched:
+    if ranks > 1 and not launch.launched():
         return _on_ranks(ranks)
     if rank:
         sys.stdout = open(os.devnull, "w")

@@ -19,14 +19,14 @@ import torch
 from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.errors import UserError
-from lejepa_scale.evaluation import Features, Row, as_table, extract, isotropy, isotropy_table, raw_pixels, score
+from lejepa_scale.evaluation import Features, Scores, as_table, extract, isotropy, isotropy_table, raw_pixels, score
 from lejepa_scale.evaluation.features import Batches
 from lejepa_scale.model import Encoder
 
 
 def evaluate(
     checkpoint: Path, train: list[str], test: list[str], k: int, batch: int, device: torch.device
-) -> tuple[list[Row], Features]:
+) -> tuple[list[Scores], Features]:
     """The scores of all kinds of features, and the trained encoder's test features."""
     encoder, config = load_encoder(checkpoint)
     untrained, _ = load_encoder(checkpoint, trained=False)

@@ -15,8 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lejepa_scale.data.index import index_shards, verify
-from lejepa_scale.data.stream import Reader, expand
+from lejepa_scale.data.index.shards import index_shards, verify
+from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.errors import UserError
 
 

@@ -15,11 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-from lejepa_scale.config import load
-from lejepa_scale.data import open_sources
-from lejepa_scale.data.audit import faults, first_difference, order_of_steps, summary
-from lejepa_scale.data.audit import load as load_log
-from lejepa_scale.data.keylog import header_line, record_line
+from lejepa_scale.config import load_config
+from lejepa_scale.data import open_mixture
+from lejepa_scale.data.audit.check import faults, first_difference, order_of_steps, read_log, summary
+from lejepa_scale.data.audit.keylog import header_line, record_line
 from lejepa_scale.errors import UserError
 
 _ORDER = """Print the samples of each global step, in the format of a run's key log. Nothing is trained or decoded.
@@ -74,8 +73,8 @@ def _order(arguments: argparse.Namespace) -> int:
     if arguments.world_size < 1:
         raise UserError(f"--world-size {arguments.world_size}: at least one rank is needed.")
     workers = [] if arguments.workers is None else [f"data.workers={arguments.workers}"]
-    config = load(arguments.config, [*arguments.overrides, *workers])
-    sources = open_sources(config.data)
+    config = load_config(arguments.config, [*arguments.overrides, *workers])
+    sources = open_mixture(config.data)
     sys.stdout.write(header_line(sources.key_log_header(config, decoded=False)))
     steps = arguments.steps
     for step, records in order_of_steps(sources, config, arguments.world_size, steps.start, steps.stop):
@@ -85,7 +84,7 @@ def _order(arguments: argparse.Namespace) -> int:
 
 
 def _audit(arguments: argparse.Namespace) -> int:
-    logs = [load_log(path, arguments.steps) for path in arguments.logs]
+    logs = [read_log(path, arguments.steps) for path in arguments.logs]
     for log in logs:
         print(summary(log))
     if len(logs) == 1:

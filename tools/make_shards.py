@@ -16,8 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from lejepa_scale.data import sources
-from lejepa_scale.data.writer import is_written, write_shards
+from lejepa_scale.data.make import sources
+from lejepa_scale.data.make.writer import is_written, write_shards
 from lejepa_scale.errors import UserError
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.data import evaluation_batches
-from lejepa_scale.data.photometric import normalise
+from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.pca import dense_features, pca_maps
 
@@ -34,7 +34,7 @@ def draw(run: Path, shards: list[str], out: Path, images: int, size: int | None)
     encoder, config = load_encoder(run)
     side = size or 2 * config.image_size
     pictures, _ = next(iter(evaluation_batches(shards, image_size=side, batch_size=images, limit=images)))
-    maps = pca_maps(dense_features(encoder, normalise(pictures), _SHIFTS))
+    maps = pca_maps(dense_features(encoder, normalize(pictures), _SHIFTS))
 
     columns = math.ceil(len(pictures) / 2)
     figure = pyplot.figure(figsize=(6 + 1.5 * columns, 6), layout="constrained")

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lejepa_scale.checkpoint.canonical import MOMENTS, CanonicalState
+from lejepa_scale.checkpoint.state import MOMENTS, CanonicalState
 from lejepa_scale.errors import UserError
 
 _MARKER = "COMPLETE"

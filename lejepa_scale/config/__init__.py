@@ -2,7 +2,7 @@
 anything starts."""
 
 from lejepa_scale.config.batches import BatchPlan, check_world, plan_batches
-from lejepa_scale.config.files import dump, load, validate
+from lejepa_scale.config.files import dump, load_config, validate
 from lejepa_scale.config.schema import Augment, Config, Data, Optim, ViewGroup, Views
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "Views",
     "check_world",
     "dump",
-    "load",
+    "load_config",
     "plan_batches",
     "validate",
 ]

@@ -13,7 +13,7 @@ from lejepa_scale.config.schema import Config
 from lejepa_scale.errors import UserError
 
 
-def load(path: Path, overrides: list[str] | None = None) -> Config:
+def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. Raises UserError."""
     try:
         text = Path(path).read_text()

@@ -150,7 +150,7 @@ class Data(Section):
 
 class Projector(Section):
     hidden: Positive = 2048
-    layers: Positive = Field(3, description="linear layers; batch normalisation and GELU between them")
+    layers: Positive = Field(3, description="linear layers; batch normalization and GELU between them")
     dim: Positive = Field(64, description="width of the embeddings that the objective sees")
 
 

@@ -1,6 +1,9 @@
 """From tar shards to batches of views: index, order, bytes, decoding, crops, colours, and the loader that joins them."""
 
+from lejepa_scale.data.batch import Batch
 from lejepa_scale.data.device import ahead
-from lejepa_scale.data.loader import Batch, Loader, evaluation_batches, open_sources
+from lejepa_scale.data.evaluation import evaluation_batches
+from lejepa_scale.data.loader import Loader
+from lejepa_scale.data.mixture import Mixture, open_mixture
 
-__all__ = ["Batch", "Loader", "ahead", "evaluation_batches", "open_sources"]
+__all__ = ["Batch", "Loader", "Mixture", "ahead", "evaluation_batches", "open_mixture"]

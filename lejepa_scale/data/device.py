@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from lejepa_scale.data.loader import Batch
+from lejepa_scale.data.batch import Batch
 
 T = TypeVar("T")
 

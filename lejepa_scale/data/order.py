@@ -10,11 +10,12 @@ from typing import NamedTuple
 import numpy as np
 
 from lejepa_scale.config import BatchPlan
+from lejepa_scale.seeds import GAMMA, splitmix64
 
 _ROUNDS = 10  # of the Feistel network; few leave a bias that shows where there are only a handful of shards
 _EPOCHS_HELD = 4
 _SHARES = 1 << 30  # weights of a mixture are rounded to parts of this
-_GAMMA, _MIX_1, _MIX_2 = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+_GAMMA = np.uint64(GAMMA)
 
 
 class Location(NamedTuple):
@@ -66,7 +67,9 @@ class SourceOrder:
 
     def _keys(self, epoch: np.ndarray, part: np.ndarray | int) -> np.ndarray:
         """uint64 [n]: what chooses the permutation of an epoch's shards (part 0) or of one of its blocks (1 + block)."""
-        return _mix(_mix(self._seed + epoch.astype(np.uint64) * _GAMMA) + np.asarray(part).astype(np.uint64) * _GAMMA)
+        return splitmix64(
+            splitmix64(self._seed + epoch.astype(np.uint64) * _GAMMA) + np.asarray(part).astype(np.uint64) * _GAMMA
+        )
 
 
 class Order:
@@ -129,16 +132,9 @@ def _feistel(x: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
     left, right = np.divmod(x, b)
     for _ in range(_ROUNDS):
         key = key + _GAMMA
-        left, right = right, (left + _mix(key + right) % a) % a
+        left, right = right, (left + splitmix64(key + right) % a) % a
         a, b = b, a
     return left * b + right
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64's finaliser: a bijection of uint64 that spreads every bit over all."""
-    x = (x ^ (x >> np.uint64(30))) * _MIX_1
-    x = (x ^ (x >> np.uint64(27))) * _MIX_2
-    return x ^ (x >> np.uint64(31))
 
 
 def positions(step: int, micro: int, rank: int, plan: BatchPlan) -> range:

@@ -6,8 +6,8 @@ import zlib
 from concurrent.futures import Future
 
 from lejepa_scale.data.faults import SampleFault
-from lejepa_scale.data.scan import NO_IMAGE, ShardIndex
-from lejepa_scale.data.stream import Reader, is_remote
+from lejepa_scale.data.index.scan import NO_IMAGE, ShardIndex
+from lejepa_scale.data.io.reader import Reader, is_remote
 
 
 def read_ahead(reader: Reader, shard: ShardIndex, member: int) -> Future[bytes] | None:

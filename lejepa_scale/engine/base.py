@@ -11,10 +11,10 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lejepa_scale.checkpoint.canonical import MOMENTS, CanonicalState
-from lejepa_scale.distributed import rank, world_size
+from lejepa_scale.checkpoint.state import MOMENTS, CanonicalState
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import LeJEPA, Replay
+from lejepa_scale.parallel.process_group import rank, world_size
 
 Factory = Callable[[], LeJEPA]
 

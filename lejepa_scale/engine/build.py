@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from lejepa_scale.checkpoint.canonical import CanonicalState
+from lejepa_scale.checkpoint.state import CanonicalState
 from lejepa_scale.config import BatchPlan, Config
-from lejepa_scale.distributed import rank
 from lejepa_scale.engine.base import Engine, Factory
+from lejepa_scale.parallel.process_group import rank
 
 
 def build_engine(

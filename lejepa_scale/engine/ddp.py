@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from lejepa_scale.config import BatchPlan, Config
-from lejepa_scale.distributed import world_size
 from lejepa_scale.engine.base import Factory
-from lejepa_scale.engine.torch_native import TorchEngine
-from lejepa_scale.engine.wrap import materialise, parameters_on_meta, prepare_blocks
+from lejepa_scale.engine.torch_engine import TorchEngine
+from lejepa_scale.engine.wrap import materialize, parameters_on_meta, prepare_blocks
 from lejepa_scale.model import Replay
+from lejepa_scale.parallel.process_group import world_size
 
 
 class ReplicaEngine(TorchEngine):
@@ -24,7 +24,7 @@ class ReplicaEngine(TorchEngine):
         with parameters_on_meta():
             module = factory()
         prepare_blocks(module, config)
-        materialise(module, device)
+        materialize(module, device)
         super().__init__(module, config, device)
         self.accumulation, self.done = plan.accumulation, 0
         self.bf16 = config.engine.precision == "bf16"

@@ -10,11 +10,11 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from lejepa_scale.config import Config
-from lejepa_scale.distributed import world_size
 from lejepa_scale.engine.base import Factory
-from lejepa_scale.engine.torch_native import TorchEngine
-from lejepa_scale.engine.wrap import materialise, parameters_on_meta, prepare_blocks, sharding_units
+from lejepa_scale.engine.torch_engine import TorchEngine
+from lejepa_scale.engine.wrap import materialize, parameters_on_meta, prepare_blocks, sharding_units
 from lejepa_scale.model import Replay
+from lejepa_scale.parallel.process_group import world_size
 
 
 class FSDPEngine(TorchEngine):
@@ -38,7 +38,7 @@ class FSDPEngine(TorchEngine):
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
         fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
         _prefetch(module, units, config.engine.prefetch)  # type: ignore[arg-type]
-        materialise(module, device, torch.device("cpu") if offload else None)
+        materialize(module, device, torch.device("cpu") if offload else None)
         super().__init__(module, config, device)
 
     def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:

@@ -107,7 +107,7 @@ def parameters_on_meta() -> Iterator[None]:
 
 
 @torch.no_grad()
-def materialise(module: nn.Module, device: torch.device, parameters_on: torch.device | None = None) -> None:
+def materialize(module: nn.Module, device: torch.device, parameters_on: torch.device | None = None) -> None:
     """Memory for what is on the meta device: NaN, so that a weight nobody loads shows at the first step."""
     home = parameters_on or device
     module._apply(lambda t: torch.empty_like(t, device=home) if t.is_meta else t.to(device))

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from lejepa_scale.config import BatchPlan, Config
-from lejepa_scale.distributed import rank
 from lejepa_scale.engine.base import Engine, Factory
+from lejepa_scale.engine.optim import adamw, set_hyperparameters
 from lejepa_scale.engine.wrap import prepare_blocks, sharding_units
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Replay
 from lejepa_scale.model.packed import PackedBlock
-from lejepa_scale.optim import adamw, set_hyperparameters
+from lejepa_scale.parallel.process_group import rank
 
 _MINIMUM = (0, 19, 5)
 

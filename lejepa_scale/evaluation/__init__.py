@@ -4,11 +4,11 @@ from lejepa_scale.evaluation.features import Features, extract, raw_pixels
 from lejepa_scale.evaluation.isotropy import isotropy, isotropy_table
 from lejepa_scale.evaluation.knn import knn_accuracy
 from lejepa_scale.evaluation.linear import linear_accuracy
-from lejepa_scale.evaluation.report import Row, as_table, score
+from lejepa_scale.evaluation.report import Scores, as_table, score
 
 __all__ = [
     "Features",
-    "Row",
+    "Scores",
     "as_table",
     "extract",
     "isotropy",

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
-from lejepa_scale.data.photometric import normalise
+from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder
 
@@ -37,17 +37,17 @@ def extract(encoder: Encoder, batches: Batches, device: torch.device, name: str 
     encoder = encoder.to(device).eval()
     rows, labels = [], []
     for images, label in tqdm(batches, desc=name, unit="batch", leave=False, mininterval=1.0):
-        rows.append(encoder([normalise(images.to(device))])[0].float().cpu())
+        rows.append(encoder([normalize(images.to(device))])[0].float().cpu())
         labels.append(label)
     return Features(torch.cat(rows), torch.cat(labels))
 
 
 def raw_pixels(batches: Batches, side: int = 32) -> Features:
-    """The baseline without an encoder: what the encoder is given (normalised pixels, so that a cosine does not measure
+    """The baseline without an encoder: what the encoder is given (normalized pixels, so that a cosine does not measure
     brightness), averaged down to at most side x side, flattened."""
     rows, labels = [], []
     for images, label in batches:
-        x = normalise(images)
+        x = normalize(images)
         if x.shape[-1] > side:
             x = F.interpolate(x, size=(side, side), mode="area")
         rows.append(x.flatten(1))

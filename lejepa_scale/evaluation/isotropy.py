@@ -69,7 +69,7 @@ def jarque_bera(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     return len(x) / 6 * (skewness.square() + excess.square() / 4)
 
 
-def moments(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
+def first_four_moments(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
     """Sum over the first four moments of the squared difference from N(0, 1), each over its variance there: N times
     mean^2 + (x^2 - 1)^2/2 + (x^3)^2/15 + (x^4 - 3)^2/96, with means inside the squares; mean 4 at N(0, 1)."""
     targets, variances = (0.0, 1.0, 0.0, 3.0), (1.0, 2.0, 15.0, 96.0)
@@ -85,7 +85,7 @@ TESTS: dict[str, Test] = {
     "Watson": watson,
     "Shapiro-Wilk": shapiro_wilk,
     "Jarque-Bera": jarque_bera,
-    "moments": moments,
+    "first four moments": first_four_moments,
 }
 
 

@@ -13,7 +13,7 @@ _PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # from strong to weak, each fit sta
 
 
 def linear_accuracy(train: Features, test: Features, *, iterations: int = 50) -> tuple[float, float]:
-    """(test top-1, chosen L2 penalty). Features are standardised with training statistics; every tenth training row is
+    """(test top-1, chosen L2 penalty). Features are standardized with training statistics; every tenth training row is
     held out to choose the penalty, then all are used. Deterministic."""
     mean, std = train.rows.mean(0), train.rows.std(0).clamp_min(1e-6)
     rows, test_rows = (train.rows - mean) / std, (test.rows - mean) / std

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from lejepa_scale.evaluation.features import Features
 from lejepa_scale.evaluation.knn import knn_accuracy
 from lejepa_scale.evaluation.linear import linear_accuracy
-from lejepa_scale.metrics import effective_rank
+from lejepa_scale.evaluation.spectrum import effective_rank
 
 
 @dataclass(frozen=True)
-class Row:
+class Scores:
     """Scores of one kind of features; accuracies in 0..1."""
 
     name: str
@@ -22,12 +22,12 @@ class Row:
     width: int
 
 
-def score(name: str, train: Features, test: Features, k: int = 20) -> Row:
+def score(name: str, train: Features, test: Features, k: int = 20) -> Scores:
     linear, penalty = linear_accuracy(train, test)
-    return Row(name, knn_accuracy(train, test, k=k), linear, penalty, effective_rank(test.rows), train.rows.shape[1])
+    return Scores(name, knn_accuracy(train, test, k=k), linear, penalty, effective_rank(test.rows), train.rows.shape[1])
 
 
-def as_table(rows: list[Row]) -> str:
+def as_table(rows: list[Scores]) -> str:
     lines = [f"{'features':<20}{'k-NN':>9}{'linear':>9}{'eff. rank':>11}{'width':>8}"]
     for row in rows:
         rank = f"{row.effective_rank:.1f}"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import packed
 from lejepa_scale.model.attention import Packing, choose_backend
-from lejepa_scale.model.norm import synchronised
+from lejepa_scale.model.norm import synchronized
 
 OUR_SIZES: dict[str, dict[str, Any]] = {
     "vit_nano": dict(embed_dim=128, depth=4, num_heads=4, patch_size=8),
@@ -69,7 +69,7 @@ class Encoder(nn.Module):
                 backbone.blocks[i] = packed.PackedBlock(block, drop_path if drop_path_uniform else None)
         elif drop_path_uniform and drop_path:
             raise UserError(f"model.drop_path_uniform is for vision transformers; {name} has rates of its own.")
-        self.backbone: Any = synchronised(backbone)
+        self.backbone: Any = synchronized(backbone)
 
     @property
     def patch_size(self) -> int | None:
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         return [self.backbone.forward_head(tokens, pre_logits=True) for tokens in self._packed_tokens(images)]
 
     def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w e"]:
-        """Normalised features of the patches (or of the last feature map) in their place."""
+        """Normalized features of the patches (or of the last feature map) in their place."""
         features = self._packed_tokens([images])[0] if self.packed else self.backbone.forward_features(images)
         if features.ndim == 4:
             return features.movedim(1, -1)

@@ -12,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lejepa_scale.config import Config
-from lejepa_scale.distributed import world_size
 from lejepa_scale.errors import UserError
 from lejepa_scale.model.encoder import Encoder
 from lejepa_scale.model.norm import BatchNorm
 from lejepa_scale.model.projector import Predictor, Projector
 from lejepa_scale.objective import LeJEPALoss, Regularizer, SIGReg, WeakSIGReg
+from lejepa_scale.parallel.process_group import world_size
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LeJEPA(nn.Module):
             return {"features": features}
         whole = features if replay is None else replay.joined(features)
         count = whole.shape[1]
-        z = self.projector(whole.flatten(0, 1))  # one batch of all views for the normalisation
+        z = self.projector(whole.flatten(0, 1))  # one batch of all views for the normalization
         predicted = None if self.predictor is None else rearrange(self.predictor(z), "(v b) d -> v b d", b=count)
         z = rearrange(z, "(v b) d -> v b d", b=count)
         terms = self.loss(z, num_global, step=step, predicted=predicted, counts=[count] * world_size())
@@ -97,7 +97,7 @@ def check(config: Config) -> int:
     if config.objective.accumulation == "exact" and any(isinstance(m, BatchNorm) for m in model.encoder.modules()):
         raise UserError(
             f"objective.accumulation=exact cannot be exact for model.encoder={config.model.encoder}: its batch "
-            "normalisation sees one micro-batch at a time. Use micro or unbiased, or an encoder without batch normalisation."
+            "normalization sees one micro-batch at a time. Use micro or unbiased, or an encoder without batch normalization."
         )
     return sum(p.numel() for p in model.parameters())
 

@@ -1,4 +1,4 @@
-// Batch normalisation's passes over x [rows, width] on a CPU, channels last; REAL is float or double. Sums run over blocks of
+// Batch normalization's passes over x [rows, width] on a CPU, channels last; REAL is float or double. Sums run over blocks of
 // rows in REAL, and over blocks, in order, in double: the same for any number of threads.
 #include <stdlib.h>
 #include <string.h>
@@ -42,7 +42,7 @@ template <typename F> static void two_sums(long rows, long width, double *total,
 
 // out [1 + 2 width]: rows, means, sums of squared differences from them. Sums are of differences from the first row, so that
 // a mean that is large against the deviation costs no digits.
-extern "C" void moments(const REAL *x, REAL *out, long rows, long width, int threads) {
+extern "C" void statistics(const REAL *x, REAL *out, long rows, long width, int threads) {
     double *total = (double *)malloc(2 * width * sizeof(double));
     two_sums(rows, width, total, threads, [=](auto &first, auto &second, long at, long column) {
         auto value = first, shift = first;
@@ -62,7 +62,7 @@ extern "C" void moments(const REAL *x, REAL *out, long rows, long width, int thr
 }
 
 // y = (x - mean) scale + bias
-extern "C" void normalise(const REAL *x, const REAL *mean, const REAL *scale, const REAL *bias, REAL *y, long rows, long width,
+extern "C" void normalize(const REAL *x, const REAL *mean, const REAL *scale, const REAL *bias, REAL *y, long rows, long width,
                           int threads) {
 #pragma omp parallel for num_threads(threads)
     for (long row = 0; row < rows; row++) {

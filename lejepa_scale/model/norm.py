@@ -1,4 +1,4 @@
-"""Batch normalisation over the global batch: fp32 statistics, synchronised over ranks, for any input precision."""
+"""Batch normalization over the global batch: fp32 statistics, synchronized over ranks, for any input precision."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lejepa_scale.distributed import gather_statistics
 from lejepa_scale.model import norm_cpu
+from lejepa_scale.parallel.collectives import gather_statistics
 
 
 class BatchNorm(nn.Module):
-    """Normalise channel (dim 1) over all other dims and all ranks; drop-in for nn.BatchNorm1d/2d by parameter name.
+    """Normalize channel (dim 1) over all other dims and all ranks; drop-in for nn.BatchNorm1d/2d by parameter name.
 
     Statistics, affine and output are computed in fp32 (fp64 for fp64) whatever the parameters were cast to, and the
     input's dtype is returned. Unequal batches per rank are right. One small collective forward, one backward.
@@ -43,7 +43,7 @@ class BatchNorm(nn.Module):
         wide = x if x.dtype == torch.float64 else x.float()
         weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
         if self.training or not self.track:
-            y, mean, var, count = _Normalise.apply(wide, weight, bias, self.eps)
+            y, mean, var, count = _Normalize.apply(wide, weight, bias, self.eps)
             if self.track and self.training:
                 self._update(mean, var, count)
         else:
@@ -59,14 +59,14 @@ class BatchNorm(nn.Module):
         self.num_batches_tracked += 1
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """Each half of the work in few passes over memory, with the ranks' statistics exchanged between the halves."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        ctx.native = norm_cpu.usable(x)
+        ctx.kernels = norm_cpu.usable(x)
         # Chan's combination of (count, mean, M2) per rank: no cancellation when the mean is large
-        parts = gather_statistics(norm_cpu.moments(x) if ctx.native else _moments(x))  # [W, 1 + 2C]
+        parts = gather_statistics(norm_cpu.statistics(x) if ctx.kernels else _statistics(x))  # [W, 1 + 2C]
         counts, means, m2s = parts[:, :1], *parts[:, 1:].chunk(2, dim=1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
@@ -74,8 +74,8 @@ class _Normalise(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, var, count)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var, count)
-        if ctx.native:
-            return norm_cpu.normalise(x, mean, weight * (var + eps).rsqrt(), bias), mean, var, count
+        if ctx.kernels:
+            return norm_cpu.normalize(x, mean, weight * (var + eps).rsqrt(), bias), mean, var, count
         return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, count
 
     @staticmethod
@@ -84,7 +84,7 @@ class _Normalise(torch.autograd.Function):
         x, weight, mean, var, count = ctx.saved_tensors
         inverse = (var + ctx.eps).rsqrt()
         own_sums = x.new_zeros(2, x.shape[1])  # of grad y and grad on this rank: the affine parameters' gradients
-        if ctx.native:
+        if ctx.kernels:
             own_sums = norm_cpu.gradient_sums(grad, x, mean)
             own_sums[0] *= inverse
         elif x.numel():
@@ -96,7 +96,7 @@ class _Normalise(torch.autograd.Function):
         of_product, of_grad = gather_statistics(own_sums).sum(0) / count
         scale = weight * inverse
         slope, shift = -scale * inverse * of_product, scale * of_grad
-        if ctx.native:
+        if ctx.kernels:
             return norm_cpu.gradient(grad, x, mean, slope, scale, shift), own_sums[0], own_sums[1], None
         shape = [1, -1, *[1] * (x.ndim - 2)]
         dx = x - mean.view(shape)  # first, lest sums over the batch that ought to be zero fill with rounding
@@ -104,7 +104,7 @@ class _Normalise(torch.autograd.Function):
         return dx, own_sums[0], own_sums[1], None
 
 
-def _moments(x: Float[Tensor, "b c *rest"]) -> Float[Tensor, " 1+2*c"]:
+def _statistics(x: Float[Tensor, "b c *rest"]) -> Float[Tensor, " 1+2*c"]:
     """Values per channel, means, and sums of squared differences from them."""
     n = x.numel() // x.shape[1]
     if not n:
@@ -116,7 +116,7 @@ def _moments(x: Float[Tensor, "b c *rest"]) -> Float[Tensor, " 1+2*c"]:
     return torch.cat([x.new_tensor([n]), mean, var * n])
 
 
-def synchronised(module: nn.Module) -> nn.Module:
+def synchronized(module: nn.Module) -> nn.Module:
     """Replace every nn.BatchNorm1d/2d inside `module` (timm's BatchNormAct2d too), keeping names and values."""
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
@@ -124,5 +124,5 @@ def synchronised(module: nn.Module) -> nn.Module:
             new.to(child.weight.dtype).load_state_dict(child.state_dict())
             setattr(module, name, new)
         else:
-            synchronised(child)
+            synchronized(child)
     return module

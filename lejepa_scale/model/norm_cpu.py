@@ -1,43 +1,41 @@
-"""Batch normalisation's passes over memory as C++ (norm.cpp), for a CPU and channels that lie last: half of torch's time,
+"""Batch normalization's passes over memory as C++ (norm.cpp), for a CPU and channels that lie last: half of torch's time,
 and sums kept in double. What is not so goes through torch."""
 
 from __future__ import annotations
 
-import ctypes
-import subprocess
-import warnings
-from functools import cache
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lejepa_scale.compiler import build
+from lejepa_scale.cpu.compiler import Kernels
 
-_SOURCE = Path(__file__).with_name("norm.cpp")
-_REALS = {torch.float32: "float", torch.float64: "double"}
-_TENSORS = {"moments": 2, "normalise": 5, "gradient_sums": 4, "gradient": 7}
+KERNELS = Kernels(
+    Path(__file__).with_name("norm.cpp"),
+    {"statistics": "**ll", "normalize": "*****ll", "gradient_sums": "****ll", "gradient": "*******ll"},
+    fallback="batch normalization runs without its C++ kernels",
+)
 
 
 def usable(x: Tensor) -> bool:
     """Whether `x` is rows of channels in memory, and the kernels could be built."""
-    if x.device.type != "cpu" or x.dtype not in _REALS or not x.numel() or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
         return False
-    return _channels_last(x) and _library(x.dtype) is not None
+    return _channels_last(x) and KERNELS.library(x.dtype) is not None
 
 
-def moments(x: Float[Tensor, "b c *rest"]) -> Float[Tensor, " 1+2*c"]:
+def statistics(x: Float[Tensor, "b c *rest"]) -> Float[Tensor, " 1+2*c"]:
     """The number of values per channel, their means, and the sums of their squared differences from them."""
     out = x.new_empty(1 + 2 * x.shape[1])
-    _call("moments", x, x, out)
+    _call("statistics", x, x, out)
     return out
 
 
-def normalise(x: Float[Tensor, "b c *rest"], mean: Tensor, scale: Tensor, bias: Tensor) -> Float[Tensor, "b c *rest"]:
+def normalize(x: Float[Tensor, "b c *rest"], mean: Tensor, scale: Tensor, bias: Tensor) -> Float[Tensor, "b c *rest"]:
     """(x - mean) scale + bias"""
     y = torch.empty_like(x)
-    _call("normalise", x, x, mean, scale, bias.contiguous(), y)
+    _call("normalize", x, x, mean, scale, bias.contiguous(), y)
     return y
 
 
@@ -74,20 +72,4 @@ def _like(grad: Tensor, x: Tensor) -> Tensor:
 
 def _call(name: str, x: Tensor, *tensors: Tensor) -> None:
     width = x.shape[1]
-    pointers = [tensor.data_ptr() for tensor in tensors]
-    getattr(_library(x.dtype), name)(*pointers, x.numel() // width, width, torch.get_num_threads())
-
-
-@cache
-def _library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """None, and a warning, where the machine has no compiler."""
-    try:
-        library = ctypes.CDLL(str(build(_SOURCE, _REALS[dtype])))
-    except (OSError, subprocess.SubprocessError) as error:
-        warnings.warn(f"batch normalisation runs without its C++ kernels: {error}", stacklevel=2)
-        return None
-    for name, tensors in _TENSORS.items():
-        function = getattr(library, name)
-        function.argtypes = [ctypes.c_void_p] * tensors + [ctypes.c_long] * 2 + [ctypes.c_int]
-        function.restype = None
-    return library
+    KERNELS.call(name, x.dtype, *(tensor.data_ptr() for tensor in tensors), x.numel() // width, width)

@@ -22,7 +22,7 @@ _ATTENTIONS = (Attention, EvaAttention, AttentionRope)
 Kept = tuple[Int[Tensor, " k"], ...]  # of every group, the sequences that a branch processes
 
 
-class Row(NamedTuple):
+class PackedRow(NamedTuple):
     """A packed row as one block meets it."""
 
     packing: Packing
@@ -53,7 +53,7 @@ class PackedBlock(nn.Module):
         """What each residual branch processes in training."""
         return packing.thinned(self.drop_path) if self.drop_path else packing
 
-    def forward(self, x: Float[Tensor, "t e"], row: Row) -> Float[Tensor, "t e"]:
+    def forward(self, x: Float[Tensor, "t e"], row: PackedRow) -> Float[Tensor, "t e"]:
         for_attention, for_mlp = row.kept or (None, None)
         own = _select(x, row, for_attention)
         own = self.norm1(self.attn(own, row)) if self.post_norm else self.attn(self.norm1(own), row)
@@ -70,7 +70,7 @@ class PackedBlock(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """Multi-head self-attention of timm over a row of tokens: fused or separate projections, grouped queries, normalised
+    """Multi-head self-attention of timm over a row of tokens: fused or separate projections, grouped queries, normalized
     queries and keys, rotary positions."""
 
     qkv: nn.Module | None
@@ -94,7 +94,7 @@ class PackedAttention(nn.Module):
         self.num_heads, self.head_dim = int(attn.num_heads), int(attn.head_dim)
         self.rotate_half = bool(getattr(attn, "rotate_half", False))
 
-    def forward(self, x: Float[Tensor, "t e"], row: Row) -> Float[Tensor, "t e"]:
+    def forward(self, x: Float[Tensor, "t e"], row: PackedRow) -> Float[Tensor, "t e"]:
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         if row.rope is not None:
@@ -151,7 +151,7 @@ def embed(backbone: Any, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor
 
 def rows(
     blocks: Sequence[PackedBlock], packing: Packing, ropes: Sequence[Tensor | None], device: torch.device, backend: str
-) -> Iterator[Row]:
+) -> Iterator[PackedRow]:
     """One row per block. In training the sequences that a branch leaves out are drawn here, for all blocks at once."""
     orders = None
     if any(block.training and block.drop_path for block in blocks):
@@ -164,17 +164,17 @@ def rows(
             )
             kept = for_attention, for_mlp
         tables = None if ropes[0] is None else tuple(t[min(i, len(t) - 1)] for t in ropes if t is not None)
-        yield Row(packing, branch, offsets(branch, device), kept, tables, backend)
+        yield PackedRow(packing, branch, offsets(branch, device), kept, tables, backend)
 
 
-def _select(x: Float[Tensor, "t e"], row: Row, kept: Kept | None) -> Float[Tensor, "k e"]:
+def _select(x: Float[Tensor, "t e"], row: PackedRow, kept: Kept | None) -> Float[Tensor, "k e"]:
     if kept is None:
         return x
     parts = zip(row.packing.split(x), kept, strict=True)
     return torch.cat([part.index_select(0, rows).flatten(0, 1) for part, rows in parts])
 
 
-def _add(x: Float[Tensor, "t e"], own: Float[Tensor, "k e"], row: Row, kept: Kept | None) -> Float[Tensor, "t e"]:
+def _add(x: Float[Tensor, "t e"], own: Float[Tensor, "k e"], row: PackedRow, kept: Kept | None) -> Float[Tensor, "t e"]:
     """Residual sum; what a subset contributes is scaled up to keep the mean."""
     if kept is None:
         return x + own

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lejepa_scale.objective import native
+from lejepa_scale.objective import cpu_kernels
 
 _BLOCK = 1 << 16  # projections worked on at once on a CPU: their eight complex powers stay near the cache
 _GRADIENTS = 1 << 18  # gradients of projections that a CPU holds at once, in the cache, ...
@@ -24,7 +24,7 @@ _LONGEST_SUM = 8192  # a matrix product adds its terms one after another: in fp3
 def reference_sums(
     z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"], dt: float, knots: int
 ) -> Float[Tensor, "2 k v m"]:
-    """The textbook form: materialises [V, N, M, K-1]. Differentiable; the oracle of the fused one."""
+    """The textbook form: materializes [V, N, M, K-1]. Differentiable; the oracle of the fused one."""
     t = dt * torch.arange(1, knots, device=z.device, dtype=z.dtype)
     angles = (z @ a.mT).unsqueeze(-1) * t  # [V, N, M, K-1]
     return torch.stack([angles.cos().sum(1), angles.sin().sum(1)]).movedim(-1, 1)
@@ -172,7 +172,7 @@ def _horner_gradient(p: Tensor, weights: Tensor, dt: float) -> Tensor:
 
 _traced = Arithmetic(_rotated_sums, _horner_gradient)
 _fused = Arithmetic(_blocked_sums, _blocked_gradient)
-_native = Arithmetic(native.sums, native.gradient)
+_cpu = Arithmetic(cpu_kernels.sums, cpu_kernels.gradient)
 
 
 def _arithmetic(backend: str) -> Arithmetic:
@@ -180,13 +180,13 @@ def _arithmetic(backend: str) -> Arithmetic:
         return _traced
     if backend == "fused":
         return _fused
-    return _native if backend == "native" else _triton()
+    return _cpu if backend == "native" else _triton()
 
 
 def _triton() -> Arithmetic:
-    from lejepa_scale.objective import kernels
+    from lejepa_scale.objective import triton_kernels
 
-    return Arithmetic(kernels.sums, kernels.gradient)
+    return Arithmetic(triton_kernels.sums, triton_kernels.gradient)
 
 
 def has_triton() -> bool:

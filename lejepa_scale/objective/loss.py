@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lejepa_scale.objective.moments import scale_and_centre, scale_and_centre_sums
-from lejepa_scale.objective.regularizer import Regularizer, wide
+from lejepa_scale.objective.regularizer import Regularizer, to_float32
+from lejepa_scale.objective.visreg import scale_and_centre, scale_and_centre_sums
 
 
 class LossTerms(NamedTuple):
@@ -67,9 +67,9 @@ class LeJEPALoss(nn.Module):
     ) -> LossTerms:
         """z: this rank's embeddings, the `num_global` global views first. counts: as for Regularizer."""
         views, n, width = z.shape
-        x = wide(z)
+        x = to_float32(z)
         target = x[:num_global].mean(0)  # [N, D]
-        squared = ((x if predicted is None else wide(predicted)) - target).square().sum()
+        squared = ((x if predicted is None else to_float32(predicted)) - target).square().sum()
         sums = [squared[None], squared.new_full((1,), n)]
         if self.scale_centre:
             sums.append(scale_and_centre_sums(x).flatten())

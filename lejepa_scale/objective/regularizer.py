@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lejepa_scale.distributed import Group, sum_replicated, world_size
+from lejepa_scale.parallel.collectives import sum_replicated
+from lejepa_scale.parallel.process_group import Group, world_size
 
 
 class Regularizer(nn.Module, ABC):
@@ -49,7 +50,7 @@ class Regularizer(nn.Module, ABC):
         self._refuse_too_few(z, counts)
         z = self._sample(z)
         with torch.autocast(z.device.type, enabled=False):
-            sums = self.local_sums(wide(z), step)
+            sums = self.local_sums(to_float32(z), step)
             packed = torch.cat([sums.flatten(), extra.to(sums.dtype), sums.new_full((1,), z.shape[1])])
             sums_of_all, extra, count = sum_replicated(packed, self.group).split([sums.numel(), len(extra), 1])
             return self.statistic(sums_of_all.view_as(sums), count[0], step), extra
@@ -68,6 +69,6 @@ class Regularizer(nn.Module, ABC):
         return z.flatten(0, 1).unsqueeze(0) if self.joint else z
 
 
-def wide(x: Tensor) -> Tensor:
+def to_float32(x: Tensor) -> Tensor:
     """fp32, or fp64 for fp64: the precision of every statistic."""
     return x if x.dtype == torch.float64 else x.float()

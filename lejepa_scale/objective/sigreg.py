@@ -10,10 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from lejepa_scale.distributed import Group, counts_of_ranks, gather_rows, rank, sum_replicated, world_size
-from lejepa_scale.objective import characteristic, native
-from lejepa_scale.objective.communication import MODES, Mode, Traffic, traffic
+from lejepa_scale import seeds
+from lejepa_scale.objective import characteristic, cpu_kernels
+from lejepa_scale.objective.comm_cost import MODES, Mode, Traffic, traffic
 from lejepa_scale.objective.regularizer import Regularizer
+from lejepa_scale.parallel.collectives import counts_of_ranks, gather_rows, sum_replicated
+from lejepa_scale.parallel.process_group import Group, rank, world_size
 
 Backend = Literal["auto", "reference", "fused", "native", "triton"]
 
@@ -140,7 +142,7 @@ class SIGReg(Regularizer):
             return "fused"
         if z.is_cuda:
             return "triton" if characteristic.has_triton() else "fused"
-        return "native" if z.device.type == "cpu" and native.available() else "fused"
+        return "native" if z.device.type == "cpu" and cpu_kernels.available() else "fused"
 
     def statistic(self, sums: Float[Tensor, "2 k v m"], count: Tensor, step: int) -> Float[Tensor, ""]:
         """Of M' <= num_slices directions, their share of the mean over directions."""
@@ -170,7 +172,7 @@ def normal(seed: int, step: int, rows: int, columns: int, device: torch.device, 
 
 
 def _draw(seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    generator = torch.Generator(device).manual_seed(_mix(seed, step))
+    generator = torch.Generator(device).manual_seed(seeds.of_directions(seed, step))
     return torch.randn(rows, columns, generator=generator, device=device, dtype=dtype)
 
 
@@ -180,11 +182,3 @@ _opaque_draw = torch.library.custom_op("lejepa_scale::normal", _draw, mutates_ar
 @_opaque_draw.register_fake
 def _(seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, device=device, dtype=dtype)
-
-
-def _mix(seed: int, step: int) -> int:
-    """A 63-bit generator seed in which neighbouring (seed, step) pairs land far apart (splitmix64 finaliser)."""
-    x = (seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03 + 0x632BE59BD9B4E019) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-    return (x ^ (x >> 31)) >> 1

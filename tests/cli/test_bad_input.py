@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, Command, small_config
 from shardserver import serve
 
-from lejepa_scale.data.index import index_shards
+from lejepa_scale.data.index.shards import index_shards
 
 TRAIN = ROOT / "launchers/train.py"
 

@@ -46,7 +46,7 @@ def gradients(module: nn.Module) -> list[Tensor]:
 
 
 def test_the_recipe_is_lejepa(tmp_path: Path) -> None:
-    """Without batch normalisation a sample's embedding depends on no other: one packed forward and one per view agree."""
+    """Without batch normalization a sample's embedding depends on no other: one packed forward and one per view agree."""
     config = validate(small_config(tmp_path, tmp_path, model={"projector": {"layers": 1, "dim": 17}}))
     views = [
         torch.randn(g.count, 6, 3, g.size, g.size).double()
@@ -57,8 +57,8 @@ def test_the_recipe_is_lejepa(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_recipe_is_lejepa_with_batch_normalisation(tmp_path: Path) -> None:
-    """Ours normalises over all views, the recipe over each: the same where the views are the same images."""
+def test_the_recipe_is_lejepa_with_batch_normalization(tmp_path: Path) -> None:
+    """Ours normalizes over all views, the recipe over each: the same where the views are the same images."""
     tree = small_config(tmp_path, tmp_path, model=RESNET)
     tree["data"]["views"]["local"]["count"] = 0
     config = validate(tree)
@@ -69,9 +69,9 @@ def test_the_recipe_is_lejepa_with_batch_normalisation(tmp_path: Path) -> None:
 
 
 def _half(whole: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    from lejepa_scale import distributed
+    from lejepa_scale.parallel import process_group
 
-    z = whole.chunk(2)[distributed.rank()].clone().requires_grad_()
+    z = whole.chunk(2)[process_group.rank()].clone().requires_grad_()
     loss = minimal.sigreg(z, a, 3.0, 17, ranks=2)
     loss.backward()
     return loss.detach(), z.grad

@@ -122,10 +122,10 @@ def test_forms_that_differ_are_found_out(recipe: Callable[..., trial.Recipe], mo
         with torch.no_grad():
             engine.module.encoder.blocks[0].attn.qkv.weight.mul_(1.001)
 
-    def paralyse(engine: Any) -> None:
+    def paralyze(engine: Any) -> None:
         engine.optimizer.step = lambda: None
 
-    forms = [Form("the same"), Form("perturbed", alter=perturb), Form("paralysed", alter=paralyse)]
+    forms = [Form("the same"), Form("perturbed", alter=perturb), Form("paralyzed", alter=paralyze)]
     monkeypatch.setitem(features.FEATURES, "probe", lambda config: ("base", forms))
     _, *rows = compare.compare(recipe(), "probe", CPU, 1)
     assert [row["ok"] for row in rows] == [True, False, False]

@@ -13,8 +13,8 @@ import inspect_data
 import pytest
 from conftest import ROOT, Command, small_config
 
-from lejepa_scale.data import sources
-from lejepa_scale.data.writer import write_shards
+from lejepa_scale.data.make import sources
+from lejepa_scale.data.make.writer import write_shards
 
 Run = Callable[..., tuple[int, str, str]]
 

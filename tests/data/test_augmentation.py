@@ -20,10 +20,10 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
 from lejepa_scale.config import Augment, ViewGroup, plan_batches, validate
-from lejepa_scale.data import Loader, open_sources
-from lejepa_scale.data import photometric as ours
-from lejepa_scale.data import views as geometry
+from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.device import ahead, one_ahead
+from lejepa_scale.data.images import photometric as ours
+from lejepa_scale.data.images import views as geometry
 
 IMAGES = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
 PATHS = pytest.mark.parametrize("path", [ours._one_by_one, ours._together], ids=["cpu", "gpu"])
@@ -41,7 +41,7 @@ def parameters(**columns: float) -> torch.Tensor:
 
 
 def augmented(path: Path_, images: Tensor, rows: Tensor) -> Tensor:
-    """Values 0..1, before normalisation."""
+    """Values 0..1, before normalization."""
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (ours.MEAN, ours.STD))
     return path(images, rows.numpy()) * std + mean
 
@@ -50,9 +50,9 @@ X = IMAGES.float() / 255
 
 
 @PATHS
-def test_identity_is_normalisation(path: Path_) -> None:
-    torch.testing.assert_close(path(IMAGES, parameters().numpy()), ours.normalise(IMAGES))
-    torch.testing.assert_close(ours.normalise(IMAGES), reference.normalize(X, list(ours.MEAN), list(ours.STD)))
+def test_identity_is_normalization(path: Path_) -> None:
+    torch.testing.assert_close(path(IMAGES, parameters().numpy()), ours.normalize(IMAGES))
+    torch.testing.assert_close(ours.normalize(IMAGES), reference.normalize(X, list(ours.MEAN), list(ours.STD)))
 
 
 @PATHS
@@ -252,7 +252,7 @@ def loaded(folder: Path, shards: Path, seed: int = 0, steps: int = 1, **groups: 
     )
     config = validate(tree)
     plan = plan_batches(config, 1)
-    return list(islice(Loader(open_sources(config.data), config, plan, rank=0, first_step=0, pin_memory=False), steps))
+    return list(islice(Loader(open_mixture(config.data), config, plan, rank=0, first_step=0, pin_memory=False), steps))
 
 
 def test_a_further_view_changes_no_other(scenes: Path, tmp_path: Path) -> None:
@@ -284,7 +284,7 @@ def test_loading_holds_on_to_nothing(leak: bool, scenes: Path, tmp_path: Path, m
         monkeypatch.setattr(geometry, "_resized", lambda *a: kept.append(np.zeros(100)) or resized(*a))
     config = validate(small_config(tmp_path, scenes, train={"steps": 9, "global_batch": 32}))
     batches = iter(
-        Loader(open_sources(config.data), config, plan_batches(config, 1), rank=0, first_step=0, pin_memory=False)
+        Loader(open_mixture(config.data), config, plan_batches(config, 1), rank=0, first_step=0, pin_memory=False)
     )
 
     def epochs(count: int) -> tuple[int, int]:

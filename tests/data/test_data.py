@@ -11,7 +11,7 @@ import torch
 from conftest import small_config
 
 from lejepa_scale.config import BatchPlan, validate
-from lejepa_scale.data import Loader, evaluation_batches, open_sources
+from lejepa_scale.data import Loader, evaluation_batches, open_mixture
 
 
 def plan(ranks: int, micro: int, accumulation: int = 1) -> BatchPlan:
@@ -25,7 +25,7 @@ def config(scenes: Path, tmp_path: Path):
 
 def test_batches_depend_on_nothing_but_the_step(config, scenes: Path) -> None:
     """Workers, ranks and the step one starts at change no pixel and no augmentation parameter."""
-    sources = open_sources(config.data)
+    sources = open_mixture(config.data)
     reference = list(islice(Loader(sources, config, plan(1, 12), rank=0, first_step=0, pin_memory=False), 10))
     assert len({key for batch in reference[:8] for key in batch.keys}) == 96  # one epoch: every sample
     with_workers = validate(
@@ -51,14 +51,14 @@ def test_batches_depend_on_nothing_but_the_step(config, scenes: Path) -> None:
 
 
 def test_labels_and_fingerprint(config, scenes: Path) -> None:
-    sources = open_sources(config.data)
+    sources = open_mixture(config.data)
     assert (sources.num_samples, sources.num_classes) == (96, 10)
     batch = next(iter(Loader(sources, config, plan(1, 12), rank=0, first_step=0, pin_memory=False)))
     assert [int(key) % 10 for key in batch.keys] == batch.labels.tolist()
     fewer = config.data.model_copy(
         update={"shards": [config.data.shards[0].model_copy(update={"shards": [str(next(scenes.glob("*.tar")))]})]}
     )
-    assert open_sources(fewer).fingerprint != sources.fingerprint
+    assert open_mixture(fewer).fingerprint != sources.fingerprint
 
 
 def test_evaluation_keeps_stored_order(scenes: Path) -> None:

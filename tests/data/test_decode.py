@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from lejepa_scale.config import ViewGroup, Views
-from lejepa_scale.data import views as geometry
-from lejepa_scale.data.decode import DecodeError, Enough, decode, dimensions
+from lejepa_scale.data.images import views as geometry
+from lejepa_scale.data.images.decode import DecodeError, MinResolution, decode, dimensions
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -39,7 +39,7 @@ def encoded(image: np.ndarray | Image.Image, kind: str = "JPEG", **options) -> b
 IMAGE = picture(120, 200)
 LARGE = picture(1400, 2100)
 LARGE_JPEG = encoded(LARGE, quality=92)
-ENOUGH = geometry.enough([Views().global_, Views().local])
+ENOUGH = geometry.min_resolution([Views().global_, Views().local])
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_reduced_image_gives_nearly_the_same_views() -> None:
     small = decode(LARGE_JPEG, ENOUGH)
     assert small.shape == (700, 1050, 3)
     assert decode(LARGE_JPEG).shape == LARGE.shape
-    assert decode(encoded(LARGE[:1400:2], "PNG"), Enough(1, 1)).shape == (700, 2100, 3)
+    assert decode(encoded(LARGE[:1400:2], "PNG"), MinResolution(1, 1)).shape == (700, 2100, 3)
     for group in (Views().global_, Views().local):
         draws = np.random.default_rng(3).random((group.count, geometry.DRAWS))
         boxes = [geometry.crop_boxes(*x.shape[:2], group.scale, draws) for x in (decode(LARGE_JPEG), small)]
@@ -156,5 +156,7 @@ def test_orientation_is_applied_at_every_size() -> None:
 
 def test_resolution_follows_the_most_demanding_group() -> None:
     fine, coarse = ViewGroup(count=1, size=200, scale=(0.1, 1)), ViewGroup(count=1, size=50, scale=(0.1, 1))
-    assert geometry.enough([fine, coarse]) == geometry.enough([fine])
-    assert geometry.enough([ViewGroup(count=0, size=999, scale=(0.1, 1)), coarse]) == geometry.enough([coarse])
+    assert geometry.min_resolution([fine, coarse]) == geometry.min_resolution([fine])
+    assert geometry.min_resolution([ViewGroup(count=0, size=999, scale=(0.1, 1)), coarse]) == geometry.min_resolution(
+        [coarse]
+    )

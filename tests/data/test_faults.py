@@ -18,10 +18,11 @@ import pytest
 from conftest import small_config
 
 from lejepa_scale.config import BatchPlan, validate
-from lejepa_scale.data import Batch, Loader, evaluation_batches, open_sources, sources
+from lejepa_scale.data import Batch, Loader, evaluation_batches, open_mixture
 from lejepa_scale.data.faults import Fault, append_to_quarantine
-from lejepa_scale.data.index import index_shards
-from lejepa_scale.data.loader import Sources
+from lejepa_scale.data.index.shards import index_shards
+from lejepa_scale.data.make import sources
+from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
 
 COUNT = 12
@@ -124,15 +125,15 @@ def test_all_unusable_shards_are_listed_at_once(tmp_path: Path) -> None:
 # -- found when a sample is read: replaced, named and counted
 
 
-def opened(tmp_path: Path, *shards: Path, **data: Any) -> tuple[Any, Sources]:
+def opened(tmp_path: Path, *shards: Path, **data: Any) -> tuple[Any, Mixture]:
     tree = small_config(tmp_path / "run", [], train={"steps": 4, "global_batch": COUNT})
     tree["data"] |= {"shards": [str(shard) for shard in shards], **data}
     config = validate(tree)
-    return config, open_sources(config.data)
+    return config, open_mixture(config.data)
 
 
 def first_epoch(
-    config: Any, known: Sources, batch: int = COUNT, ranks: int = 1, rank: int = 0, epochs: int = 1
+    config: Any, known: Mixture, batch: int = COUNT, ranks: int = 1, rank: int = 0, epochs: int = 1
 ) -> list[Batch]:
     plan = BatchPlan(micro_batch=batch // ranks, ranks=ranks, accumulation=1)
     loader = Loader(known, config, plan, rank=rank, first_step=0, pin_memory=False)
@@ -140,8 +141,8 @@ def first_epoch(
 
 
 SAMPLES: dict[str, tuple[dict[str, bytes], str]] = {
-    "image that does not decode": ({"005.png": b"not an image"}, "12 bytes that no decoder recognises"),
-    "empty image": ({"005.png": b""}, "0 bytes that no decoder recognises"),
+    "image that does not decode": ({"005.png": b"not an image"}, "12 bytes that no decoder recognizes"),
+    "empty image": ({"005.png": b""}, "0 bytes that no decoder recognizes"),
     "image cut after its header": ({"005.png": picture(50)[:40]}, ""),
     "oversized image": (
         {"005.png": huge_png(10_000, 8_001)},

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 from shardserver import serve
 
-from lejepa_scale.data import index as module
-from lejepa_scale.data.index import Shards, index_shards
-from lejepa_scale.data.indexfiles import ROW, Home
+from lejepa_scale.data.index import shards as module
+from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation
+from lejepa_scale.data.index.shards import Shards, index_shards
+from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.data.samples import read_image
-from lejepa_scale.data.stream import Reader, expand
 from lejepa_scale.errors import UserError
 
 
@@ -153,7 +153,7 @@ def test_a_wrong_count_is_refused(folder: Path) -> None:
     shards = indexed(folder)
     rows = {path.name: row for path, row in zip(sorted(folder.glob("*.tar")), shards.rows.copy(), strict=True)}
     rows["shard-000001.tar"]["count"] += 1
-    home = Home(str(folder), None, Reader())
+    home = IndexLocation(str(folder), None, Reader())
     home.write_manifest(rows)
     wrong = indexed(folder)
     assert wrong.counts.tolist() == [32, 33, 32]
@@ -255,7 +255,7 @@ def test_remote_indexes_lie_in_the_cache_or_where_one_says(folder: Path, tmp_pat
 def _copy(tmp_path: Path) -> Path:
     """The index files of one address, where those of another are looked for."""
     (written,) = (tmp_path / "mine").iterdir()
-    target = Path(Home("http://127.0.0.1:9/set", tmp_path / "moved", Reader()).written[0])
+    target = Path(IndexLocation("http://127.0.0.1:9/set", tmp_path / "moved", Reader()).written[0])
     shutil.copytree(written, target)
     return tmp_path / "moved"
 
@@ -269,10 +269,10 @@ def test_an_index_that_cannot_be_written_is_an_error(folder: Path, tmp_path: Pat
 def test_a_start_on_a_billion_samples(tmp_path: Path) -> None:
     """100,000 shards that nobody serves: under 5 s and 200 MB, and no request."""
     base = "http://127.0.0.1:9/large"
-    rows = np.zeros(100_000, ROW)
+    rows = np.zeros(100_000, MANIFEST_ROW)
     rows["count"], rows["nbytes"], rows["digest"] = 10_000, 10**9, b"0123456789abcdef0123456789abcdef"
     named = {f"{number:06d}.tar": row for number, row in enumerate(rows)}
-    home = Home(base, tmp_path, Reader())
+    home = IndexLocation(base, tmp_path, Reader())
     home.write_manifest(named)
     del named
     parent, child = os.pipe()

@@ -20,9 +20,9 @@ from conftest import small_config
 from ranks import free_port
 
 from lejepa_scale.config import BatchPlan, Config, plan_batches, validate
-from lejepa_scale.data import Loader, open_sources
-from lejepa_scale.data.audit import faults, first_difference, load, order_of_steps
-from lejepa_scale.data.keylog import KeyLog, header_line, record_line
+from lejepa_scale.data import Loader, open_mixture
+from lejepa_scale.data.audit.check import faults, first_difference, order_of_steps, read_log
+from lejepa_scale.data.audit.keylog import KeyLog, header_line, record_line
 from lejepa_scale.data.order import _SHARES, Order, SourceOrder, interleave, permute, positions
 
 
@@ -156,7 +156,7 @@ def changed(tree: dict[str, Any], **sections: dict[str, Any]) -> Config:
 
 def test_ranks_workers_and_micro_batches_do_not_change_the_order(tree: dict[str, Any]) -> None:
     """At every position the same sample, for any micro batch x ranks x accumulation that makes the global batch."""
-    sources = open_sources(validate(tree).data)
+    sources = open_mixture(validate(tree).data)
     expected = list(order_of_steps(sources, validate(tree), 1, 0, 12))
     first, second = ([r for _, step in expected[i : i + 6] for r in step] for i in (0, 6))
     assert {r.sample for r in first} == {r.sample for r in second}
@@ -170,7 +170,7 @@ def test_ranks_workers_and_micro_batches_do_not_change_the_order(tree: dict[str,
 
 def expected_log(tree: dict[str, Any], path: Path) -> Path:
     config = validate(tree)
-    sources = open_sources(config.data)
+    sources = open_mixture(config.data)
     lines = [header_line(sources.key_log_header(config, decoded=False))]
     for step, records in order_of_steps(sources, config, 1, 0, config.train.steps):
         lines += [record_line(step, record) for record in records]
@@ -180,9 +180,9 @@ def expected_log(tree: dict[str, Any], path: Path) -> Path:
 
 def is_clean(run: Path, expected: Path) -> int:
     """The run's log is whole and as computed; how many samples were taken again."""
-    log = load(run)
+    log = read_log(run)
     assert faults(log) == []
-    assert first_difference(log, load(expected)) is None
+    assert first_difference(log, read_log(expected)) is None
     return log.repeated
 
 
@@ -198,7 +198,7 @@ def consume(tree: dict[str, Any], ranks: int, kill_at: int | None) -> None:
     """What train.py does with data, without a model: `ranks` loaders in step, the step number saved every third one. Dies of
     SIGKILL after taking `kill_at` micro-batches, in the middle of the next line."""
     config = validate(tree)
-    sources, split = open_sources(config.data), plan_batches(config, ranks)
+    sources, split = open_mixture(config.data), plan_batches(config, ranks)
     saved = config.run.dir / "saved"
     first = int(saved.read_text()) if saved.exists() else 0
     logs = [KeyLog(config.run.dir, rank, sources.key_log_header(config, decoded=True)) for rank in range(ranks)]
@@ -237,7 +237,7 @@ def test_ten_kills_of_the_loader_lose_and_repeat_nothing(tree: dict[str, Any], t
 def _train_rank(tree: dict[str, Any], environment: dict[str, str], kill_at: int | None) -> None:
     import torch
 
-    from lejepa_scale.train import train
+    from lejepa_scale.training.loop import train
 
     multiprocessing.set_start_method(
         "fork", force=True
@@ -261,7 +261,7 @@ def trainer() -> Callable[..., None]:
     """`start(tree, ranks, kill_at)` trains on real ranks, each a fork of one server that has done the imports. With
     `kill_at` the last rank dies of SIGKILL after that many micro-batches, and then the others, as under any launcher."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lejepa_scale.train"])
+    context.set_forkserver_preload(["lejepa_scale.training.loop"])
 
     def start(tree: dict[str, Any], ranks: int, kill_at: int | None) -> None:
         world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, Command
 
-from lejepa_scale.data import sources, synthetic
-from lejepa_scale.data.index import index_shards
-from lejepa_scale.data.writer import is_written, write_shards
+from lejepa_scale.data.index.shards import index_shards
+from lejepa_scale.data.make import sources, synthetic
+from lejepa_scale.data.make.writer import is_written, write_shards
 from lejepa_scale.errors import UserError
 
 MAKE = ROOT / "tools/make_shards.py"

@@ -16,11 +16,11 @@ from conftest import small_config
 from shardserver import Server, serve
 
 from lejepa_scale.config import BatchPlan, validate
-from lejepa_scale.data import Loader, open_sources
-from lejepa_scale.data.index import index_shards
+from lejepa_scale.data import Loader, open_mixture
+from lejepa_scale.data.index.scan import ShardIndex, scan
+from lejepa_scale.data.index.shards import index_shards
+from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.data.samples import read_ahead, read_image
-from lejepa_scale.data.scan import ShardIndex, scan
-from lejepa_scale.data.stream import Reader, expand
 from lejepa_scale.errors import UserError
 
 
@@ -312,7 +312,7 @@ def test_batches_from_a_bad_server_are_those_of_the_disk(
         tree["data"] |= {"shards": shards, **data}
         config = validate(tree)
         plan = BatchPlan(micro_batch=12, ranks=1, accumulation=1)
-        loader = Loader(open_sources(config.data), config, plan, rank=0, first_step=0, pin_memory=False)
+        loader = Loader(open_mixture(config.data), config, plan, rank=0, first_step=0, pin_memory=False)
         return list(islice(loader, 8))
 
     for name in server.files:

@@ -9,12 +9,12 @@ import torch
 from conftest import small_config, without_gradient
 from ranks import run_ranks
 
-from lejepa_scale import distributed
 from lejepa_scale.config import Config, check_world, validate
 from lejepa_scale.engine import build_engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Replay, build, check
 from lejepa_scale.model.lejepa import build_loss
+from lejepa_scale.parallel import process_group
 
 GLOBAL = 32
 
@@ -24,7 +24,7 @@ def _config(engine_name: str, accumulation: int, **objective: Any) -> Config:
         small_config(
             "unused",
             "unused",
-            train={"global_batch": GLOBAL, "micro_batch": GLOBAL // distributed.world_size() // accumulation},
+            train={"global_batch": GLOBAL, "micro_batch": GLOBAL // process_group.world_size() // accumulation},
             engine={"name": engine_name, "precision": "fp32"},
             model={"predictor": {"hidden": 33}},
             objective={"accumulation": "exact", "scale_centre": 0.1, **objective},
@@ -34,7 +34,7 @@ def _config(engine_name: str, accumulation: int, **objective: Any) -> Config:
 
 def one_step(engine_name: str, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor] | None]:
     """Losses of each micro-batch and the gradient norm of one exact step, and the gradient of every parameter (rank 0)."""
-    config, world = _config(engine_name, accumulation), distributed.world_size()
+    config, world = _config(engine_name, accumulation), process_group.world_size()
     plan = check_world(config, world)
     engine = build_engine(config, plan, lambda: build(config), torch.device("cpu"), None)
     generator = torch.Generator().manual_seed(0)
@@ -42,7 +42,7 @@ def one_step(engine_name: str, accumulation: int) -> tuple[list[float], dict[str
     size, numbers = plan.micro_batch, []
     cut = []
     for micro in range(accumulation):
-        start = (micro * world + distributed.rank()) * size
+        start = (micro * world + process_group.rank()) * size
         cut.append([v[:, start : start + size].contiguous() for v in groups])
     features = [engine.encode(views) for views in cut] if accumulation > 1 else []
     for micro, views in enumerate(cut):
@@ -139,7 +139,7 @@ def test_micro_batches_are_another_objective_and_unbiased_ones_are_not() -> None
 
 
 def test_exact_is_refused_where_it_cannot_be() -> None:
-    with pytest.raises(UserError, match=r"resnet18.*batch normalisation"):
+    with pytest.raises(UserError, match=r"resnet18.*batch normalization"):
         check(
             validate(
                 small_config(

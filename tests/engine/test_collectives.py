@@ -9,11 +9,11 @@ import torch
 from conftest import small_config
 from ranks import run_ranks
 
-from lejepa_scale import distributed
 from lejepa_scale.config import check_world, validate
-from lejepa_scale.distributed import CountBytes
 from lejepa_scale.engine import build_engine
 from lejepa_scale.model import build
+from lejepa_scale.parallel import process_group
+from lejepa_scale.parallel.collectives import CountBytes
 
 DEPTH = 4
 Calls = list[tuple[str, int]]  # kind of collective, bytes
@@ -29,7 +29,7 @@ def _count(name: str, settings: dict[str, Any], resolutions: int) -> tuple[Calls
             model={"options": {"depth": DEPTH}, "drop_path": 0.25},
         )
     )
-    plan = check_world(config, distributed.world_size())
+    plan = check_world(config, process_group.world_size())
     engine = build_engine(config, plan, lambda: build(config), torch.device("cpu"), None)
     views = [torch.randn(2, 8, 3, 32, 32), *[torch.randn(2, 8, 3, 16, 16)] * (resolutions - 1)]
     for step in range(3):  # DeepSpeed records the order of modules in the first

@@ -10,20 +10,20 @@ import torch
 from conftest import small_config, without_gradient
 from ranks import run_ranks
 
-from lejepa_scale import distributed
 from lejepa_scale.checkpoint import CanonicalState
 from lejepa_scale.config import Config, check_world, validate
 from lejepa_scale.engine import build_engine
 from lejepa_scale.model import build
+from lejepa_scale.parallel import process_group
 
 GLOBAL, STEPS = 16, 6
-# A key's bias and a bias before batch normalisation have no gradient but rounding, which AdamW scales up to a full step; an
+# A key's bias and a bias before batch normalization have no gradient but rounding, which AdamW scales up to a full step; an
 # epsilon far above the noise and far below real gradients keeps the comparison meaningful.
 EPSILON = 1e-4
 
 
 def _config(engine_name: str, accumulation: int = 1, precision: str = "fp32") -> Config:
-    micro_batch = GLOBAL // distributed.world_size() // accumulation
+    micro_batch = GLOBAL // process_group.world_size() // accumulation
     tree = small_config(
         "unused",
         "unused",
@@ -39,7 +39,7 @@ def train(
     engine_name: str, accumulation: int, precision: str = "fp32", poison: int | None = None
 ) -> tuple[list[tuple[float, float]], CanonicalState | None]:
     """Losses and gradient norms of STEPS steps on fixed random views, and the final state (rank 0)."""
-    world = distributed.world_size()
+    world = process_group.world_size()
     config = _config(engine_name, accumulation, precision)
     plan = check_world(config, world)
     device = torch.device("cpu")
@@ -54,7 +54,7 @@ def train(
         total = 0.0
         for micro in range(accumulation):
             size = plan.micro_batch
-            start = micro * size * world + distributed.rank() * size
+            start = micro * size * world + process_group.rank() * size
             out = engine.forward([v[:, start : start + size].contiguous() for v in views], step)
             engine.backward(out["loss"] / accumulation, micro == accumulation - 1)
             total += out["loss"].item() / accumulation
@@ -70,7 +70,7 @@ def _all_on_rank(name: str) -> Any:
 def _round_trip(name: str) -> bool:
     """Save, load into a fresh engine, save: every tensor is the same bit for bit."""
     config = _config(name)
-    plan = check_world(config, distributed.world_size())
+    plan = check_world(config, process_group.world_size())
     _, state = train(name, 1)
     engine = build_engine(config, plan, lambda: build(config), torch.device("cpu"), state)
     again = engine.save()
@@ -134,7 +134,9 @@ def _hybrid_on_rank() -> Any:
     config = validate(small_config("unused", "unused", engine={"name": "fsdp", "shard_degree": 2}))
     engine = build_engine(config, check_world(config, 4), lambda: build(config), torch.device("cpu"), None)
     generator = torch.Generator().manual_seed(0)
-    views = torch.randn(2, 16, 3, 32, 32, generator=generator)[:, distributed.rank() * 4 : distributed.rank() * 4 + 4]
+    views = torch.randn(2, 16, 3, 32, 32, generator=generator)[
+        :, process_group.rank() * 4 : process_group.rank() * 4 + 4
+    ]
     out = engine.forward([views], 0)
     engine.backward(out["loss"], True)
     placements = str(next(engine.module.parameters()).placements)

@@ -10,11 +10,11 @@ from conftest import small_config
 from ranks import run_ranks
 from torch import Tensor
 
-from lejepa_scale import distributed
 from lejepa_scale.config import Config, check_world, validate
 from lejepa_scale.engine import build_engine, wrap
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import build, check
+from lejepa_scale.parallel import process_group
 
 Step = tuple[float, float]
 
@@ -26,13 +26,13 @@ def _config(engine: dict[str, Any], **model: Any) -> Config:
 
 def _steps(config: Config, steps: int = 2) -> tuple[list[Step], int]:
     """Losses and gradient norms, and the bytes that the first step's forward pass kept for its backward pass."""
-    plan, device = check_world(config, distributed.world_size()), torch.device("cpu")
+    plan, device = check_world(config, process_group.world_size()), torch.device("cpu")
     engine = build_engine(config, plan, lambda: build(config), device, None)
     history, kept = [], 0
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         views = [torch.randn(2, 16, 3, size, size, generator=generator) for size in (32, 16)]
-        mine = slice(distributed.rank() * plan.micro_batch, (distributed.rank() + 1) * plan.micro_batch)
+        mine = slice(process_group.rank() * plan.micro_batch, (process_group.rank() + 1) * plan.micro_batch)
         torch.manual_seed(step)  # stochastic depth
         storages: dict[int, int] = {}
         with torch.autograd.graph.saved_tensors_hooks(lambda t: _note(t, storages), lambda t: t):  # noqa: B023

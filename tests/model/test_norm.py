@@ -1,4 +1,4 @@
-"""Batch normalisation against torch's, and over unequal ranks against one process."""
+"""Batch normalization against torch's, and over unequal ranks against one process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch
 from ranks import run_ranks
 from torch import nn
 
-from lejepa_scale import compiler, distributed
+from lejepa_scale.cpu import compiler
 from lejepa_scale.model import norm_cpu
-from lejepa_scale.model.norm import BatchNorm, synchronised
+from lejepa_scale.model.norm import BatchNorm, synchronized
+from lejepa_scale.parallel import process_group
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
@@ -23,7 +24,7 @@ from lejepa_scale.model.norm import BatchNorm, synchronised
 def test_equals_torch(shape: tuple[int, ...], layout: str) -> None:
     theirs = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1]).double()
     nn.init.normal_(theirs.weight)
-    ours = synchronised(nn.Sequential(copy.deepcopy(theirs)))[0]
+    ours = synchronized(nn.Sequential(copy.deepcopy(theirs)))[0]
     assert isinstance(ours, BatchNorm)
     x = torch.randn(shape, dtype=torch.float64) * 3 + 100
     if layout == "channels last" and x.ndim == 4:
@@ -50,13 +51,13 @@ def test_native_statistics_are_more_accurate_than_torchs(shape: tuple[int, ...])
         pytest.skip("no C++ compiler")
     n = x.numel() // shape[1]
     var, mean = torch.var_mean(x.double(), [0, *range(2, x.ndim)], correction=0)
-    found = norm_cpu.moments(x)
+    found = norm_cpu.statistics(x)
     assert found[0] == n
     torch.testing.assert_close(found[1 : 1 + shape[1]].double(), mean, rtol=1e-7, atol=0)
     torch.testing.assert_close(found[1 + shape[1] :].double() / n, var, rtol=1e-6, atol=0)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    assert torch.equal(norm_cpu.moments(x), found)
+    assert torch.equal(norm_cpu.statistics(x), found)
     torch.set_num_threads(before)
 
 
@@ -65,10 +66,10 @@ def test_without_a_compiler_torch_does_the_same(monkeypatch: pytest.MonkeyPatch,
     expected = BatchNorm(6)(x)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compiler, "which", lambda name: None)
-    norm_cpu._library.cache_clear()
+    norm_cpu.KERNELS._loaded.clear()
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
         torch.testing.assert_close(BatchNorm(6)(x), expected)
-    norm_cpu._library.cache_clear()
+    norm_cpu.KERNELS._loaded.clear()
 
 
 def test_low_precision_input_keeps_fp32_statistics() -> None:
@@ -81,8 +82,8 @@ def test_low_precision_input_keeps_fp32_statistics() -> None:
 
 def _on_rank(module: nn.Module, x: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:
     module = copy.deepcopy(module)  # arguments arrive in memory that the ranks share
-    start = sum(counts[: distributed.rank()])
-    mine = x[start : start + counts[distributed.rank()]].clone().requires_grad_()
+    start = sum(counts[: process_group.rank()])
+    mine = x[start : start + counts[process_group.rank()]].clone().requires_grad_()
     y = module(mine)
     y.square().mul(torch.arange(x.shape[1])).sum().backward()
     return y.detach(), mine.grad, module.running_var

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lejepa_scale.model import Encoder
 from lejepa_scale.model.attention import Packing, offsets
-from lejepa_scale.model.packed import Row, rows
+from lejepa_scale.model.packed import PackedRow, rows
 
 NARROW = {"depth": 2, "embed_dim": 96, "num_heads": 4}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -22,11 +22,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "vit_giant_patch14_dinov2": NARROW,  # SwiGLU
     "vit_medium_patch16_gap_240": {"depth": 2},  # average pooling, no class token
     "vit_so400m_patch14_siglip_224": NARROW,  # attention pooling
-    "vit_large_patch14_clip_224": NARROW,  # normalised embeddings
+    "vit_large_patch14_clip_224": NARROW,  # normalized embeddings
     "deit3_small_patch16_224": {"depth": 2},
     "eva_giant_patch14_224": NARROW,
     "eva02_tiny_patch14_224": {"depth": 2},  # rotary positions, SwiGLU
-    "eva02_base_patch14_448": NARROW,  # separate projections, normalised SwiGLU
+    "eva02_base_patch14_448": NARROW,  # separate projections, normalized SwiGLU
     "eva02_enormous_patch14_clip_224": NARROW,  # post-norm
     "vit_small_patch16_dinov3": {"depth": 2},
     "vit_small_plus_patch16_dinov3": {"depth": 2},
@@ -78,7 +78,7 @@ def test_a_subset_equals_whole_branches_masked(name: str) -> None:
     x = torch.randn(packing.tokens, encoder.embed_dim, dtype=torch.float64, requires_grad=True)
     found = block(x, row)
 
-    everything = Row(packing, packing, offsets(packing, x.device), None, None, "sdpa")
+    everything = PackedRow(packing, packing, offsets(packing, x.device), None, None, "sdpa")
     half = _branch(block, x, everything, "attn", "norm1", ("ls1", "gamma_1"))
     y = x + half * _mask(row, 0)
     expected = y + _branch(block, y, everything, "mlp", "norm2", ("ls2", "gamma_2")) * _mask(row, 1)
@@ -89,7 +89,7 @@ def test_a_subset_equals_whole_branches_masked(name: str) -> None:
         torch.testing.assert_close(a, b)
 
 
-def _branch(block: Any, x: Tensor, row: Row, inner: str, norm: str, scale: tuple[str, str]) -> Tensor:
+def _branch(block: Any, x: Tensor, row: PackedRow, inner: str, norm: str, scale: tuple[str, str]) -> Tensor:
     def compute(y: Tensor) -> Tensor:
         return block.attn(y, row) if inner == "attn" else block.mlp(y)
 
@@ -99,7 +99,7 @@ def _branch(block: Any, x: Tensor, row: Row, inner: str, norm: str, scale: tuple
     return getattr(block, scale[0], lambda y: y)(out)
 
 
-def _mask(row: Row, branch: int) -> Tensor:
+def _mask(row: PackedRow, branch: int) -> Tensor:
     """[T, 1]: n / k for the tokens of the k kept among a group's n sequences, else 0."""
     assert row.kept is not None
     parts = []

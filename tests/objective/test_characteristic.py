@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lejepa_scale import compiler
-from lejepa_scale.objective import SIGReg, native
+from lejepa_scale.cpu import compiler
+from lejepa_scale.objective import SIGReg, cpu_kernels
 from lejepa_scale.objective.characteristic import fused_sums, has_triton, reference_sums
 
 KNOTS = (2, 3, 5, 17, 18, 33)
@@ -55,7 +55,7 @@ def test_native_kernels_equal_the_textbook_form(knots: int, shape: tuple[int, in
 def test_native_sines_are_accurate_at_any_angle(largest: float) -> None:
     """Rows of one sample are cosine and sine themselves; beyond 8192 the C library computes them."""
     x = (torch.rand(100_000, 1) * 2 - 1) * largest
-    found = native.sums(x, 1.0, 2).squeeze(1).double()
+    found = cpu_kernels.sums(x, 1.0, 2).squeeze(1).double()
     true = torch.stack([x.double().cos(), x.double().sin()]).squeeze(-1)
     assert float((found - true).abs().max()) < 1.5e-7
 
@@ -64,25 +64,23 @@ def test_native_kernels_are_built_once_and_by_any_number_of_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    code = "import torch; from lejepa_scale.objective import native; native.sums(torch.ones(2, 3), 1.0, 4)"
+    code = "import torch; from lejepa_scale.objective import cpu_kernels; cpu_kernels.sums(torch.ones(2, 3), 1.0, 4)"
     processes = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [p.wait(120) for p in processes] == [0, 0]
     (built,) = (tmp_path / "lejepa_scale").iterdir()
     before = built.stat().st_mtime_ns
-    assert compiler.build(native._SOURCE, "float") == built
+    assert compiler.build(cpu_kernels.KERNELS.source, "float") == built
     assert built.stat().st_mtime_ns == before
 
 
 def test_without_a_compiler_the_eager_code_runs_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(compiler, "which", lambda name: None)
-    for cached in (native.available, native._library):
-        cached.cache_clear()
+    cpu_kernels.KERNELS._loaded.clear()
     z = torch.randn(30, 4)
     with pytest.warns(UserWarning, match="no C\\+\\+ compiler"):
         value = SIGReg(num_slices=8)(z, step=0)
-    for cached in (native.available, native._library):
-        cached.cache_clear()
+    cpu_kernels.KERNELS._loaded.clear()
     torch.testing.assert_close(value, SIGReg(num_slices=8, backend="fused")(z, step=0))
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from lejepa_scale import distributed
 from lejepa_scale.objective import LeJEPALoss, SIGReg, WeakSIGReg
+from lejepa_scale.parallel import process_group
 
 
 def exact_integral(x: torch.Tensor) -> torch.Tensor:
@@ -143,8 +143,8 @@ def test_low_precision_embeddings_have_fp32_statistics(dtype: torch.dtype) -> No
 
 
 def _loss_on_rank(z: torch.Tensor, counts: list[int]) -> tuple[list[torch.Tensor], torch.Tensor]:
-    start = sum(counts[: distributed.rank()])
-    mine = z[:, start : start + counts[distributed.rank()]].clone().requires_grad_()
+    start = sum(counts[: process_group.rank()])
+    mine = z[:, start : start + counts[process_group.rank()]].clone().requires_grad_()
     terms = LeJEPALoss(SIGReg(num_slices=50), lambda_=0.3)(mine, 2, step=11)
     terms.loss.backward()
     return [t.detach() for t in terms], mine.grad

@@ -14,7 +14,7 @@ from torch import Tensor
 from lejepa_scale.engine import Engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.model.attention import Packing, offsets
-from lejepa_scale.model.packed import PackedBlock, Row
+from lejepa_scale.model.packed import PackedBlock, PackedRow
 
 
 def forward_per_group(engine: Engine) -> None:
@@ -53,7 +53,7 @@ def masked_depth(engine: Engine) -> None:
 
 
 def _masked_forward(
-    block: PackedBlock, whole: Callable[..., Tensor], x: Float[Tensor, "t e"], row: Row
+    block: PackedBlock, whole: Callable[..., Tensor], x: Float[Tensor, "t e"], row: PackedRow
 ) -> Float[Tensor, "t e"]:
     """The block on everything; `_masked_scale` finds there how the row is cut."""
     block.cut = row.packing  # type: ignore[assignment]

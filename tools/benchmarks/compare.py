@@ -10,9 +10,9 @@ from benchmarks.features import Form, compute_dtype, forms
 from benchmarks.measure import Row
 from benchmarks.rates import collective_calls, free, memory, rates, timed
 from benchmarks.trial import CHECKED, Recipe, Sums, Trial
-from lejepa_scale import distributed
 from lejepa_scale.config import Config
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import process_group
 
 
 def compare(recipe: Recipe, feature: str, device: torch.device, rounds: int, *, apart: bool = False) -> Iterator[Row]:
@@ -47,7 +47,7 @@ def _pair(recipe: Recipe, base: Form, form: Form, device: torch.device, rounds: 
             times = timed(trials, device, rounds)
             found = {name: _facts(trial, times[name]) for name, trial in trials.items()}
         except torch.OutOfMemoryError:
-            if distributed.world_size() > 1:
+            if process_group.world_size() > 1:
                 raise UserError(
                     "two forms do not fit the device at once: add --apart to measure them one by one."
                 ) from None
@@ -79,7 +79,7 @@ def _pair(recipe: Recipe, base: Form, form: Form, device: torch.device, rounds: 
 def _facts(trial: Trial, seconds: dict[str, float]) -> Row:
     row = rates(trial, seconds) | memory(trial)
     del row["case"]
-    if distributed.world_size() > 1:
+    if process_group.world_size() > 1:
         row |= collective_calls(trial)
     return row | {"first steps": trial.first}
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import WARM, Row
-from benchmarks.rates import collectives, memory, rates
+from benchmarks.rates import collective_rows, memory, rates
 from benchmarks.trace import breakdown
 from benchmarks.trial import MakeViews, Trial
-from lejepa_scale import distributed
 from lejepa_scale.config import Config, check_world
-from lejepa_scale.data import Batch, Loader, ahead, open_sources
-from lejepa_scale.data.loader import Sources
-from lejepa_scale.probe import OnlineProbe
+from lejepa_scale.data import Batch, Loader, ahead, open_mixture
+from lejepa_scale.data.mixture import Mixture
+from lejepa_scale.parallel import collectives, launch, process_group
+from lejepa_scale.training.probe import OnlineProbe
 
 
 class Fed:
@@ -44,13 +44,13 @@ class Fed:
 
     def step(self, batches: Iterator[Batch]) -> None:
         self.trial.step(self._micro_batches(batches), then=self._learn)
-        distributed.any_rank(False, torch.device("cpu"))
+        collectives.any_rank(False, torch.device("cpu"))
 
     def _micro_batches(self, batches: Iterator[Batch]) -> Iterator[MakeViews]:
         for _ in range(self.trial.plan.accumulation):
             with self.trial.phases("data wait", host=True):
                 batch = next(batches)
-                distributed.all_reduce_sum(torch.tensor([len(batch.skipped), 0]))
+                collectives.all_reduce_sum(torch.tensor([len(batch.skipped), 0]))
             self.labels.append(batch.labels)
             yield partial(self._colours, batch)
 
@@ -67,7 +67,7 @@ class Fed:
 
 def loader_rates(config: Config, device: torch.device, steps: int) -> Iterator[Row]:
     """The loader alone, then with the colours that are applied where training runs."""
-    plan = check_world(config, distributed.launched_ranks())
+    plan = check_world(config, launch.ranks())
     batches = _batches(_open(config), config, device, 0)
     case = f"{config.data.workers} workers a rank, {plan.micro_batch} images a batch"
     for name, colours in (("loader", False), (f"loader and colours on {device.type}", True)):
@@ -91,14 +91,14 @@ def _consume(batch: Batch, device: torch.device, colours: bool) -> None:
             torch.cuda.synchronize(device)
 
 
-def _open(config: Config) -> Sources:
-    distributed.on_rank_zero(lambda: open_sources(config.data).num_samples)
-    return open_sources(config.data, build=False)
+def _open(config: Config) -> Mixture:
+    collectives.on_rank_zero(lambda: open_mixture(config.data).num_samples)
+    return open_mixture(config.data, build=False)
 
 
-def _batches(sources: Sources, config: Config, device: torch.device, first_step: int) -> Iterator[Batch]:
-    plan = check_world(config, distributed.launched_ranks())
-    rank, pin = distributed.rank(), device.type == "cuda"
+def _batches(sources: Mixture, config: Config, device: torch.device, first_step: int) -> Iterator[Batch]:
+    plan = check_world(config, launch.ranks())
+    rank, pin = process_group.rank(), device.type == "cuda"
     return iter(Loader(sources, config, plan, rank=rank, first_step=first_step, pin_memory=pin))
 
 
@@ -118,6 +118,6 @@ def end_to_end(config: Config, device: torch.device, steps: int, trace: Path | N
     row = rates(trial, {"step": seconds, **phases})
     row["data wait fraction"] = phases["data wait"] / seconds
     yield row | memory(trial, whole_process=True)
-    yield from collectives(trial)
+    yield from collective_rows(trial)
     if trace is not None:
         yield from breakdown(trial, lambda: fed.step(batches), trace)

@@ -23,7 +23,7 @@ from benchmarks.compare import compare as compare_forms
 from benchmarks.measure import Results, Row, milliseconds, run_sections
 from benchmarks.sigreg import Shape, compare
 from lejepa_scale.config import check_world
-from lejepa_scale.data import photometric
+from lejepa_scale.data.images import photometric
 from lejepa_scale.engine import build_engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import build

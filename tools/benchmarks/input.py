@@ -20,10 +20,11 @@ from torchvision.transforms import v2
 
 from benchmarks.measure import Results, Row, run_sections
 from lejepa_scale.config import Augment, Config, ViewGroup, Views, plan_batches, validate
-from lejepa_scale.data import Loader, open_sources, sources
-from lejepa_scale.data.decode import decode
-from lejepa_scale.data.photometric import MEAN, STD
-from lejepa_scale.data.writer import write_shards
+from lejepa_scale.data import Loader, open_mixture
+from lejepa_scale.data.images.decode import decode
+from lejepa_scale.data.images.photometric import MEAN, STD
+from lejepa_scale.data.make import sources
+from lejepa_scale.data.make.writer import write_shards
 
 TARGETS = {"worker": 5.0, "whole": 2.5}  # times the Pillow pipeline, on photographs
 _LETTERS = {"pillow": "a", "worker": "b", "whole": "c", "decode": "d"}
@@ -192,4 +193,4 @@ def _loader(sizes: Sizes, folder: Path, workers: int) -> Loader:
             "model": {"encoder": "vit_nano"},
         }
     )
-    return Loader(open_sources(config.data), config, plan_batches(config, 1), rank=0, first_step=0, pin_memory=False)
+    return Loader(open_mixture(config.data), config, plan_batches(config, 1), rank=0, first_step=0, pin_memory=False)

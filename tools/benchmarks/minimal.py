@@ -46,7 +46,7 @@ class ShardImages(Dataset[list[Tensor]]):
 
 
 class Network(nn.Module):
-    """Encoder and MLP projector with plain batch normalisation: a list of views [B, 3, S, S] -> [V, B, D]."""
+    """Encoder and MLP projector with plain batch normalization: a list of views [B, 3, S, S] -> [V, B, D]."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()

@@ -21,13 +21,13 @@ import torch.distributed as dist
 from benchmarks.fed import Fed
 from benchmarks.measure import Row, free_port
 from benchmarks.minimal import Arrangement, Minimal
-from lejepa_scale import distributed
-from lejepa_scale.allocator import keep_memory
-from lejepa_scale.config import Config, check_world, load
-from lejepa_scale.data import sources
-from lejepa_scale.data.stream import expand, is_remote
-from lejepa_scale.data.writer import write_shards
+from lejepa_scale.config import Config, check_world, load_config
+from lejepa_scale.cpu.allocator import keep_memory
+from lejepa_scale.data.io.reader import expand, is_remote
+from lejepa_scale.data.make import sources
+from lejepa_scale.data.make.writer import write_shards
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import collectives, launch, process_group
 
 TARGET = 2.0  # times the minimal recipe's images/s, in the quickstart
 _WARM = 3  # steps of a turn that are not timed: workers start and fill their queues
@@ -48,10 +48,10 @@ class Elsewhere:
     def begin(self, config: Config, shards: list[str], arrangement: Arrangement) -> None:
         """Another arrangement, at its first weights."""
         self.arrangement = arrangement
-        port = distributed.on_rank_zero(free_port)
-        self.used = distributed.rank() < arrangement.ranks
+        port = collectives.on_rank_zero(free_port)
+        self.used = process_group.rank() < arrangement.ranks
         if self.used:
-            self._ask(config, shards, arrangement, distributed.rank(), port)
+            self._ask(config, shards, arrangement, process_group.rank(), port)
 
     def turn(self, steps: int) -> float:
         """Seconds of some steps, on rank 0 (0 elsewhere)."""
@@ -84,7 +84,7 @@ def _serve(pipe: Connection) -> None:
         try:
             if len(request) > 1:
                 config, shards, arrangement, rank, port = request
-                distributed.stop()
+                process_group.leave()
                 if arrangement.ranks > 1:
                     store = dist.TCPStore("127.0.0.1", port, arrangement.ranks, is_master=rank == 0)
                     dist.init_process_group("gloo", store=store, rank=rank, world_size=arrangement.ranks)
@@ -108,16 +108,16 @@ def against(
     Where the configuration's shards are absent, scenes like the quickstart's are written to a temporary folder. The target
     is for the recipe as published; without one there is no verdict.
     """
-    config = load(path, list(overrides))
-    check_world(config, distributed.launched_ranks())
+    config = load_config(path, list(overrides))
+    check_world(config, launch.ranks())
     with ExitStack() as stack:
         published = stack.enter_context(closing(Elsewhere()))
-        on_ranks = stack.enter_context(closing(Elsewhere())) if distributed.launched_ranks() > 1 else None
+        on_ranks = stack.enter_context(closing(Elsewhere())) if launch.ranks() > 1 else None
         keep_memory()  # as launchers/train.py does
         joined = not dist.is_initialized()
         if joined:
-            distributed.start(timedelta(minutes=config.engine.timeout_minutes))
-        ranks = distributed.world_size()
+            process_group.join(timedelta(minutes=config.engine.timeout_minutes))
+        ranks = process_group.world_size()
         config = _with_shards(config, Path(stack.enter_context(tempfile.TemporaryDirectory())), list(overrides), path)
         shards = _local_shards(config)
         tried: dict[Arrangement, float] = {}
@@ -141,9 +141,9 @@ def against(
             yield {"case": f"{name}, parts of a step", **rival.medians()}
         for name, rival in rivals.items():
             yield _verdict(config, rival.arrangement, rates["ours"], rates[name], target if name == "minimal" else None)
-        distributed.barrier()
+        collectives.barrier()
     if joined:
-        distributed.stop()
+        process_group.leave()
 
 
 def _steps(ours: Fed, parts: list[dict[str, float]]) -> Generator[None, None, None]:
@@ -177,11 +177,11 @@ def _timed(steps: Generator[None, None, None], count: int) -> float:
     stopped with the turn."""
     for _ in range(_WARM):
         next(steps)
-    distributed.barrier()
+    collectives.barrier()
     started = time.perf_counter()
     for _ in range(count):
         next(steps)
-    distributed.barrier()
+    collectives.barrier()
     seconds = time.perf_counter() - started
     steps.close()
     return seconds
@@ -189,7 +189,7 @@ def _timed(steps: Generator[None, None, None], count: int) -> float:
 
 def _rate(seconds: float, count: int, config: Config) -> float:
     """Images/s by rank 0's clock, on every rank."""
-    return count * config.train.global_batch / distributed.on_rank_zero(lambda: seconds)
+    return count * config.train.global_batch / collectives.on_rank_zero(lambda: seconds)
 
 
 def _verdict(config: Config, theirs: Arrangement, ours: list[float], minimal: list[float], target: float | None) -> Row:
@@ -198,7 +198,7 @@ def _verdict(config: Config, theirs: Arrangement, ours: list[float], minimal: li
     row: Row = {
         "case": f"{config.model.encoder}, {views.global_.count} x {views.global_.size} + {views.local.count} x "
         f"{views.local.size} px, batch {config.train.global_batch}, {engine.precision}: {engine.name} on "
-        f"{distributed.world_size()} ranks against {theirs}",
+        f"{process_group.world_size()} ranks against {theirs}",
         "rounds": len(ratios),
         "ours images/s": median(ours),
         "minimal images/s": median(minimal),
@@ -222,7 +222,7 @@ def _with_shards(config: Config, folder: Path, overrides: list[str], path: Path)
         write_shards(written.samples, folder, per_shard=1000, total=_SCENES, classes=written.classes, description={})
         return str(folder)
 
-    return load(path, [*overrides, f"data.shards={distributed.on_rank_zero(write)}"])
+    return load_config(path, [*overrides, f"data.shards={collectives.on_rank_zero(write)}"])
 
 
 def _local_shards(config: Config) -> list[str]:

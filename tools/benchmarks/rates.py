@@ -16,8 +16,8 @@ import torch
 from benchmarks.features import compute_dtype
 from benchmarks.measure import WARM, Row, Work, interleaved, matmul_flops, matrix_product, peak_bytes
 from benchmarks.trial import Trial
-from lejepa_scale import distributed
-from lejepa_scale.planning import peak_flops, step_flops
+from lejepa_scale.cost import peak_flops, step_flops
+from lejepa_scale.parallel import collectives, process_group
 
 _product = lru_cache(matrix_product)  # chosen once for each precision
 
@@ -37,7 +37,7 @@ def timed(trials: dict[str, Trial], device: torch.device, rounds: int) -> dict[s
 
     for trial in trials.values():
         trial.phases.read()
-    distributed.barrier()
+    collectives.barrier()
     works: dict[str, Work] = {name: partial(work, name, trial) for name, trial in trials.items()}
     products = {name: _product(device, compute_dtype(trial.config)) for name, trial in trials.items()}
     works |= {f"product of {name}": product for name, (product, _) in products.items()}
@@ -87,14 +87,14 @@ def memory(trial: Trial, *, whole_process: bool = False) -> Row:
     return row
 
 
-def collectives(trial: Trial) -> Iterator[Row]:
+def collective_rows(trial: Trial) -> Iterator[Row]:
     """What a rank hands to collectives in a step, counted as they are called."""
-    if distributed.world_size() > 1:
+    if process_group.world_size() > 1:
         yield {"case": "collectives of a step"} | collective_calls(trial)
 
 
 def collective_calls(trial: Trial) -> Row:
-    with distributed.CountBytes() as counted:
+    with collectives.CountBytes() as counted:
         trial.step(trial.synthetic())
     calls, sizes = Counter[str](), Counter[str]()
     for name, size in counted.calls:

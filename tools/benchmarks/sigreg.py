@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import Results, Row, Work, free_port, interleaved, milliseconds, peak_bytes, run_sections
-from lejepa_scale import distributed
-from lejepa_scale.objective import SIGReg, native
+from lejepa_scale.objective import SIGReg, cpu_kernels
 from lejepa_scale.objective.characteristic import has_triton
-from lejepa_scale.objective.communication import MODES
+from lejepa_scale.objective.comm_cost import MODES
+from lejepa_scale.parallel import collectives, launch, process_group
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def backends(device: torch.device) -> list[str]:
     """The ways of computing that run here, the one that `auto` prefers first."""
     if device.type == "cuda":
         return ["triton", "fused"] if has_triton() else ["fused"]
-    return ["native", "fused"] if native.available() else ["fused"]
+    return ["native", "fused"] if cpu_kernels.available() else ["fused"]
 
 
 def compare(shape: Shape, device: torch.device, repeats: int) -> Row:
@@ -187,17 +187,17 @@ def ranks(sizes: Sizes) -> Iterator[Row]:
 
 
 def _on_rank(rank: int, world: int, port: int, samples: tuple[int, ...], shape: Shape, repeats: int) -> list[Row]:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    launch.declare(rank, world, rank)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // world))
-    device = distributed.start(timedelta(seconds=300))
+    device = process_group.join(timedelta(seconds=300))
     rows = [
         _counted(mode, Shape(n // world, shape.width, shape.slices, shape.knots), world, repeats)
         for n in samples
         for mode in MODES
     ]
-    distributed.barrier()
-    distributed.stop()
+    collectives.barrier()
+    process_group.leave()
     del device
     return rows
 
@@ -206,7 +206,7 @@ def simulated_ranks(sizes: Sizes) -> Iterator[Row]:
     """More ranks than there are machines: the same code over torch's fake process group, which moves nothing. The bytes
     are those that the code hands over; times would mean nothing."""
     import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from torch.testing._internal.collectives.fake_pg import FakeStore
 
     shape = sizes.shapes[0]
     for world in sizes.simulated:
@@ -223,7 +223,7 @@ def _counted(mode: str, shape: Shape, world: int, repeats: int) -> Row:
     z = _embeddings(shape, torch.device("cpu"))
     sigreg = SIGReg(shape.slices, shape.knots, backend="fused", communication=mode)  # type: ignore[arg-type]
     counts = [shape.samples] * world
-    with distributed.CountBytes() as calls:
+    with collectives.CountBytes() as calls:
         _evaluate(sigreg, z, counts)
     expected = 4 * (2 * shape.slices * (shape.knots - 1) + 1)  # one view, and the count of samples
     handed = sum(size for _, size in calls.calls)

@@ -15,14 +15,14 @@ from benchmarks.compare import compare
 from benchmarks.features import forms
 from benchmarks.fed import end_to_end, loader_rates
 from benchmarks.measure import Results, Row, run_sections
-from benchmarks.rates import collectives, free, memory, rates, timed
+from benchmarks.rates import collective_rows, free, memory, rates, timed
 from benchmarks.trace import breakdown
 from benchmarks.trial import Recipe, Trial, synthetic_views
-from lejepa_scale import distributed
 from lejepa_scale.config import check_world
+from lejepa_scale.cost import describe
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import check
-from lejepa_scale.planning import describe
+from lejepa_scale.parallel import process_group
 
 MODES = ("synthetic", "loader", "end-to-end")
 
@@ -53,7 +53,7 @@ def check_request(recipe: Recipe, options: Options, ranks: int) -> None:
 def measure(recipe: Recipe, options: Options) -> Results:
     """All that is asked for, on every rank of the launcher's world. Raises UserError."""
     config = recipe.config()
-    device = distributed.start(timedelta(minutes=config.engine.timeout_minutes))
+    device = process_group.join(timedelta(minutes=config.engine.timeout_minutes))
     sections: dict[str, Iterator[Row]] = {}
     if options.mode == "loader":
         sections["loader"] = loader_rates(config, device, options.steps)
@@ -69,7 +69,7 @@ def measure(recipe: Recipe, options: Options) -> Results:
     try:
         return run_sections(sections, device, minutes=1e6)  # ranks must not disagree on what the time reaches
     finally:
-        distributed.stop()
+        process_group.leave()
 
 
 def step_rates(recipe: Recipe, device: torch.device, options: Options) -> Iterator[Row]:
@@ -78,7 +78,7 @@ def step_rates(recipe: Recipe, device: torch.device, options: Options) -> Iterat
     seconds = timed({"": trial}, device, options.steps)[""]
     yield rates(trial, seconds) | memory(trial, whole_process=not options.compare)
     yield {"case": "by formula"} | describe(trial.config, trial.plan.ranks, "cuda" if device.type == "cuda" else "cpu")
-    yield from collectives(trial)
+    yield from collective_rows(trial)
     if options.trace is not None:
         yield from breakdown(trial, lambda: trial.step(trial.synthetic()), options.trace)
 

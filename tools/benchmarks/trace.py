@@ -12,14 +12,14 @@ from torch.profiler import record_function
 
 from benchmarks.measure import Row, profiled
 from benchmarks.trial import Trial
-from lejepa_scale import distributed
+from lejepa_scale.parallel import process_group
 
 _PROFILED = 3  # steps in a trace
 
 
 def breakdown(trial: Trial, step: Callable[[], object], trace: Path) -> Iterator[Row]:
     """Phases of a few steps under torch's profiler, which slows what is short; rank 0 writes the Chrome trace."""
-    on_zero = distributed.rank() == 0
+    on_zero = process_group.rank() == 0
     trial.phases.read()
     with profiled(trial.device) if on_zero else nullcontext() as profiler:
         for _ in range(_PROFILED):

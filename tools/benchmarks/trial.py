@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from benchmarks.features import Form
-from lejepa_scale import distributed
 from lejepa_scale.checkpoint import CanonicalState
-from lejepa_scale.config import Config, check_world, dump, load, validate
+from lejepa_scale.config import Config, check_world, dump, load_config, validate
 from lejepa_scale.engine import build_engine
 from lejepa_scale.engine.build import initial_state
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Replay, build
-from lejepa_scale.train import seed_step
+from lejepa_scale.parallel import launch, process_group
+from lejepa_scale.training.loop import seed_step
 
 CHECKED = 3  # first steps, whose losses and gradients say whether two forms are one computation
 Sums = tuple[float, float]  # a step's loss and gradient norm
@@ -38,7 +38,7 @@ class Recipe:
     overrides: tuple[str, ...] = ()
 
     def config(self, *more: str) -> Config:
-        return load(self.path, [*self.overrides, *more])
+        return load_config(self.path, [*self.overrides, *more])
 
     def of(self, images: int, ranks: int = 1) -> Recipe:
         """One micro-batch of `images` a rank and step, in place of the file's batch."""
@@ -94,8 +94,8 @@ class Trial:
 
     def __post_init__(self) -> None:
         before = _allocated(self.device)
-        self.plan = check_world(self.config, distributed.launched_ranks())
-        state = _initial(self.config) if self.shared and distributed.rank() == 0 else None
+        self.plan = check_world(self.config, launch.ranks())
+        state = _initial(self.config) if self.shared and process_group.rank() == 0 else None
         self.engine = build_engine(self.config, self.plan, lambda: build(self.config), self.device, state)
         if self.form.alter is not None:
             self.form.alter(self.engine)
@@ -148,7 +148,7 @@ class Trial:
 
 def synthetic_views(config: Config, images: int, device: torch.device) -> list[Tensor]:
     """Noise [V, B, 3, S, S] for each view size, another on every rank."""
-    generator = torch.Generator(device).manual_seed(distributed.rank())
+    generator = torch.Generator(device).manual_seed(process_group.rank())
     groups = [g for g in (config.data.views.global_, config.data.views.local) if g.count]
     return [torch.randn(g.count, images, 3, g.size, g.size, generator=generator, device=device) for g in groups]
 

@@ -1,0 +1,192 @@
+"""What autograd keeps of a forward pass until the backward pass, by formula: bytes per token, module by module, in eager
+mode. Compiled blocks keep less, since the compiler computes elementwise work again: there this is an upper bound."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from timm.layers import GluMlp, SwiGLU
+from torch import Tensor, nn
+
+from lejepa_scale.config import BatchPlan, Config
+from lejepa_scale.cost.flops import views_of
+from lejepa_scale.model import Encoder, LeJEPA
+from lejepa_scale.model.attention import Packing
+from lejepa_scale.model.packed import PackedBlock
+from lejepa_scale.objective import SIGReg
+
+_FP32 = 4
+_STATISTICS = 2 * _FP32  # mean and inverse deviation of a normalized row
+
+
+class Precision(NamedTuple):
+    """Bytes of an element: of what layers compute, and of the residual stream and what is normalized."""
+
+    compute: int
+    residual: int
+
+    @property
+    def autocast(self) -> bool:
+        return self.compute != self.residual
+
+    @classmethod
+    def of(cls, config: Config) -> Precision:
+        if config.engine.precision == "fp32":
+            return cls(_FP32, _FP32)
+        # autocast leaves sums and normalization in fp32; fsdp and zero cast the parameters, so that everything is bf16
+        return cls(2, _FP32) if config.engine.name in ("single", "ddp") else cls(2, 2)
+
+
+class Activations(NamedTuple):
+    """Bytes."""
+
+    kept: float  # at the end of the forward pass, for the backward pass
+    peak: float  # the most that there is at once, kept or in flight, in either pass
+
+
+def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: bool) -> Activations:
+    """Of one micro-batch of `plan`; model on the meta device. packed_kernel: attention reads and writes the packed row
+    (xformers, varlen); else it is called for each resolution and a copy joins the outputs."""
+    encoder, groups, size = model.encoder, views_of(config, plan.micro_batch), Precision.of(config)
+    kind = config.engine.activation_checkpointing
+    rows = sum(n for n, _ in groups) * (plan.accumulation if config.objective.accumulation == "exact" else 1)
+    heads = _heads(config, model, rows, size)
+    objective = rows * config.objective.num_slices * _FP32  # gradients of SIGReg's projections
+    if not encoder.packed:
+        whole = _saved(encoder, groups) * size.compute / _FP32
+        # with `full` timm recomputes group by group of layers; the largest is taken for half of all
+        kept = heads if kind == "full" else heads + whole
+        return Activations(kept, max(kept + objective, 0.5 * whole if kind == "full" else 1.1 * whole))
+    packing, width = encoder.packing(groups), encoder.backbone.embed_dim
+    before, after = _around(encoder, packing, size)
+    rotates = getattr(encoder.backbone, "rope", None) is not None
+    kept, peak = before, 0.0
+    for block in encoder.blocks:
+        assert isinstance(block, PackedBlock)
+        branch, entering = block.kept(packing), packing.tokens * width * size.residual
+        everything = branch.tokens * (_attention(block, width, rotates, packed_kernel, size) + _mlp(block, width, size))
+        of_block = {
+            "none": everything,
+            "full": entering,
+            "selective": entering + branch.tokens * _products(block, size),
+            "budget": entering + config.engine.activation_budget * (everything - entering),
+        }[kind]
+        kept += of_block
+        again = 0.0 if kind == "none" else everything - (of_block - entering)
+        # a thinned branch is added to a copy of every group, and the groups are joined: three streams at once
+        forward = (3 if branch != packing else 1) * entering + branch.tokens * width * size.compute
+        peak = max(peak, kept + forward, kept + again + _gradients(block, width, packing, branch, size))
+    kept += after + heads
+    return Activations(kept, max(peak, kept + objective))
+
+
+def _attention(block: PackedBlock, width: int, rotates: bool, packed_kernel: bool, size: Precision) -> float:
+    """Bytes per token of a block's attention branch."""
+    attn = block.attn
+    inner = attn.num_heads * attn.head_dim * size.compute
+    normalized = not isinstance(attn.q_norm, nn.Identity)
+    kept = _normalized(width, size) + 3 * inner  # queries, keys and values
+    if attn.qkv is not None and (normalized or rotates):
+        kept += 2 * inner  # changed queries and keys, while the one tensor that all three came in stays for the values
+    if normalized:
+        own = attn.qkv is None or size.autocast  # their input is not a part of that tensor
+        kept += 2 * own * attn.num_heads * attn.head_dim * size.residual + 2 * attn.num_heads * _STATISTICS
+    kept += inner * (1 if packed_kernel else 2) + attn.num_heads * _FP32  # outputs; logarithms of the softmax's sums
+    if not isinstance(attn.norm, nn.Identity):
+        kept += _inner_norm(attn.num_heads * attn.head_dim, size)
+    return kept + _scaled(block, width, size)
+
+
+def _mlp(block: PackedBlock, width: int, size: Precision) -> float:
+    """Bytes per token of a block's MLP branch."""
+    hidden = _hidden(block)
+    kept = _normalized(width, size) + hidden * size.compute * (4 if _gated(block) else 2)
+    if not isinstance(getattr(block.mlp, "norm", nn.Identity()), nn.Identity):
+        kept += _inner_norm(hidden, size)
+    return kept + _scaled(block, width, size)
+
+
+def _gated(block: PackedBlock) -> bool:
+    """Whether gate, value, activation and product are kept, not only the activation's input and output."""
+    return isinstance(block.mlp, GluMlp | SwiGLU)
+
+
+def _hidden(block: PackedBlock) -> int:
+    return max(layer.in_features for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
+
+
+def _normalized(width: int, size: Precision) -> int:
+    """What a normalization keeps, and its output, which the next linear layer keeps."""
+    return width * (size.residual + size.compute) + _STATISTICS
+
+
+def _inner_norm(width: int, size: Precision) -> int:
+    """A normalization inside a branch, whose input is kept in any case, though not in autocast's fp32."""
+    return width * (size.compute + size.autocast * _FP32) + _STATISTICS
+
+
+def _scaled(block: PackedBlock, width: int, size: Precision) -> int:
+    """The input of layer scale."""
+    scaled = getattr(block, "gamma_1", None) is not None or list(getattr(block, "ls1", nn.Identity()).parameters())
+    return width * size.compute if scaled else 0
+
+
+def _products(block: PackedBlock, size: Precision) -> int:
+    """Outputs of linear layers and of attention, per token: what selective checkpointing keeps."""
+    attn = block.attn
+    linear = sum(layer.out_features for layer in block.modules() if isinstance(layer, nn.Linear))
+    return (linear + attn.num_heads * attn.head_dim) * size.compute + attn.num_heads * _FP32
+
+
+def _gradients(block: PackedBlock, width: int, packing: Packing, branch: Packing, size: Precision) -> float:
+    """Gradients in flight: of the residual stream, and of the wider branch's inner activations."""
+    inner = block.attn.num_heads * block.attn.head_dim
+    wide = max(4 * inner, (2 if _gated(block) else 1) * _hidden(block))
+    return packing.tokens * width * size.residual + branch.tokens * wide * size.compute
+
+
+def _around(encoder: Encoder, packing: Packing, size: Precision) -> tuple[float, float]:
+    """Before the blocks, and after them: normalizations, and a pooling head."""
+    width, backbone = encoder.backbone.embed_dim, encoder.backbone
+    before, after = (
+        0 if isinstance(norm, nn.Identity) else packing.tokens * (width * size.residual + _STATISTICS)
+        for norm in (backbone.norm_pre, backbone.norm)
+    )
+    if getattr(backbone, "attn_pool", None) is not None:
+        after += packing.tokens * 3 * width * size.compute  # its input, keys and values
+    return before, after
+
+
+def _heads(config: Config, model: LeJEPA, rows: int, size: Precision) -> float:
+    """Projector, predictor and objective, for `rows` views."""
+    head, predictor, objective = config.model.projector, config.model.predictor, config.objective
+    # batch normalization keeps its input in fp32, the activation its input, the next linear layer the output
+    kept = rows * model.encoder.embed_dim * size.compute
+    kept += rows * (head.layers - 1) * head.hidden * (_FP32 + 2 * size.compute)
+    if predictor is not None:
+        kept += rows * (head.dim + 2 * predictor.hidden) * size.compute
+    kept += rows * head.dim * (2 * _FP32 if size.compute == 2 else _FP32)  # embeddings in fp32, and their distances
+    regularizer = model.loss.regularizer
+    if isinstance(regularizer, SIGReg):
+        every_knot = regularizer.knots - 1 if regularizer.backend == "reference" else 1
+        views = 1 if regularizer.joint else config.data.views.global_.count + config.data.views.local.count
+        kept += _FP32 * regularizer.num_slices * (rows * every_knot + head.dim + 8 * (regularizer.knots - 1) * views)
+    else:
+        kept += _FP32 * rows * (head.dim + objective.sketch)
+    return kept
+
+
+def _saved(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
+    """Bytes that autograd keeps of a model that is not packed, in fp32: its forward pass on the meta device."""
+    held: dict[int, Tensor] = {}
+    parameters = {p.untyped_storage()._cdata for p in encoder.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        held.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        for n, size in groups:
+            encoder.train().backbone(torch.empty(n, 3, size, size, device="meta"))
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in held.items() if key not in parameters)

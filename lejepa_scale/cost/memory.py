@@ -1,0 +1,157 @@
+"""Memory of an optimizer step on one rank, by formula: what the engine holds, gathers and reduces, and what the forward pass
+leaves for the backward pass. Allocated bytes: neither an allocator's unused blocks nor a driver's context are in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+from torch import nn
+
+from lejepa_scale.config import BatchPlan, Config
+from lejepa_scale.cost.activations import Precision, activations
+from lejepa_scale.cost.flops import meta_model, views_of
+from lejepa_scale.engine.wrap import sharding_units
+from lejepa_scale.engine.zero import deepspeed_config
+from lejepa_scale.model import LeJEPA
+
+_FP32, _MOMENTS = 4, 8  # bytes per parameter; AdamW's two moments are in fp32
+_GATHERED_AND_COPIED = 2  # a unit in use, and the buffer that it was gathered in, kept until the next one needs it
+_ALL_REDUCE = 500_000_000  # elements that DeepSpeed's stage 1 all-reduces at once
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes on the training device, `host` apart. Not all parts are there at the same time; `total` is the most that is."""
+
+    parameters: float  # fp32 masters, and copies in the compute precision that are always there
+    gradients: float  # fp32
+    moments: float
+    gathered: (
+        float  # parameters in the compute precision for the time of their use: of units in flight, or all by autocast
+    )
+    buckets: float  # gradients on their way through a reduction
+    inputs: float  # views, in fp32 and cast; on CUDA the next batch's too
+    activations: float  # kept for the backward pass
+    working: float  # beside them: recomputed activations and gradients in flight, at the worst moment
+    update: float  # what the optimizer needs while it updates
+    host: float  # with engine.cpu_offload
+    gradients_wait: bool  # they lie in memory while a forward pass goes on; else they come as activations go
+
+    @property
+    def total(self) -> float:
+        """The larger of two moments: in the passes, or in the update."""
+        held = self.parameters + self.moments + self.buckets
+        passes = self.gathered + self.inputs + self.activations + self.working
+        if self.gradients_wait:
+            return held + self.gradients + max(passes, self.update)
+        return held + max(passes, self.gradients + self.update)
+
+
+def step_memory(config: Config, plan: BatchPlan, device: Literal["cuda", "cpu"] = "cuda") -> StepMemory:
+    """Memory of a step after the first, on a rank of `plan`. device: where, since kernels and prefetching differ.
+
+    engine.fp8 counts as bf16, and compiled blocks as eager ones, which keep more.
+    """
+    model = meta_model(config)
+    size, cuda = Precision.of(config), device == "cuda"
+    packed_kernel = cuda and config.model.attention != "sdpa"
+    work = activations(config, plan, model, packed_kernel)
+    pixels = sum(3 * n * side**2 for n, side in views_of(config, plan.micro_batch))
+    copies = (2 if cuda else 1) * _FP32 + (size.compute if size.compute < _FP32 else 0)
+    engine = {"single": _replica, "ddp": _replica, "fsdp": _fsdp}.get(config.engine.name, _zero)
+    return replace(
+        engine(config, plan, model, size, cuda),
+        inputs=pixels * copies,
+        activations=work.kept,
+        working=work.peak - work.kept,
+    )
+
+
+def _states(
+    parameters: float,
+    gradients: float,
+    moments: float,
+    *,
+    gathered: float,
+    buckets: float = 0,
+    update: float = 0,
+    host: float = 0,
+    gradients_wait: bool = True,
+) -> StepMemory:
+    return StepMemory(
+        parameters, gradients, moments, gathered, buckets, 0, 0, 0, update, host=host, gradients_wait=gradients_wait
+    )
+
+
+def _replica(config: Config, plan: BatchPlan, model: LeJEPA, size: Precision, cuda: bool) -> StepMemory:
+    """DDP's buckets are the gradients themselves, and stay."""
+    count = _numel(model)
+    cast = (
+        sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)) if size.autocast else 0
+    )
+    waits = plan.accumulation > 1 or plan.ranks > 1
+    return _states(_FP32 * count, _FP32 * count, _MOMENTS * count, gathered=size.compute * cast, gradients_wait=waits)
+
+
+def _fsdp(config: Config, plan: BatchPlan, model: LeJEPA, size: Precision, cuda: bool) -> StepMemory:
+    """Parameters are cut along their first dimension, and padded. What is in no block is gathered for the whole step."""
+    ranks, ahead = config.engine.shard_degree or plan.ranks, config.engine.prefetch
+    shard = _cut(model, ranks)
+    units = [_cut(unit, ranks) * ranks for unit in sharding_units(model)]
+    unit, root = max(units, default=0), shard * ranks - sum(units)
+    gathered: float = size.compute * (root + (_GATHERED_AND_COPIED + ahead) * unit)
+    buckets = (size.compute + _FP32) * unit + _FP32 * unit / ranks  # as computed, as reduced, and the rank's part of it
+    if not config.engine.cpu_offload:
+        return _states(
+            _FP32 * shard,
+            _FP32 * shard,
+            _MOMENTS * shard,
+            gathered=gathered,
+            buckets=buckets,
+            gradients_wait=plan.accumulation > 1,
+        )
+    gathered += (_FP32 + size.compute) * (1 + ahead) * unit / ranks  # shards on their way from the host
+    return _states(0, 0, 0, gathered=gathered, buckets=buckets, host=(2 * _FP32 + _MOMENTS) * shard)
+
+
+def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: Precision, cuda: bool) -> StepMemory:
+    """DeepSpeed's parameters in the compute precision, beside fp32 masters of a rank's part, in every precision."""
+    count, part = _numel(model), -(-_numel(model) // plan.ranks)
+    unit = max((_numel(unit) for unit in sharding_units(model)), default=count)
+    settings = deepspeed_config(config, plan, model)["zero_optimization"]
+    stage, offload = settings["stage"], config.engine.cpu_offload
+    bucket = _FP32 * settings["reduce_bucket_size"]  # allocated whole
+    host = (2 * _FP32 + _MOMENTS) * part if offload else 0
+    masters, gradients, moments = (0, 0, 0) if offload else (_FP32 * part, _FP32 * part, _MOMENTS * part)
+    if stage == 3:
+        live = settings["stage3_max_live_parameters"] + unit  # with the buffer that one was gathered in
+        return _states(
+            masters + (0 if offload else size.compute * part),
+            gradients,
+            moments,
+            gathered=size.compute * min(live, 2 * count),
+            buckets=bucket + min(bucket, _FP32 * count),  # reduced from a copy
+            update=_FP32 * min(settings["sub_group_size"], part),
+            host=host + (size.compute * part if offload else 0),
+        )
+    buckets = float(bucket * (2 if cuda else 1))  # two in turns where reductions overlap with the backward pass
+    own = stage == 1 and size.compute < _FP32 and not offload  # an optimizer of its own, which keeps whole gradients
+    if own:
+        buckets = float(_FP32 * min(_ALL_REDUCE, count))
+    if own or (stage == 1 and plan.accumulation > 1):  # reduced with the last micro-batch
+        gradients = _FP32 * count
+    update = 0 if offload else _FP32 * part
+    return _states(
+        size.compute * count + masters, gradients, moments, gathered=0, buckets=buckets, update=update, host=host
+    )
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _cut(module: nn.Module, ranks: int) -> int:
+    """Elements of one rank's shards."""
+    return sum(-(-p.shape[0] // ranks) * prod(p.shape[1:]) for p in module.parameters())

@@ -1,0 +1,1 @@
+"""What a CPU needs to be fast: C++ kernels built by the machine's own compiler, and memory that is kept."""

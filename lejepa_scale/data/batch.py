@@ -1,0 +1,38 @@
+"""One rank's micro-batch: views as they were cut, and what turns them into the encoder's input on the training device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lejepa_scale.data.audit.keylog import Record
+from lejepa_scale.data.faults import Fault
+from lejepa_scale.data.images import photometric
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's micro-batch. Views as cut: uint8 [V, B, 3, S, S] per resolution, with their colour parameters."""
+
+    views: list[Tensor]
+    parameters: list[Tensor]  # [V, B, P] per resolution; stay on the CPU
+    labels: Tensor  # int64 [B], -1 where unknown
+    keys: list[str]
+    skipped: list[Fault]  # samples that could not be used and were replaced; `keys` has what took their place
+    records: list[Record]  # what was drawn, for the key log
+    ready: list[Tensor] | None = None  # augmented views, where they were made ahead
+
+    def pin_memory(self) -> Batch:
+        return replace(self, views=[v.pin_memory() for v in self.views], labels=self.labels.pin_memory())
+
+    def augmented(self, device: torch.device) -> list[Tensor]:
+        """Float views [V, B, 3, S, S] on `device`, augmented and normalized there."""
+        if self.ready is not None:
+            return self.ready
+        out = []
+        for cut, parameters in zip(self.views, self.parameters, strict=True):
+            moved = cut.to(device, non_blocking=True).flatten(0, 1)
+            out.append(photometric.apply(moved, parameters.flatten(0, 1)).unflatten(0, cut.shape[:2]))
+        return out

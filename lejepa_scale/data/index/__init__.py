@@ -1,0 +1,1 @@
+"""What is in the shards: where each image lies, its checksum and label."""

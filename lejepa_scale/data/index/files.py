@@ -1,0 +1,129 @@
+"""The files that an index lies in: a sidecar per shard, a manifest per folder of shards. Both are checked when they are
+read; what is cut, altered or of another version is as good as absent."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lejepa_scale.config.paths import user_cache
+from lejepa_scale.data.index.scan import ShardIndex
+from lejepa_scale.data.io.reader import Reader, is_remote, shard_name
+from lejepa_scale.errors import UserError
+
+_VERSION = 2
+_MANIFEST = "manifest.index.npz"
+MANIFEST_ROW = np.dtype(
+    [("count", "<i8"), ("labelled", "<i8"), ("classes", "<i8"), ("nbytes", "<i8"), ("digest", "S32")]
+)
+
+
+def row_of(index: ShardIndex) -> np.ndarray:
+    """What a manifest says of a shard, a MANIFEST_ROW."""
+    labels = index.labels
+    row = np.zeros((), MANIFEST_ROW)
+    row[()] = (len(index), int((labels >= 0).sum()), int(labels.max()) + 1, index.nbytes, index.digest.encode())
+    return row
+
+
+class IndexLocation:
+    """Where the index files of one folder of shards lie: beside them, or in a folder of our own where that cannot be
+    written. With `index_dir` they are written there alone."""
+
+    def __init__(self, folder: str, index_dir: Path | None, reader: Reader) -> None:
+        address = folder if is_remote(folder) else str(Path(folder).absolute())
+        mirror = hashlib.blake2b(address.encode(), digest_size=8).hexdigest()
+        beside = [] if folder == "pipe:" else [folder]
+        self.folder, self.reader = folder, reader
+        if index_dir is not None:
+            self.places, self.written = [str(index_dir / mirror), *beside], [str(index_dir / mirror)]
+        else:
+            self.places = self.written = [*beside, str(user_cache() / "index" / mirror)]
+
+    def _candidates(self, name: str) -> Iterator[bytes]:
+        """The contents of every file of that name, nearest first."""
+        for place in self.places:
+            if (data := self.reader.get(f"{place}/{name}")) is not None:
+                yield data
+
+    def _write(self, name: str, data: bytes) -> None:
+        if not any(self.reader.put(f"{place}/{name}", data) for place in self.written):
+            raise UserError(
+                f"cannot write the index of {self.folder} to {' or '.join(self.written)}. "
+                "Set data.index_dir (tools/index_shards.py: --out) to a folder that can be written and every node sees."
+            )
+
+    def sidecar(self, url: str, row: np.ndarray | None = None) -> ShardIndex | None:
+        """The sound sidecar of a shard, the one that `row` of the manifest describes where it is given."""
+        for data in self._candidates(f"{shard_name(url)}.index.npz"):
+            try:
+                a = _unpacked(data)
+                index = ShardIndex(
+                    url, a["keys"], a["offsets"], a["sizes"], a["labels"], a["checksums"], int(a["nbytes"])
+                )
+                if a["digest"].tobytes().decode() == index.digest and (row is None or row == row_of(index)):
+                    return index
+            except Exception:  # numpy and zipfile raise all sorts for a file that is cut or altered
+                continue
+        return None
+
+    def write_sidecar(self, index: ShardIndex) -> None:
+        self._write(f"{shard_name(index.url)}.index.npz", _packed(_sidecar_arrays(index)))
+
+    def manifest(self) -> dict[str, np.ndarray]:
+        """The row of every shard by its name; none where there is no sound manifest."""
+        damaged = False
+        for data in self._candidates(_MANIFEST):
+            try:
+                arrays = _unpacked(data)
+                names = arrays["names"].tobytes().decode().split("\n")
+                return dict(zip(names, arrays["rows"].view(MANIFEST_ROW), strict=True))
+            except Exception:  # as above; the zip format has a checksum of each array
+                damaged = True
+        if damaged:
+            print(
+                f"the manifest of {self.folder} is damaged or of another version: made anew from the shards' own index "
+                "files.",
+                file=sys.stderr,
+            )
+        return {}
+
+    def write_manifest(self, rows: dict[str, np.ndarray]) -> None:
+        self._write(_MANIFEST, _packed(_manifest_arrays(rows)))
+
+
+def _sidecar_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
+    return {
+        "nbytes": np.array(index.nbytes),
+        "digest": np.frombuffer(index.digest.encode(), np.uint8),
+        "keys": index.keys,
+        "offsets": index.offsets,
+        "sizes": index.sizes,
+        "labels": index.labels,
+        "checksums": index.checksums,
+    }
+
+
+def _manifest_arrays(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    order = sorted(rows)
+    names = np.frombuffer("\n".join(order).encode(), np.uint8)
+    table = np.array([rows[name] for name in order], MANIFEST_ROW).view(np.uint8)
+    return {"names": names, "rows": table}
+
+
+def _packed(arrays: dict[str, np.ndarray]) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, version=_VERSION, **arrays)  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+        if stored["version"] != _VERSION:
+            raise ValueError("another version")
+        return {name: stored[name] for name in stored.files}

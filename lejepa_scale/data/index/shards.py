@@ -1,0 +1,259 @@
+"""What is in the shards. A sidecar per shard says where each image lies, and its checksum; a manifest per folder of shards
+says how many images each shard holds, so that a run reads one file at its start (indexfiles.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
+from lejepa_scale.data.index.scan import ShardIndex, scan
+from lejepa_scale.data.io.reader import Reader, is_remote, shard_name
+from lejepa_scale.errors import UserError
+
+T = TypeVar("T")
+_HELD_SAMPLES = 1 << 20  # of the sidecars that a process keeps in memory, about 60 bytes each
+_SHOWN = 20  # faults that one error lists
+
+
+@dataclass
+class Shards:
+    """The shards of one source in the order given, as their manifest describes them: arrays over shards, and the index
+    of a shard when it is asked for. 100,000 shards take about 20 MB."""
+
+    urls: list[str]
+    rows: np.ndarray  # MANIFEST_ROW [shards]
+    homes: dict[str, IndexLocation]
+
+    def __post_init__(self) -> None:
+        self._held: OrderedDict[int, ShardIndex] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def __iter__(self) -> Iterator[ShardIndex]:
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [shards]: samples, those without an image included."""
+        return self.rows["count"]
+
+    @cached_property
+    def fingerprint(self) -> bytes:
+        """Of names and contents; not of the place where they lie."""
+        names = "\n".join(shard_name(url) for url in self.urls)
+        return hashlib.blake2b(names.encode() + self.rows.tobytes(), digest_size=16).digest()
+
+    def __getitem__(self, number: int) -> ShardIndex:
+        """The index of a shard, from memory or from its sidecar. Raises UserError where that is not what the manifest
+        promises. Not for several threads."""
+        if number in self._held:
+            self._held.move_to_end(number)
+            return self._held[number]
+        url, row = self.urls[number], self.rows[number]
+        index = self.homes[_folder(url)].sidecar(url, row)
+        if index is None:
+            raise UserError(
+                f"the index of shard {url} is missing, damaged, or not the one that its manifest names. "
+                "Run tools/index_shards.py on the shards and start again."
+            )
+        self._held[number] = index
+        while sum(len(held) for held in self._held.values()) > _HELD_SAMPLES and len(self._held) > 1:
+            self._held.popitem(last=False)
+        return index
+
+
+def index_shards(
+    urls: list[str],
+    *,
+    reader: Reader | None = None,
+    index_dir: Path | None = None,
+    workers: int = 8,
+    rebuild: bool = False,
+    check_sidecars: bool = False,
+    manifest: bool = True,
+    build: bool = True,
+) -> Shards:
+    """The shards of `urls`, from their manifest; those it lacks from sidecars; those without a sidecar by scanning.
+
+    Local shards are compared with their recorded size here, remote ones when they are first read. What had to be scanned
+    or merged is written: sidecars at once, so that an interrupted call goes on where it was, then the manifest (unless
+    `manifest` is False: one of several jobs). `check_sidecars` reads every sidecar, not the manifest. Without `build`,
+    nothing is written and what is missing is refused. Raises one UserError that lists every shard that cannot be used.
+    """
+    reader = reader or Reader()
+    _refuse_repeats(urls)
+    homes = {folder: IndexLocation(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
+    rows = np.zeros(len(urls), MANIFEST_ROW)
+    known = {folder: home.manifest() for folder, home in homes.items()}
+    lacking = [
+        number for number, url in enumerate(urls) if not _fill(rows, number, known[_folder(url)].get(shard_name(url)))
+    ]
+    if build:
+        lacking = sorted({*lacking, *_changed(urls, rows, workers)})
+    if check_sidecars or rebuild:
+        lacking = list(range(len(urls)))
+    if lacking and not build:
+        raise UserError(
+            f"this rank does not see the index of {len(lacking)} of {len(urls)} shards, for instance {urls[lacking[0]]}, "
+            f"which rank 0 has just read or written in {homes[_folder(urls[lacking[0]])].written}. "
+            "Set data.index_dir to a folder that every node sees."
+        )
+    if lacking:
+        _index(urls, rows, lacking, homes, reader, workers, rebuild)
+    shards = Shards(urls, rows, homes)
+    if lacking and manifest:
+        for number, url in enumerate(urls):
+            known[_folder(url)][shard_name(url)] = rows[number]
+        for folder, home in homes.items():
+            home.write_manifest(known[folder])
+    return shards
+
+
+def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: int) -> list[str]:
+    """Read every shard again and compare it with its sidecar; the differences, one sentence per shard."""
+    homes = {folder: IndexLocation(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
+
+    def compare(url: str) -> str | None:
+        try:
+            stored, found = homes[_folder(url)].sidecar(url), scan(url, reader)
+        except UserError as error:
+            return str(error)
+        if stored is None:
+            return f"shard {url} has no index, or a damaged one. Run tools/index_shards.py on it."
+        return (
+            None
+            if stored.digest == found.digest
+            else f"shard {url} differs from its index: {_difference(stored, found)}"
+        )
+
+    return [
+        fault for fault in _progress(_each(workers, compare, [(u,) for u in urls]), len(urls), "verifying") if fault
+    ]
+
+
+def _index(
+    urls: list[str],
+    rows: np.ndarray,
+    lacking: list[int],
+    homes: dict[str, IndexLocation],
+    reader: Reader,
+    workers: int,
+    rebuild: bool,
+) -> None:
+    """Fill the rows of the shards `lacking`, from sidecars where they are sound, else by scanning."""
+
+    def sidecar(number: int) -> ShardIndex | None:
+        url = urls[number]
+        stored = homes[_folder(url)].sidecar(url)
+        return stored if stored is not None and _fits(url, row_of(stored)) else None
+
+    def scanned(number: int) -> ShardIndex | UserError:
+        url = urls[number]
+        try:
+            index = scan(url, reader)
+            homes[_folder(url)].write_sidecar(index)
+        except UserError as error:
+            return error
+        return index
+
+    numbers = [(number,) for number in lacking]
+    found = [None] * len(lacking) if rebuild else list(_each(workers, sidecar, numbers))
+    for number, index in zip(lacking, found, strict=True):
+        if index is not None:
+            rows[number] = row_of(index)
+    missing = [number for number, index in zip(lacking, found, strict=True) if index is None]
+    if not missing:
+        return
+    print(
+        f"{len(missing)} of {len(urls)} shards have no index that fits them: reading them once. "
+        "tools/index_shards.py does this beforehand, on as many machines as you like.",
+        file=sys.stderr,
+    )
+    faults: list[str] = []
+    results = _progress(_each(workers, scanned, [(number,) for number in missing]), len(missing), "indexing")
+    for number, result in zip(missing, results, strict=True):
+        if isinstance(result, UserError):
+            faults.append(str(result))
+        else:
+            rows[number] = row_of(result)
+    if faults:
+        more = f" And {len(faults) - _SHOWN} shards more." if len(faults) > _SHOWN else ""
+        many = f"{len(faults)} shards cannot be used. " if len(faults) > 1 else ""
+        raise UserError(many + " ".join(faults[:_SHOWN]) + more)
+
+
+def _refuse_repeats(urls: list[str]) -> None:
+    """Two shards of one name in a folder would share an index, and one shard twice would repeat its samples."""
+    seen: set[tuple[str, str]] = set()
+    for url in urls:
+        place = (_folder(url), shard_name(url))
+        if place in seen:
+            raise UserError(
+                f"shard {url} is listed twice in data.shards. To draw from it more often, raise its weight."
+            )
+        seen.add(place)
+
+
+def _folder(url: str) -> str:
+    if url.startswith("pipe:"):
+        return "pipe:"
+    folder, slash, _ = url.partition("?")[0].rpartition("/") if is_remote(url) else url.rpartition("/")
+    return folder or slash or "."
+
+
+def _fill(rows: np.ndarray, number: int, row: np.ndarray | None) -> bool:
+    if row is not None:
+        rows[number] = row
+    return row is not None
+
+
+def _changed(urls: list[str], rows: np.ndarray, workers: int) -> list[int]:
+    """Local shards whose size is not the recorded one."""
+    local = [number for number, url in enumerate(urls) if not is_remote(url)]
+    parts = [(local[i : i + 500],) for i in range(0, len(local), 500)]
+    misfits = _each(workers, lambda part: [n for n in part if not _fits(urls[n], rows[n])], parts)
+    return [number for part in misfits for number in part]
+
+
+def _fits(url: str, row: np.ndarray) -> bool:
+    """Whether a local shard has the size that was recorded; a missing one is left to the scan to name."""
+    if is_remote(url):
+        return True
+    try:
+        return Path(url).stat().st_size == row["nbytes"]
+    except OSError:
+        return False
+
+
+def _each(workers: int, work: Callable[..., T], arguments: list[tuple]) -> Iterator[T]:
+    with ThreadPoolExecutor(workers) as pool:
+        yield from pool.map(lambda a: work(*a), arguments)
+
+
+def _progress(results: Iterable[T], total: int, what: str) -> Iterator[T]:
+    yield from tqdm(results, total=total, desc=what, unit="shard", mininterval=1.0)
+
+
+def _difference(stored: ShardIndex, found: ShardIndex) -> str:
+    if len(stored) != len(found):
+        return f"{len(stored)} samples are indexed, {len(found)} are there"
+    if stored.nbytes != found.nbytes:
+        return f"{stored.nbytes} bytes are indexed, {found.nbytes} are there"
+    for what in ("keys", "offsets", "sizes", "labels", "checksums"):
+        where = np.flatnonzero(getattr(stored, what) != getattr(found, what))
+        if len(where):
+            first = int(where[0])
+            return f"{what} of {len(where)} samples, first {stored.key(first)} at byte {stored.offsets[first]}"
+    return "in nothing but its digest"

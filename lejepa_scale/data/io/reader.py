@@ -1,0 +1,218 @@
+"""Bytes of shards, by range or from front to back: local files here, others by transport.py or from the node's cache.
+Refuses to know what a shard holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import queue
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import Future
+from glob import glob
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from webdataset.shardlists import expand_urls
+
+from lejepa_scale.config.paths import user_cache
+from lejepa_scale.data.faults import SampleFault
+from lejepa_scale.data.io.cache import Cache
+from lejepa_scale.data.io.transport import THREADS, Refused, Transport, expect_size, settle
+from lejepa_scale.errors import UserError
+
+_OPEN_FILES = 128
+
+
+def expand(patterns: list[str]) -> list[str]:
+    """Brace patterns, and folders of tars, to a list of shard paths or URLs. Refuses an empty outcome."""
+    urls: list[str] = []
+    for pattern in patterns:
+        expanded = expand_urls(pattern) if pattern else []
+        for url in expanded:
+            if not is_remote(url) and Path(url).is_dir():
+                urls += sorted(str(path) for path in Path(url).glob("*.tar"))
+            elif not is_remote(url) and any(c in url for c in "*?["):
+                urls += sorted(glob(url, recursive=True))
+            else:
+                urls.append(url)
+    if not urls:
+        raise UserError(
+            f"data.shards = {', '.join(patterns) or 'nothing'} matches no shard. Give tar files, a folder that holds some, "
+            "or a brace pattern such as shards/train-{000000..000099}.tar."
+        )
+    return urls
+
+
+def is_remote(url: str) -> bool:
+    return url.startswith("pipe:") or "://" in url
+
+
+def shard_name(url: str) -> str:
+    """Its file name, wherever it lies; of a command, a digest."""
+    if url.startswith("pipe:"):
+        return hashlib.blake2b(url.encode(), digest_size=12).hexdigest()
+    return (url.partition("?")[0] if is_remote(url) else url).rpartition("/")[2]
+
+
+class Reader:
+    """Reads shards for one process. Connections and open files are its own: a copy in a forked process opens others.
+
+    `read_timeout`: seconds for each piece of up to 4 MiB. `retries`: failures in a row before the shard is given up;
+    the pause between them starts at `pause` seconds and doubles up to 30. `cache_dir`: where whole remote shards are
+    kept; without one, samples come by range request. Commands (`pipe:`) cannot seek and are always kept.
+    """
+
+    def __init__(
+        self,
+        *,
+        read_timeout: float = 30.0,
+        retries: int = 5,
+        cache_dir: Path | None = None,
+        cache_gb: float | None = None,
+        pause: float = 0.5,
+    ) -> None:
+        self._transport = Transport(read_timeout, retries, pause)
+        cap = None if cache_gb is None else int(cache_gb * 1e9)
+        self.cache = Cache(cache_dir, cap) if cache_dir else None
+        self._pipes = self.cache or Cache(user_cache() / "shards", cap)
+        self._process: _Process | None = None
+
+    def read(self, url: str, offset: int, size: int, *, nbytes: int, digest: str = "", fresh: bool = False) -> bytes:
+        """Bytes [offset, offset + size) of a shard that its index says has `nbytes`. Raises SampleFault where a local
+        file has lost them, UserError where the shard is gone, changed, or out of reach. `fresh` passes by the cache."""
+        if fresh and (cache := self._cache_of(url)):
+            cache.drop(url, digest)
+            self._live().files.pop(url, None)
+        file = None if fresh and not url.startswith("pipe:") else self._file(url, nbytes, digest)
+        if file is None:
+            return b"".join(self._chunks(url, offset, offset + size, nbytes))
+        try:
+            data = os.pread(file.fileno(), size, offset)
+        except OSError as error:
+            raise SampleFault(f"cannot be read: {error}") from error
+        if len(data) != size:
+            raise SampleFault(f"only {len(data)} of its {size} bytes are there: the file was cut short")
+        return data
+
+    def ahead(self, url: str, offset: int, size: int, *, nbytes: int, digest: str) -> Future[bytes] | None:
+        """Start reading a sample of a remote shard in the background; None where that would gain nothing."""
+        if not is_remote(url):
+            return None
+        future: Future[bytes] = Future()
+        self._live().tasks().put((future, lambda: self.read(url, offset, size, nbytes=nbytes, digest=digest)))
+        return future
+
+    def stream(self, url: str) -> Iterator[bytes]:
+        """A whole shard from front to back."""
+        return self._chunks(url, 0, None, None)
+
+    def get(self, url: str) -> bytes | None:
+        """A small file, or None where there is none (or it is not ours to read)."""
+        try:
+            if not is_remote(url):
+                return Path(url).read_bytes()
+            return b"".join(self._transport.chunks(url, 0, None, None))
+        except (Refused, OSError):
+            return None
+
+    def put(self, url: str, data: bytes) -> bool:
+        """Write a small file, whole or not at all; False where that is not possible."""
+        try:
+            if not is_remote(url):
+                path = Path(url)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.partial")
+                unfinished.write_bytes(data)
+                unfinished.replace(path)
+            elif url.startswith(("http://", "https://")):
+                return False
+            else:
+                filesystem, path_there = self._transport.filesystem(url)
+                filesystem.pipe_file(path_there, data)
+        except UserError:
+            raise
+        except Exception:  # whatever the store raises when it refuses
+            return False
+        return True
+
+    # -- open files, one set per process
+
+    def _live(self) -> _Process:
+        if self._process is None or self._process.pid != os.getpid():
+            self._process = _Process()
+        return self._process
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_process": None}
+
+    def _cache_of(self, url: str) -> Cache | None:
+        return self._pipes if url.startswith("pipe:") else self.cache if is_remote(url) else None
+
+    def _file(self, url: str, nbytes: int, digest: str) -> BinaryIO | None:
+        files = self._live().files
+        file = files.get(url)
+        if file is None:
+            file = self._opened(url, nbytes, digest)
+            if file is None:
+                return None
+        with self._live().lock:
+            files[url] = file
+            files.move_to_end(url)
+            if len(files) > _OPEN_FILES:
+                files.popitem(last=False)  # closed when the last thread that reads it lets go
+        return file
+
+    def _opened(self, url: str, nbytes: int, digest: str) -> BinaryIO | None:
+        cache = self._cache_of(url)
+        if cache is not None:
+            wait = url.startswith("pipe:")
+            return cache.open(url, nbytes, digest, self._chunks(url, 0, None, nbytes), wait=wait)
+        if is_remote(url):
+            return None
+        try:
+            file = open(url, "rb", buffering=0)
+        except OSError as error:
+            raise UserError(f"cannot open shard {url}: {error.strerror}. It was there when it was indexed.") from error
+        expect_size(url, os.fstat(file.fileno()).st_size, nbytes)
+        return file  # type: ignore[return-value]
+
+    def _chunks(self, url: str, start: int, stop: int | None, nbytes: int | None) -> Iterator[bytes]:
+        try:
+            yield from self._transport.chunks(url, start, stop, nbytes) if is_remote(url) else _local(url)
+        except Refused as error:
+            raise UserError(f"cannot read shard {url}: {error}") from error
+
+
+class _Process:
+    """What one process has open."""
+
+    def __init__(self) -> None:
+        self.pid, self.lock = os.getpid(), threading.Lock()
+        self.files: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._tasks: queue.SimpleQueue[Any] | None = None
+
+    def tasks(self) -> queue.SimpleQueue[Any]:
+        """The queue of threads that read ahead: daemons, so that a stalled server cannot keep the process from ending."""
+        if self._tasks is None:
+            self._tasks = queue.SimpleQueue()
+            for _ in range(THREADS):
+                threading.Thread(target=_serve, args=(self._tasks,), daemon=True).start()
+        return self._tasks
+
+
+def _serve(tasks: queue.SimpleQueue[Any]) -> None:
+    while True:
+        settle(*tasks.get())
+
+
+def _local(url: str) -> Iterator[bytes]:
+    try:
+        with open(url, "rb", buffering=0) as file:
+            while chunk := file.read(1 << 20):
+                yield chunk
+    except FileNotFoundError as error:
+        raise UserError(f"shard {url} does not exist. Check data.shards (and that its disk is mounted).") from error
+    except OSError as error:
+        raise UserError(f"cannot read shard {url}: {error.strerror}.") from error

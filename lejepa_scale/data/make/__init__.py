@@ -1,0 +1,1 @@
+"""Writing shards, from folders, tars, datasets, or rendered scenes."""

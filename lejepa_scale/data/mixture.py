@@ -1,0 +1,86 @@
+"""The sources of a run, indexed: how many samples each has, what determines their order, and how their bytes are read."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+
+from lejepa_scale.config import Config, Data
+from lejepa_scale.data.audit.keylog import Header, Record
+from lejepa_scale.data.index.shards import Shards, index_shards
+from lejepa_scale.data.io.reader import Reader, expand
+from lejepa_scale.data.order import Location
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The indexed shards of every source of a mixture."""
+
+    shards: list[Shards]
+    weights: list[float]
+
+    @property
+    def counts(self) -> list[np.ndarray]:
+        """Samples of each shard, for each source: int64 [shards]."""
+        return [source.counts for source in self.shards]
+
+    @property
+    def num_samples(self) -> int:
+        return sum(int(counts.sum()) for counts in self.counts)
+
+    @property
+    def num_labelled(self) -> int:
+        return sum(int(source.rows["labelled"].sum()) for source in self.shards)
+
+    @property
+    def num_classes(self) -> int:
+        """1 + the largest label where every sample has one, else 0."""
+        return max(int(s.rows["classes"].max()) for s in self.shards) if self.num_labelled == self.num_samples else 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when shards, their names, contents or the weights change: the order would not be the same."""
+        parts = b"".join(source.fingerprint for source in self.shards) + repr(self.weights).encode()
+        return hashlib.blake2b(parts, digest_size=16).hexdigest()
+
+    def record(self, position: int, location: Location, key: str) -> Record:
+        """What was drawn at a position, where the sample called `key` came of it."""
+        shard = self.shards[location.source][location.shard]
+        drawn = shard.key(location.member)
+        return Record(position, *location, f"{shard.name}/{drawn}", "" if key == drawn else key)
+
+    def key_log_header(self, config: Config, *, decoded: bool) -> Header:
+        """All that the order depends on, how many samples an epoch of each source has, and whether images were read."""
+        return {
+            "fingerprint": self.fingerprint,
+            "seed": config.run.seed,
+            "shuffle_block": config.data.shuffle_block,
+            "global_batch": config.train.global_batch,
+            "samples": [int(counts.sum()) for counts in self.counts],
+            "decoded": decoded,
+        }
+
+
+def open_mixture(data: Data, *, build: bool = True) -> Mixture:
+    """Expand and index every source of the configuration. Raises UserError that names what is missing.
+
+    Without `build`, only what another process has indexed is read."""
+    reader = reader_of(data)
+    shards = [
+        index_shards(expand(source.shards), reader=reader, index_dir=data.index_dir, build=build)
+        for source in data.shards
+    ]
+    mixture = Mixture(shards, [source.weight for source in data.shards])
+    if build and 0 < mixture.num_labelled < mixture.num_samples:
+        missing = mixture.num_samples - mixture.num_labelled
+        print(f"{missing} of {mixture.num_samples} samples have no label: the online probe is off.", file=sys.stderr)
+    return mixture
+
+
+def reader_of(data: Data) -> Reader:
+    return Reader(
+        read_timeout=data.read_timeout, retries=data.retries, cache_dir=data.cache_dir, cache_gb=data.cache_gb
+    )

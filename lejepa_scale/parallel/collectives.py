@@ -1,0 +1,182 @@
+"""Collectives with and without gradients, over ranks that may hold unequal numbers of samples. Refuses to know the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import process_group, shared_memory
+from lejepa_scale.parallel.process_group import Group, rank, world_size
+from lejepa_scale.parallel.shared_memory import SharedMemoryGather
+
+T = TypeVar("T")
+
+
+def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
+    """Sum over ranks, no gradient."""
+    x = x.detach().clone()
+    if world_size(group) > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def all_gather(x: Tensor, group: Group = None) -> Tensor:
+    """[...] on each rank -> [W, ...] on every rank, no gradient; the same shape everywhere."""
+    ranks = world_size(group)
+    if ranks == 1:
+        return x.detach()[None]
+    out = x.new_empty(ranks * x.numel())
+    dist.all_gather(list(out.chunk(ranks)), x.detach().flatten(), group=group)
+    return out.view(ranks, *x.shape)
+
+
+_shared: tuple[Group, SharedMemoryGather | None] = None, None  # the group it belongs to
+
+
+def gather_statistics(x: Tensor) -> Tensor:
+    """`all_gather` over all ranks for what is small and frequent: CPU ranks of one host exchange it in shared memory."""
+    global _shared
+    if world_size() == 1 or not shared_memory.fits(x):
+        return all_gather(x)
+    if _shared[0] is not dist.group.WORLD:
+        _shared = dist.group.WORLD, shared_memory.shared(process_group.timeout().total_seconds())
+        process_group.before_leaving(_forget_shared)
+    return all_gather(x) if _shared[1] is None else _shared[1].gather(x)
+
+
+def _forget_shared() -> None:
+    global _shared
+    _shared = None, None
+
+
+class _SumReplicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.world = world_size(group)
+        return all_reduce_sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return grad * ctx.world, None
+
+
+def sum_replicated(x: Tensor, group: Group = None) -> Tensor:
+    """Differentiable sum over ranks, for a quantity that every rank then uses *identically*.
+
+    All ranks hold the same gradient of the same scalar, so the backward sum is a multiplication by the world size: no
+    collective. Frameworks divide gradients by W afterwards, which leaves the gradient of the global scalar.
+    """
+    return _SumReplicated.apply(x, group) if world_size(group) > 1 else x
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: Sequence[int], same_use: bool, group: Group) -> Tensor:
+        ctx.counts, ctx.same_use, ctx.group, ctx.dtype = counts, same_use, group, x.dtype
+        parts = all_gather(_padded(x, max(counts)), group)  # [W, V, longest, D]
+        rows = torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
+        return rows if x.dtype == torch.float64 else rows.float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        parts = grad.split(list(ctx.counts), 1)
+        me, longest = rank(ctx.group), max(ctx.counts)
+        if ctx.same_use:
+            mine = parts[me] * len(parts)
+        else:
+            mine = grad.new_empty(len(grad), longest, grad.shape[2])
+            dist.reduce_scatter(mine, [_padded(part, longest) for part in parts], group=ctx.group)
+            mine = mine[:, : ctx.counts[me]]
+        return mine.to(ctx.dtype), None, None, None
+
+
+def _padded(x: Float[Tensor, "v n d"], rows: int) -> Float[Tensor, "v rows d"]:
+    return torch.cat([x, x.new_zeros(len(x), rows - x.shape[1], x.shape[2])], 1)
+
+
+def gather_rows(
+    x: Float[Tensor, "v n d"], counts: Sequence[int], *, same_use: bool, group: Group = None
+) -> Float[Tensor, "v total d"]:
+    """Every rank's rows along dim 1 in rank order, sent as they are and returned in fp32 (fp64 for fp64); rank r has
+    counts[r] of them. Differentiable; gradients are reduced in the precision of the result.
+
+    Gradients follow `sum_replicated`: W times that of the global scalar. With `same_use` every rank goes on to the same
+    scalar from all rows, so that its own part of the gradient, times W, needs no collective. Without, each rank makes
+    another part of a sum that `sum_replicated` closes, and the parts are added in the backward pass.
+    """
+    return _GatherRows.apply(x, counts, same_use, group)
+
+
+def counts_of_ranks(count: int, group: Group = None) -> list[int]:
+    """Each rank's `count`, exchanged between hosts: waits for the slowest, but not for the device."""
+    if world_size(group) == 1:
+        return [count]
+    counts: list[int] = [0] * world_size(group)
+    dist.all_gather_object(counts, count, group=group)
+    return counts
+
+
+def gather_objects(value: T, group: Group = None) -> list[T]:
+    """Each rank's `value`, in rank order, on every rank."""
+    values: list[Any] = [value] * world_size(group)
+    if len(values) > 1:
+        dist.all_gather_object(values, value, group=group)
+    return values
+
+
+class CountBytes(TorchDispatchMode):
+    """Inside, the bytes that this rank hands to each kind of collective: counted, not derived."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            sent = args[1] if name.startswith(("allgather", "reduce_scatter")) else args[0]
+            tensors = [t for t in tree_leaves(sent) if isinstance(t, Tensor)]
+            self.calls.append((name, sum(t.numel() * t.element_size() for t in tensors)))
+        return func(*args, **(kwargs or {}))
+
+
+def on_rank_zero(work: Callable[[], T]) -> T:
+    """Run `work` on rank 0 alone and give its result to all. A UserError on rank 0 is raised on every rank."""
+    if world_size() == 1:
+        return work()
+    message: list[Any] = [None, None]
+    failure: BaseException | None = None
+    if rank() == 0:
+        try:
+            message[0] = work()
+        except Exception as error:
+            failure = error
+            message[1] = str(error) if isinstance(error, UserError) else f"rank 0 failed: {error!r}"
+    dist.broadcast_object_list(message, src=0)
+    if failure is not None:
+        raise failure
+    if message[1] is not None:
+        raised = UserError(message[1])
+        raised.everywhere = True
+        raise raised
+    return message[0]
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether `flag` holds anywhere; every rank gets the same answer (one tiny collective and a host sync)."""
+    if world_size() == 1:
+        return flag
+    return bool(all_reduce_sum(torch.tensor(int(flag), device=device)).item())
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()

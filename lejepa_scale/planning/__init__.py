@@ -1,8 +1,0 @@
-"""What a step costs, counted before it is run: FLOPs and memory of a rank by formula, and the peaks of chips."""
-
-from lejepa_scale.planning.chips import Chip, chip, peak_flops
-from lejepa_scale.planning.flops import StepFlops, step_flops
-from lejepa_scale.planning.memory import StepMemory, step_memory
-from lejepa_scale.planning.summary import describe
-
-__all__ = ["Chip", "StepFlops", "StepMemory", "chip", "describe", "peak_flops", "step_flops", "step_memory"]

@@ -1,0 +1,51 @@
+"""Online linear probe: a classifier trained beside the run on detached features. Gives nothing back to the encoder."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lejepa_scale.parallel.collectives import all_reduce_sum
+from lejepa_scale.parallel.process_group import world_size
+
+
+class OnlineProbe:
+    """Standardize, then one linear layer, replicated on every rank with averaged gradients; AdamW at a fixed rate."""
+
+    def __init__(self, width: int, num_classes: int, lr: float, seed: int, device: torch.device) -> None:
+        torch.manual_seed(seed)
+        self.head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, num_classes)).to(
+            device
+        )
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=1e-4)
+
+    def step(self, features: Float[Tensor, "b e"], labels: Int[Tensor, " b"]) -> Tensor:
+        """One update; top-1 accuracy on this batch *before* it (so on images not yet seen by the probe), global."""
+        logits = self.head(features.float())
+        F.cross_entropy(logits, labels).backward()
+        gradients = [all_reduce_sum(p.grad) / world_size() for p in self.head.parameters() if p.grad is not None]
+        finite = torch.stack([g.isfinite().all() for g in gradients]).all()  # a non-finite step teaches nothing
+        for parameter, gradient in zip(self.head.parameters(), gradients, strict=True):
+            parameter.grad = torch.where(finite, gradient, 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        hits = (logits.argmax(1) == labels).sum()
+        return all_reduce_sum(torch.stack([hits, hits.new_tensor(len(labels))]).double())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Flat tensors, for safetensors."""
+        out = {f"head.{name}": t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            out |= {f"optimizer.{i}.{key}": t.detach().cpu().contiguous() for key, t in state.items()}
+        return out
+
+    def load_state_dict(self, flat: dict[str, Tensor]) -> None:
+        self.head.load_state_dict({k.removeprefix("head."): t for k, t in flat.items() if k.startswith("head.")})
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in flat.items():
+            if key.startswith("optimizer."):
+                _, i, name = key.split(".", 2)
+                state.setdefault(int(i), {})[name] = tensor
+        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})

@@ -1,0 +1,114 @@
+"""What a run reports: sums kept on the device between log steps, one JSON object per logged step, a progress bar, W&B."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from lejepa_scale.config import Config
+from lejepa_scale.errors import UserError
+
+
+class Means:
+    """Running means of scalars that live on the device; `read` is the only host synchronization."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, **values: Tensor) -> None:
+        for name, value in values.items():
+            value = value.detach().double()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """Means since the last read."""
+        out = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return out
+
+
+class Reporter:
+    """Rank 0's voice: progress bar, metrics.jsonl and W&B. Silent on other ranks."""
+
+    def __init__(self, config: Config, first_step: int, active: bool) -> None:
+        self.active = active
+        self._wandb: Any = None
+        if not active:
+            return
+        self.path = config.run.dir / "metrics.jsonl"
+        _drop_after(self.path, first_step)
+        self._bar = tqdm(
+            total=config.train.steps,
+            initial=first_step,
+            unit="step",
+            desc=config.run.dir.name,
+            mininterval=0.5 if sys.stderr.isatty() else 15.0,
+            dynamic_ncols=True,
+            smoothing=0.05,
+        )
+        if config.log.wandb.enabled:
+            self._wandb = _start_wandb(config)
+
+    def advance(self) -> None:
+        if self.active:
+            self._bar.update()
+
+    def log(self, record: dict[str, float]) -> None:
+        if not self.active:
+            return
+        clean = {k: (v if math.isfinite(v) else None) for k, v in record.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+        shown = {"loss": "loss", "images_per_second": "img/s", "probe_accuracy": "probe"}
+        self._bar.set_postfix({label: f"{record[key]:.3g}" for key, label in shown.items() if key in record})
+        if self._wandb is not None:
+            self._wandb.log(clean, step=int(record["step"]))
+
+    def info(self, text: str) -> None:
+        """A line above the progress bar."""
+        if self.active:
+            self._bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.active:
+            self._bar.close()
+            if self._wandb is not None:
+                self._wandb.finish()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Forget lines of steps that a resumed run will take again."""
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+
+
+def _start_wandb(config: Config) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UserError("log.wandb.enabled=true needs the package: pip install wandb.") from error
+    settings = config.log.wandb
+    online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
+    identity = config.run.dir / "wandb_id"
+    if not identity.exists():
+        identity.write_text(secrets.token_hex(4))
+    return wandb.init(
+        project=settings.project,
+        name=settings.name or config.run.dir.name,
+        id=identity.read_text(),
+        resume="allow",
+        mode="online" if online else "offline",
+        dir=str(config.run.dir),
+        config=config.model_dump(mode="json", by_alias=True),
+    )

@@ -1,0 +1,69 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+import torch
+
+from lejepa_scale.checkpoint import Progress
+from lejepa_scale.config import BatchPlan, Config
+from lejepa_scale.data.mixture import Mixture
+from lejepa_scale.engine import Engine
+from lejepa_scale.model import check
+from lejepa_scale.model.packed import PackedBlock
+from lejepa_scale.objective import SIGReg
+
+
+def greeting(
+    config: Config, plan: BatchPlan, sources: Mixture, engine: Engine, device: torch.device, progress: Progress
+) -> str:
+    parameters = check(config)
+    return (
+        f"{config.model.encoder}: {parameters / 1e6:.1f} M parameters (with projector), {config.engine.name} "
+        f"{config.engine.precision} on {plan.ranks} x {device.type}; batch {config.train.global_batch} = "
+        f"{plan.micro_batch} x {plan.ranks} ranks x {plan.accumulation}; {sources.num_samples:,} images in "
+        f"{sum(len(s) for s in sources.shards):,} shards; steps {progress.step} to {config.train.steps}."
+        + _blocks_notice(config, plan, engine, device)
+        + _objective_notice(config, plan, engine)
+    )
+
+
+def _blocks_notice(config: Config, plan: BatchPlan, engine: Engine, device: torch.device) -> str:
+    """How the views of a micro-batch go through a vision transformer. Measures attention where there is a choice."""
+    encoder, views = engine.module.encoder, config.data.views
+    if not encoder.packed:
+        return ""
+    groups = [(group.count * plan.micro_batch, group.size) for group in (views.global_, views.local) if group.count]
+    packing = encoder.packing(groups)
+    backend = encoder.backend(packing, device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
+    branches = [block.kept(packing) for block in encoder.blocks if isinstance(block, PackedBlock)]
+    notice = f"\nAttention by {backend}, {packing.tokens:,} tokens of {packing.sequences} views in a row"
+    if config.model.drop_path:
+        notice += f"; stochastic depth leaves a block {min(branch.tokens for branch in branches):,} of them or more"
+    notice += "."
+    if config.engine.compile:
+        graphs = len(set(branches))
+        notice += f"\nThe first step compiles {graphs} graph{'s' * (graphs > 1)} of a block; this can take minutes."
+        if graphs > 1:
+            notice += " model.drop_path_uniform=true needs one."
+    return notice
+
+
+def _objective_notice(config: Config, plan: BatchPlan, engine: Engine) -> str:
+    """How the objective meets ranks and micro-batches, where there is more than one of either."""
+    notice = ""
+    accumulation, regularizer = config.objective.accumulation, engine.module.loss.regularizer
+    if isinstance(regularizer, SIGReg) and plan.ranks > 1:
+        views = config.data.views.global_.count + config.data.views.local.count
+        count = plan.micro_batch * (plan.accumulation if accumulation == "exact" else 1)
+        itemsize = 2 if config.engine.precision == "bf16" else 4
+        arguments = views, [count] * plan.ranks, config.model.projector.dim, itemsize
+        notice += (
+            f"\nSIGReg over ranks by {regularizer.mode(*arguments)} (bytes a rank sends per evaluation: "
+            f"{regularizer.traffic(*arguments)})."
+        )
+    if plan.accumulation > 1 and accumulation == "micro":
+        notice += (
+            f"\nThe objective is that of micro-batches of {plan.micro_batch * plan.ranks} images, not of all "
+            f"{config.train.global_batch}; objective.accumulation=exact changes that for one more forward pass."
+        )
+    return notice

@@ -1,0 +1,46 @@
+"""What a run reports: kept means, lines of metrics.jsonl, a probe that survives a bad step."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from conftest import small_config
+
+from lejepa_scale.config import validate
+from lejepa_scale.training.probe import OnlineProbe
+from lejepa_scale.training.reporting import Means, Reporter
+
+
+def test_means_start_again_after_each_read() -> None:
+    means = Means()
+    means.add(a=torch.tensor(1.0), b=torch.tensor(5.0))
+    means.add(a=torch.tensor(2.0))
+    assert means.read() == {"a": 1.5, "b": 5.0}
+    assert means.read() == {}
+
+
+def test_a_resumed_run_forgets_the_lines_it_takes_again(tmp_path: Path) -> None:
+    config = validate(small_config(tmp_path, "s"))
+    reporter = Reporter(config, 0, active=True)
+    for step in (1, 2, 3):
+        reporter.log({"step": step, "loss": math.nan if step == 2 else 0.5})
+    reporter.close()
+    Reporter(config, 2, active=True).close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
+
+
+def test_the_probe_survives_features_that_are_not_finite() -> None:
+    probe = OnlineProbe(4, 3, 1e-2, 0, torch.device("cpu"))
+    features, labels = torch.randn(8, 4), torch.arange(8) % 3
+    probe.step(features, labels)
+    before = probe.state_dict()
+    hits = probe.step(features * torch.nan, labels)
+    assert hits[1] == 8
+    assert all(t.isfinite().all() for t in probe.state_dict().values())
+    other = OnlineProbe(4, 3, 1e-2, 1, torch.device("cpu"))
+    other.load_state_dict(before)
+    assert all(torch.equal(other.state_dict()[k], before[k]) for k in before)
