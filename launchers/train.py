@@ -11,6 +11,7 @@ Starting the same command again goes on from the newest complete checkpoint in r
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -43,6 +44,7 @@ def main() -> int:
     from lejepa_scale.training.loop import train
 
     keep_memory()
+    logging.basicConfig(level=logging.INFO if launch.rank() == 0 else logging.WARNING, format="%(message)s")
     try:
         train(config)
     except UserError as error:

@@ -19,8 +19,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "seeds", "config", "parallel", "cpu"},
     "objective": {"errors", "seeds", "config", "parallel", "cpu"},
     "model": {"errors", "config", "parallel", "cpu", "objective"},
-    "engine": {"errors", "config", "parallel", "model", "checkpoint"},
-    "checkpoint": {"errors", "config", "parallel", "model"},
+    "engine": {"errors", "config", "parallel", "model"},
+    "checkpoint": {"errors", "config", "parallel", "model", "engine"},
     "evaluation": {"errors", "config", "parallel", "data", "model", "objective", "checkpoint"},
     "cost": {"config", "errors", "objective", "model", "engine"},
 }

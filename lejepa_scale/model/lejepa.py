@@ -87,8 +87,9 @@ def build_encoder(config: Config) -> Encoder:
     )
 
 
-def check(config: Config) -> int:
-    """Build on the meta device, pass every view size through the encoder; number of parameters. Raises UserError."""
+def check(config: Config) -> LeJEPA:
+    """Build on the meta device and pass every view size through the encoder; the module, which has shapes and no
+    memory. Raises UserError."""
     with torch.device("meta"):
         model = build(config)
     _refuse_what_needs_blocks(config, model.encoder)
@@ -99,7 +100,7 @@ def check(config: Config) -> int:
             f"objective.accumulation=exact cannot be exact for model.encoder={config.model.encoder}: its batch "
             "normalization sees one micro-batch at a time. Use micro or unbiased, or an encoder without batch normalization."
         )
-    return sum(p.numel() for p in model.parameters())
+    return model
 
 
 def _refuse_what_needs_blocks(config: Config, encoder: Encoder) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -45,6 +46,16 @@ def leave() -> None:
         _before_leaving.pop()()
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined(timeout: timedelta) -> Iterator[torch.device]:
+    """Inside, the group of all ranks; it is left whatever ends the work. Gives this rank's device."""
+    device = join(timeout)
+    try:
+        yield device
+    finally:
+        leave()
 
 
 def before_leaving(release: Callable[[], None]) -> None:

@@ -74,11 +74,6 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(clean, step=int(record["step"]))
 
-    def info(self, text: str) -> None:
-        """A line above the progress bar."""
-        if self.active:
-            self._bar.write(text, file=sys.stderr)
-
     def close(self) -> None:
         if self.active:
             self._bar.close()
