@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import small_config, without_gradient
 from ranks import run_ranks
+from steps import of_this_rank, start, take_step
 
-from lejepa_scale.config import Config, check_world, validate
-from lejepa_scale.engine import build_engine
+from lejepa_scale.checkpoint import gather
+from lejepa_scale.config import Config, validate
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Replay, build, check
 from lejepa_scale.model.lejepa import build_loss
@@ -34,23 +35,13 @@ def _config(engine_name: str, accumulation: int, **objective: Any) -> Config:
 
 def one_step(engine_name: str, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor] | None]:
     """Losses of each micro-batch and the gradient norm of one exact step, and the gradient of every parameter (rank 0)."""
-    config, world = _config(engine_name, accumulation), process_group.world_size()
-    plan = check_world(config, world)
-    engine = build_engine(config, plan, lambda: build(config), torch.device("cpu"), None)
+    config = _config(engine_name, accumulation)
+    engine, plan = start(config)
     generator = torch.Generator().manual_seed(0)
     groups = [torch.randn(v, GLOBAL, 3, s, s, generator=generator) for v, s in ((2, 32), (3, 16))]
-    size, numbers = plan.micro_batch, []
-    cut = []
-    for micro in range(accumulation):
-        start = (micro * world + process_group.rank()) * size
-        cut.append([v[:, start : start + size].contiguous() for v in groups])
-    features = [engine.encode(views) for views in cut] if accumulation > 1 else []
-    for micro, views in enumerate(cut):
-        out = engine.forward(views, 5, Replay(features, micro) if accumulation > 1 else None)
-        engine.backward(out["loss"] / accumulation, micro == accumulation - 1)
-        numbers.append(out["loss"].item())
-    numbers.append(float(engine.step(1e-3, 0.05)))
-    state = engine.save()
+    result = take_step(engine, plan, of_this_rank(groups, plan), 5, exact=True)
+    numbers = [*(float(out["loss"]) for out in result.outputs), float(result.grad_norm)]
+    state = gather(engine)
     return numbers, state and {
         name: moment / (1 - config.optim.betas[0]) for name, moment in state.moments["exp_avg"].items()
     }

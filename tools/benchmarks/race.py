@@ -148,9 +148,9 @@ def against(
 
 def _steps(ours: Fed, parts: list[dict[str, float]]) -> Generator[None, None, None]:
     """One step for each `next`, on a loader of its own; the milliseconds of its parts."""
-    batches = ours.batches()
+    feed = ours.feed()
     while True:
-        ours.step(batches)
+        ours.step(feed)
         parts.append(ours.trial.phases.read())
         yield
 
