@@ -164,9 +164,9 @@ class ZeROEngine(Engine):
         parameter: Any
         for parameter in self.parameters.values():
             parameter.ds_tensor.copy_(self.optimizer.get_local_fp32_param(parameter))
-        if whole := self.optimizer.persistent_parameters:  # the small ones, which stay on every rank
+        # the small ones, which stay on every rank: the next forward pass fetches them, as DeepSpeed's own trace expects
+        if whole := self.optimizer.persistent_parameters:
             whole[0].partition(whole)
-            whole[0].all_gather(whole)
 
     def _create_moments(self) -> None:
         """For stages 1 and 2 before DeepSpeed would, which links moments to parameters after the first group's first
