@@ -62,8 +62,9 @@ def train(config: Config) -> Path:
     del state
     loader = Loader(
         sources,
-        config,
+        config.data,
         plan,
+        seed=config.run.seed,
         rank=process_group.rank(),
         first_step=progress.step,
         pin_memory=device.type == "cuda",
@@ -104,7 +105,10 @@ class _Run:
         self.fingerprint = sources.fingerprint
         self.key_log: KeyLog | None = None
         if config.data.log_keys:
-            self.key_log = KeyLog(config.run.dir, process_group.rank(), sources.key_log_header(config, decoded=True))
+            header = sources.key_log_header(
+                config.data, seed=config.run.seed, global_batch=config.train.global_batch, decoded=True
+            )
+            self.key_log = KeyLog(config.run.dir, process_group.rank(), header)
         self.nonfinite, self.skipped = progress.nonfinite, progress.skipped_images
         self.elapsed_before, self.started = progress.seconds, time.monotonic()
         self.first_step, self.waited = progress.step, 0.0

@@ -99,7 +99,8 @@ def _open(config: Config) -> Mixture:
 def _batches(sources: Mixture, config: Config, device: torch.device, first_step: int) -> Iterator[Batch]:
     plan = check_world(config, launch.ranks())
     rank, pin = process_group.rank(), device.type == "cuda"
-    return iter(Loader(sources, config, plan, rank=rank, first_step=first_step, pin_memory=pin))
+    seed = config.run.seed
+    return iter(Loader(sources, config.data, plan, seed=seed, rank=rank, first_step=first_step, pin_memory=pin))
 
 
 def end_to_end(config: Config, device: torch.device, steps: int, trace: Path | None = None) -> Iterator[Row]:
