@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lejepa_scale.config import Config
+from lejepa_scale.config import Config, ViewGroup, Views
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,6 +31,13 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def small_views() -> Views:
+    return Views(
+        global_=ViewGroup(count=2, size=32, scale=(0.5, 1.0)),
+        local=ViewGroup(count=2, size=16, scale=(0.2, 0.5)),
+    )
+
+
 def small_config(run_dir: Path | str, shards: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:
     """A configuration that trains in seconds; `sections` are merged over it."""
     tree: dict[str, Any] = {
@@ -39,10 +46,7 @@ def small_config(run_dir: Path | str, shards: Path | str, **sections: dict[str, 
         "engine": {"name": "single", "precision": "fp32"},
         "data": {
             "shards": str(shards),
-            "views": {
-                "global": {"count": 2, "size": 32, "scale": [0.5, 1.0]},
-                "local": {"count": 2, "size": 16, "scale": [0.2, 0.5]},
-            },
+            "views": small_views().model_dump(mode="json", by_alias=True),
         },
         "model": {"encoder": "vit_nano", "options": {"depth": 2}, "projector": {"hidden": 65, "dim": 17}},
         "objective": {"num_slices": 32},

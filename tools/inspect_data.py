@@ -15,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 
-from lejepa_scale.config import load_config
+from lejepa_scale.config import load_config, plan_batches
 from lejepa_scale.data import open_mixture
 from lejepa_scale.data.audit.check import faults, first_difference, order_of_steps, read_log, summary
 from lejepa_scale.data.audit.keylog import header_line, record_line
@@ -74,10 +74,11 @@ def _order(arguments: argparse.Namespace) -> int:
         raise UserError(f"--world-size {arguments.world_size}: at least one rank is needed.")
     workers = [] if arguments.workers is None else [f"data.workers={arguments.workers}"]
     config = load_config(arguments.config, [*arguments.overrides, *workers])
-    sources = open_mixture(config.data)
-    sys.stdout.write(header_line(sources.key_log_header(config, decoded=False)))
-    steps = arguments.steps
-    for step, records in order_of_steps(sources, config, arguments.world_size, steps.start, steps.stop):
+    data, plan, seed, steps = config.data, plan_batches(config, arguments.world_size), config.run.seed, arguments.steps
+    sources = open_mixture(data)
+    header = sources.key_log_header(data, seed=seed, global_batch=plan.global_batch, decoded=False)
+    sys.stdout.write(header_line(header))
+    for step, records in order_of_steps(sources, data, plan, seed=seed, first=steps.start, last=steps.stop):
         sys.stdout.writelines(record_line(step, record) for record in records)
     sys.stdout.flush()
     return 0

@@ -3,7 +3,7 @@ anything starts."""
 
 from lejepa_scale.config.batches import BatchPlan, check_world, plan_batches
 from lejepa_scale.config.files import dump, load_config, validate
-from lejepa_scale.config.schema import Augment, Config, Data, Optim, ViewGroup, Views
+from lejepa_scale.config.schema import Augment, Config, Data, Optim, Source, ViewGroup, Views
 
 __all__ = [
     "Augment",
@@ -11,6 +11,7 @@ __all__ = [
     "Config",
     "Data",
     "Optim",
+    "Source",
     "ViewGroup",
     "Views",
     "check_world",

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from lejepa_scale.config.schema import Config, Section
+from lejepa_scale.config.schema import Config, Positive, Section
 from lejepa_scale.errors import UserError
 
 
 class BatchPlan(Section):
     """global_batch = micro_batch x ranks x accumulation."""
 
-    micro_batch: int
-    ranks: int
-    accumulation: int
+    micro_batch: Positive
+    ranks: Positive = 1
+    accumulation: Positive = 1
+
+    @property
+    def global_batch(self) -> int:
+        """Images per optimizer step over all ranks."""
+        return self.micro_batch * self.ranks * self.accumulation
 
 
 def plan_batches(config: Config, ranks: int) -> BatchPlan:

@@ -33,7 +33,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
 def validate(tree: dict[str, Any], origin: str = "the configuration") -> Config:
     """Turn a nested mapping into a Config. Raises one UserError that lists every fault."""
     try:
-        return Config.model_validate(tree)
+        return Config.model_validate(tree, by_alias=True, by_name=False)
     except ValidationError as error:
         faults = "; ".join(dict.fromkeys(_explain(fault) for fault in error.errors()))
         raise UserError(f"{origin}: {faults}.") from None

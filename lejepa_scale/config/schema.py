@@ -14,9 +14,11 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
-    """A strict group of keys: an unknown one is refused."""
+    """A strict group of keys: an unknown one is refused. Python writes `global_` and `lambda_`, a file does not."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_by_name=True, validate_by_alias=True
+    )
 
 
 class Run(Section):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from lejepa_scale.config import BatchPlan, Config
+from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data.batch import Batch
 from lejepa_scale.data.faults import Fault, SampleFault
 from lejepa_scale.data.images import photometric, views
@@ -25,11 +25,10 @@ from lejepa_scale.errors import UserError
 
 
 class _Samples(Dataset[Batch]):
-    def __init__(self, mixture: Mixture, config: Config) -> None:
-        data = config.data
-        self.mixture, self.seed = mixture, config.run.seed
+    def __init__(self, mixture: Mixture, data: Data, seed: int) -> None:
+        self.mixture, self.seed = mixture, seed
         self.reader, self.max_faults, self.max_pixels = reader_of(data), data.max_faults, data.max_pixels
-        self.order = Order(mixture.counts, mixture.weights, config.run.seed, data.shuffle_block)
+        self.order = Order(mixture.counts, mixture.weights, seed, data.shuffle_block)
         self.groups = [group for group in (data.views.global_, data.views.local) if group.count]
         self.enough = views.min_resolution(self.groups)
         self.augment = data.augment
@@ -100,28 +99,36 @@ class _Names(_Samples):
 
 
 class Loader:
-    """Iterates (step, micro-batches of this rank) from `first_step` for ever; a pure function of the configuration."""
+    """This rank's micro-batches from `first_step` on, for ever, `plan.accumulation` of them per step: a pure function of the
+    arguments. `mixture` is what `open_mixture(data)` found. `decode=False`: batches name their samples and hold no views.
+
+    Raises UserError where `plan` has no such rank, and from iteration where a shard is lost."""
 
     def __init__(
         self,
         mixture: Mixture,
-        config: Config,
+        data: Data,
         plan: BatchPlan,
         *,
-        rank: int,
-        first_step: int,
-        pin_memory: bool,
-        decode: bool = True,  # without, batches name their samples and hold no views
+        seed: int,
+        rank: int = 0,
+        first_step: int = 0,
+        pin_memory: bool = False,
+        decode: bool = True,
     ) -> None:
+        if not 0 <= rank < plan.ranks:
+            raise UserError(
+                f"rank = {rank} of a plan for {plan.ranks} rank(s): ranks count from 0 to {plan.ranks - 1}."
+            )
         self.plan, self.rank, self.first_step = plan, rank, first_step
-        workers = config.data.workers
+        workers = data.workers
         cv2.setNumThreads(1)  # workers and ranks are the parallelism
         self._loader: DataLoader[Batch] = DataLoader(
-            (_Samples if decode else _Names)(mixture, config),
+            (_Samples if decode else _Names)(mixture, data, seed),
             batch_sampler=_Positions(plan, rank, first_step),  # type: ignore[arg-type]
             collate_fn=_same,  # type: ignore[arg-type]
             num_workers=workers,
-            prefetch_factor=config.data.prefetch if workers else None,
+            prefetch_factor=data.prefetch if workers else None,
             persistent_workers=False,
             worker_init_fn=_start_worker,
             pin_memory=pin_memory,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lejepa_scale.config import Config, Data
+from lejepa_scale.config import Data
 from lejepa_scale.data.audit.keylog import Header, Record
 from lejepa_scale.data.index.shards import Shards, index_shards
 from lejepa_scale.data.io.reader import Reader, expand
@@ -52,13 +52,13 @@ class Mixture:
         drawn = shard.key(location.member)
         return Record(position, *location, f"{shard.name}/{drawn}", "" if key == drawn else key)
 
-    def key_log_header(self, config: Config, *, decoded: bool) -> Header:
+    def key_log_header(self, data: Data, *, seed: int, global_batch: int, decoded: bool) -> Header:
         """All that the order depends on, how many samples an epoch of each source has, and whether images were read."""
         return {
             "fingerprint": self.fingerprint,
-            "seed": config.run.seed,
-            "shuffle_block": config.data.shuffle_block,
-            "global_batch": config.train.global_batch,
+            "seed": seed,
+            "shuffle_block": data.shuffle_block,
+            "global_batch": global_batch,
             "samples": [int(counts.sum()) for counts in self.counts],
             "decoded": decoded,
         }

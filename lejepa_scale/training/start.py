@@ -72,10 +72,12 @@ def started(
 ) -> Iterator[Run]:
     """A run at its next step; its loader and engine are let go of at the end, whatever ends it."""
     rank, device = process_group.rank(), engine.device
-    loader = Loader(mixture, config, plan, rank=rank, first_step=progress.step, pin_memory=device.type == "cuda")
+    seed, pin = config.run.seed, device.type == "cuda"
+    loader = Loader(mixture, config.data, plan, seed=seed, rank=rank, first_step=progress.step, pin_memory=pin)
     key_log = None
     if config.data.log_keys:
-        key_log = KeyLog(config.run.dir, rank, mixture.key_log_header(config, decoded=True))
+        header = mixture.key_log_header(config.data, seed=seed, global_batch=config.train.global_batch, decoded=True)
+        key_log = KeyLog(config.run.dir, rank, header)
     batches = iter(loader)
     if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
         batches = ahead(batches, device)

@@ -39,6 +39,7 @@ def test_every_recipe_is_sound(path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("objective.lambda_=0.1", "unknown key objective.lambda_, did you mean objective.lambda"),
         ("objective.lamda=0.1", "unknown key objective.lamda, did you mean objective.lambda"),
         ("train.lr=0.1", "did you mean optim.lr"),
         ("trian.steps=3", "did you mean train"),

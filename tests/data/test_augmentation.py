@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as reference
-from conftest import small_config
 from PIL import Image
 from scipy import stats
 from torch import Tensor
 from torchvision.transforms import RandomResizedCrop
 
-from lejepa_scale.config import Augment, ViewGroup, plan_batches, validate
-from lejepa_scale.data import Loader, open_mixture
+from lejepa_scale.config import Augment, BatchPlan, Data, ViewGroup, Views
+from lejepa_scale.data import Batch, Loader, open_mixture
 from lejepa_scale.data.device import ahead, one_ahead
 from lejepa_scale.data.images import photometric as ours
 from lejepa_scale.data.images import views as geometry
@@ -241,24 +240,23 @@ def test_views_have_their_shapes_and_tiny_or_long_images_work() -> None:
         assert all(torch.isfinite(x).all() for x in found)
 
 
-def loaded(folder: Path, shards: Path, seed: int = 0, steps: int = 1, **groups: dict):
-    views = {
-        "global": {"count": 2, "size": 24, "scale": [0.5, 1.0]},
-        "local": {"count": 2, "size": 16, "scale": [0.2, 0.5]},
-    }
-    views |= {name.rstrip("_"): {**views[name.rstrip("_")], **changes} for name, changes in groups.items()}
-    tree = small_config(
-        folder, shards, run={"dir": str(folder), "seed": seed}, data={"shards": str(shards), "views": views}
+def loader(shards: Path, batch: int, seed: int = 0, global_views: int = 2, local_views: int = 2) -> Loader:
+    views = Views(
+        global_=ViewGroup(count=global_views, size=24, scale=(0.5, 1.0)),
+        local=ViewGroup(count=local_views, size=16, scale=(0.2, 0.5)),
     )
-    config = validate(tree)
-    plan = plan_batches(config, 1)
-    return list(islice(Loader(open_mixture(config.data), config, plan, rank=0, first_step=0, pin_memory=False), steps))
+    data = Data(shards=str(shards), views=views)
+    return Loader(open_mixture(data), data, BatchPlan(micro_batch=batch), seed=seed)
 
 
-def test_a_further_view_changes_no_other(scenes: Path, tmp_path: Path) -> None:
-    (plain,) = loaded(tmp_path, scenes)
-    (more_local,) = loaded(tmp_path, scenes, local={"count": 3})
-    (more_global,) = loaded(tmp_path, scenes, global_={"count": 3})
+def loaded(shards: Path, steps: int = 1, **options: int) -> list[Batch]:
+    return list(islice(loader(shards, 16, **options), steps))
+
+
+def test_a_further_view_changes_no_other(scenes: Path) -> None:
+    (plain,) = loaded(scenes)
+    (more_local,) = loaded(scenes, local_views=3)
+    (more_global,) = loaded(scenes, global_views=3)
     for other in (more_local, more_global):
         assert other.keys == plain.keys
         for group in (0, 1):
@@ -267,25 +265,22 @@ def test_a_further_view_changes_no_other(scenes: Path, tmp_path: Path) -> None:
     assert len(more_local.views[1]) == len(more_global.views[0]) == 3
 
 
-def test_every_sample_view_epoch_and_seed_has_its_own_colours(scenes: Path, tmp_path: Path) -> None:
-    epochs = [*loaded(tmp_path, scenes, steps=12), *loaded(tmp_path, scenes, seed=1, steps=6)]
+def test_every_sample_view_epoch_and_seed_has_its_own_colours(scenes: Path) -> None:
+    epochs = [*loaded(scenes, steps=12), *loaded(scenes, seed=1, steps=6)]
     factors = torch.cat([p[..., ours.BRIGHTNESS].flatten() for batch in epochs for p in batch.parameters])
     assert len(factors) == 18 * 16 * 4
     assert len(factors.unique()) > 0.999 * len(factors)  # float32 may meet by chance
 
 
 @pytest.mark.parametrize("leak", [False, True])
-def test_loading_holds_on_to_nothing(leak: bool, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loading_holds_on_to_nothing(leak: bool, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python's and numpy's allocations and the live tensors, after two epochs more and after six: nothing stays. Of a leak
     of 100 numbers per view, the test sees 1 MB."""
     kept: list[np.ndarray] = []
     if leak:
         resized = geometry._resized
         monkeypatch.setattr(geometry, "_resized", lambda *a: kept.append(np.zeros(100)) or resized(*a))
-    config = validate(small_config(tmp_path, scenes, train={"steps": 9, "global_batch": 32}))
-    batches = iter(
-        Loader(open_mixture(config.data), config, plan_batches(config, 1), rank=0, first_step=0, pin_memory=False)
-    )
+    batches = iter(loader(scenes, 32))
 
     def epochs(count: int) -> tuple[int, int]:
         for _ in range(3 * count):
@@ -315,8 +310,8 @@ def test_one_batch_is_begun_ahead_and_none_is_lost() -> None:
     assert [k for name, k in events if name == "begin"] == [0, 1, 2]
 
 
-def test_views_made_ahead_are_the_same(scenes: Path, tmp_path: Path) -> None:
-    (batch,) = loaded(tmp_path, scenes)
+def test_views_made_ahead_are_the_same(scenes: Path) -> None:
+    (batch,) = loaded(scenes)
     cpu = torch.device("cpu")
     assert next(ahead(iter([batch]), cpu)) is batch
     views = batch.augmented(cpu)
@@ -326,8 +321,8 @@ def test_views_made_ahead_are_the_same(scenes: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_on_a_gpu_views_made_ahead_are_those_of_the_cpu(scenes: Path, tmp_path: Path) -> None:
-    batches = loaded(tmp_path, scenes, steps=4)
+def test_on_a_gpu_views_made_ahead_are_those_of_the_cpu(scenes: Path) -> None:
+    batches = loaded(scenes, steps=4)
     device = torch.device("cuda")
     for batch, early in zip(batches, ahead(iter(batches), device), strict=True):
         for mine, theirs in zip(early.augmented(device), batch.augmented(torch.device("cpu")), strict=True):

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import small_config
+from conftest import small_views
 
-from lejepa_scale.config import BatchPlan, validate
+from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data import Batch, Loader, evaluation_batches, open_mixture
 from lejepa_scale.data.faults import Fault, append_to_quarantine
 from lejepa_scale.data.index.shards import index_shards
@@ -125,18 +125,15 @@ def test_all_unusable_shards_are_listed_at_once(tmp_path: Path) -> None:
 # -- found when a sample is read: replaced, named and counted
 
 
-def opened(tmp_path: Path, *shards: Path, **data: Any) -> tuple[Any, Mixture]:
-    tree = small_config(tmp_path / "run", [], train={"steps": 4, "global_batch": COUNT})
-    tree["data"] |= {"shards": [str(shard) for shard in shards], **data}
-    config = validate(tree)
-    return config, open_mixture(config.data)
+def opened(*shards: Path, **options: Any) -> tuple[Data, Mixture]:
+    data = Data(shards=[str(shard) for shard in shards], views=small_views(), **options)
+    return data, open_mixture(data)
 
 
 def first_epoch(
-    config: Any, known: Mixture, batch: int = COUNT, ranks: int = 1, rank: int = 0, epochs: int = 1
+    data: Data, known: Mixture, batch: int = COUNT, ranks: int = 1, rank: int = 0, epochs: int = 1
 ) -> list[Batch]:
-    plan = BatchPlan(micro_batch=batch // ranks, ranks=ranks, accumulation=1)
-    loader = Loader(known, config, plan, rank=rank, first_step=0, pin_memory=False)
+    loader = Loader(known, data, BatchPlan(micro_batch=batch // ranks, ranks=ranks), seed=0, rank=rank)
     return list(islice(loader, epochs * known.num_samples // batch))
 
 
@@ -158,9 +155,9 @@ def test_replaced_named_and_counted(tmp_path: Path, name: str) -> None:
     changed, words = SAMPLES[name]
     shard = tmp_path / "one.tar"
     shard.write_bytes(tar_of({k: v for k, v in {**members(), **changed}.items() if v is not None}))
-    config, known = opened(tmp_path, shard)
+    data, known = opened(shard)
     assert known.num_samples == COUNT  # nothing is shortened
-    (batch,) = first_epoch(config, known)
+    (batch,) = first_epoch(data, known)
     (fault,) = batch.skipped
     index = known.shards[0][0]
     assert (fault.shard, fault.key, fault.offset) == (str(shard), "005", int(index.offsets[5]))
@@ -171,10 +168,10 @@ def test_replaced_named_and_counted(tmp_path: Path, name: str) -> None:
 def test_bytes_that_change_after_indexing_are_found(tmp_path: Path) -> None:
     shard = tmp_path / "one.tar"
     shard.write_bytes(GOOD)
-    config, known = opened(tmp_path, shard)
+    data, known = opened(shard)
     at = int(known.shards[0][0].offsets[5]) + 45
     shard.write_bytes(replaced(GOOD, at, bytes([GOOD[at] ^ 1])))
-    (batch,) = first_epoch(config, known)
+    (batch,) = first_epoch(data, known)
     (fault,) = batch.skipped
     assert fault.key == "005"
     assert "bytes changed since it was indexed" in fault.reason
@@ -183,9 +180,8 @@ def test_bytes_that_change_after_indexing_are_found(tmp_path: Path) -> None:
 def test_a_short_read_is_a_fault_until_there_are_too_many(tmp_path: Path) -> None:
     shard = tmp_path / "one.tar"
     shard.write_bytes(GOOD)
-    config, known = opened(tmp_path, shard, max_faults=4)
-    plan = BatchPlan(micro_batch=1, ranks=1, accumulation=1)
-    batches = iter(Loader(known, config, plan, rank=0, first_step=0, pin_memory=False))
+    data, known = opened(shard, max_faults=4)
+    batches = iter(Loader(known, data, BatchPlan(micro_batch=1), seed=0))
     next(batches)  # the file is open now
     index = known.shards[0][0]
     with shard.open("r+b") as file:
@@ -214,19 +210,19 @@ def test_a_shard_that_is_lost_while_training_stops_it(
 ) -> None:
     shard = tmp_path / "one.tar"
     shard.write_bytes(GOOD)
-    config, known = opened(tmp_path, shard, workers=workers)
+    data, known = opened(shard, workers=workers)
     change(shard)
     with pytest.raises(UserError, match=words):
-        first_epoch(config, known)
+        first_epoch(data, known)
 
 
 def test_a_shard_of_nothing_but_faults_stops_the_run(tmp_path: Path) -> None:
     for count, words in ((40, "16 images in a row"), (5, "5 images in a row")):
         shard = tmp_path / f"hopeless{count}.tar"
         shard.write_bytes(tar_of({f"{i:03d}.jpg": b"no" for i in range(count)}))
-        config, known = opened(tmp_path, shard)
+        data, known = opened(shard)
         with pytest.raises(UserError, match=rf"{words} of shard \S*hopeless{count}\.tar"):
-            first_epoch(config, known, batch=1)
+            first_epoch(data, known, batch=1)
 
 
 def test_replacements_do_not_depend_on_ranks_or_workers(tmp_path: Path) -> None:
@@ -235,11 +231,11 @@ def test_replacements_do_not_depend_on_ranks_or_workers(tmp_path: Path) -> None:
     for number in range(2):
         part = {name: files[name] for name in names[24 * number : 24 * (number + 1)]}
         (tmp_path / f"{number}.tar").write_bytes(tar_of(part))
-    config, known = opened(tmp_path, tmp_path / "0.tar", tmp_path / "1.tar")
-    with_workers, _ = opened(tmp_path, tmp_path / "0.tar", tmp_path / "1.tar", workers=2)
-    reference = first_epoch(config, known)
+    data, known = opened(tmp_path / "0.tar", tmp_path / "1.tar")
+    with_workers, _ = opened(tmp_path / "0.tar", tmp_path / "1.tar", workers=2)
+    reference = first_epoch(data, known)
     assert sum(len(batch.skipped) for batch in reference) == 12
-    for ranks, using in ((2, config), (1, with_workers)):
+    for ranks, using in ((2, data), (1, with_workers)):
         parts = [first_epoch(using, known, ranks=ranks, rank=rank) for rank in range(ranks)]
         for whole, pieces in zip(reference, zip(*parts, strict=True), strict=True):
             assert whole.keys == [key for piece in pieces for key in piece.keys]
@@ -256,7 +252,7 @@ def test_evaluation_names_what_it_leaves_out(tmp_path: Path, capsys: pytest.Capt
 
 def test_missing_labels_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.tar").write_bytes(tar_of({k: v for k, v in members().items() if k != "005.cls"}))
-    _, known = opened(tmp_path, tmp_path / "one.tar")
+    _, known = opened(tmp_path / "one.tar")
     assert known.num_classes == 0
     assert f"1 of {COUNT} samples have no label" in capsys.readouterr().err
 

@@ -22,7 +22,7 @@ from ranks import free_port
 from lejepa_scale.config import BatchPlan, Config, plan_batches, validate
 from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.audit.check import faults, first_difference, order_of_steps, read_log
-from lejepa_scale.data.audit.keylog import KeyLog, header_line, record_line
+from lejepa_scale.data.audit.keylog import Header, KeyLog, Record, header_line, record_line
 from lejepa_scale.data.order import _SHARES, Order, SourceOrder, interleave, permute, positions
 
 
@@ -154,25 +154,33 @@ def changed(tree: dict[str, Any], **sections: dict[str, Any]) -> Config:
     return validate({**tree, **{name: {**tree.get(name, {}), **values} for name, values in sections.items()}})
 
 
+def steps_of(config: Config, ranks: int = 1, first: int = 0, last: int = 12) -> list[tuple[int, list[Record]]]:
+    sources, split = open_mixture(config.data), plan_batches(config, ranks)
+    return list(order_of_steps(sources, config.data, split, seed=config.run.seed, first=first, last=last))
+
+
+def header_of(config: Config, *, decoded: bool) -> Header:
+    sources, batch = open_mixture(config.data), config.train.global_batch
+    return sources.key_log_header(config.data, seed=config.run.seed, global_batch=batch, decoded=decoded)
+
+
 def test_ranks_workers_and_micro_batches_do_not_change_the_order(tree: dict[str, Any]) -> None:
     """At every position the same sample, for any micro batch x ranks x accumulation that makes the global batch."""
-    sources = open_mixture(validate(tree).data)
-    expected = list(order_of_steps(sources, validate(tree), 1, 0, 12))
+    expected = steps_of(validate(tree))
     first, second = ([r for _, step in expected[i : i + 6] for r in step] for i in (0, 6))
     assert {r.sample for r in first} == {r.sample for r in second}
     assert len({r.sample for r in first}) == len(first) == 96
     assert [r.sample for r in first] != [r.sample for r in second]
     for ranks, micro, workers in [(1, None, 1), (1, 4, 3), (2, None, 3), (2, 2, 0), (4, None, 0), (4, 2, 1)]:
         config = changed(tree, train={"micro_batch": micro}, data={"workers": workers})
-        assert list(order_of_steps(sources, config, ranks, 0, 12)) == expected, (ranks, micro, workers)
-    assert list(order_of_steps(sources, changed(tree, data={"workers": 2}), 2, 5, 9)) == expected[5:9]
+        assert steps_of(config, ranks) == expected, (ranks, micro, workers)
+    assert steps_of(changed(tree, data={"workers": 2}), 2, 5, 9) == expected[5:9]
 
 
 def expected_log(tree: dict[str, Any], path: Path) -> Path:
     config = validate(tree)
-    sources = open_mixture(config.data)
-    lines = [header_line(sources.key_log_header(config, decoded=False))]
-    for step, records in order_of_steps(sources, config, 1, 0, config.train.steps):
+    lines = [header_line(header_of(config, decoded=False))]
+    for step, records in steps_of(config, last=config.train.steps):
         lines += [record_line(step, record) for record in records]
     path.write_text("".join(lines))
     return path
@@ -201,9 +209,10 @@ def consume(tree: dict[str, Any], ranks: int, kill_at: int | None) -> None:
     sources, split = open_mixture(config.data), plan_batches(config, ranks)
     saved = config.run.dir / "saved"
     first = int(saved.read_text()) if saved.exists() else 0
-    logs = [KeyLog(config.run.dir, rank, sources.key_log_header(config, decoded=True)) for rank in range(ranks)]
+    logs = [KeyLog(config.run.dir, rank, header_of(config, decoded=True)) for rank in range(ranks)]
     streams = [
-        iter(Loader(sources, config, split, rank=rank, first_step=first, pin_memory=False)) for rank in range(ranks)
+        iter(Loader(sources, config.data, split, seed=config.run.seed, rank=rank, first_step=first))
+        for rank in range(ranks)
     ]
     taken = 0
     for step in range(first, config.train.steps):

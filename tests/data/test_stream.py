@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import small_config
+from conftest import small_views
 from shardserver import Server, serve
 
-from lejepa_scale.config import BatchPlan, validate
+from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.index.scan import ShardIndex, scan
 from lejepa_scale.data.index.shards import index_shards
@@ -307,13 +307,9 @@ def test_what_a_dead_process_left_is_swept(server: Server, tmp_path: Path) -> No
 def test_batches_from_a_bad_server_are_those_of_the_disk(
     server: Server, scenes: Path, tmp_path: Path, workers: int, cached: bool
 ) -> None:
-    def batches(shards: Any, **data: Any) -> list[Any]:
-        tree = small_config(tmp_path, scenes, train={"steps": 8, "global_batch": 12})
-        tree["data"] |= {"shards": shards, **data}
-        config = validate(tree)
-        plan = BatchPlan(micro_batch=12, ranks=1, accumulation=1)
-        loader = Loader(open_mixture(config.data), config, plan, rank=0, first_step=0, pin_memory=False)
-        return list(islice(loader, 8))
+    def batches(shards: Any, **options: Any) -> list[Any]:
+        data = Data(shards=shards, views=small_views(), **options)
+        return list(islice(Loader(open_mixture(data), data, BatchPlan(micro_batch=12), seed=0), 8))
 
     for name in server.files:
         server.script[name].extend(["ok", "drop", "503", "short"])

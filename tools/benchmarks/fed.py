@@ -74,7 +74,8 @@ def _consume(batch: Batch, device: torch.device, colours: bool) -> None:
 def _batches(mixture: Mixture, config: Config, device: torch.device, first_step: int) -> Iterator[Batch]:
     plan = check_world(config, launch.ranks())
     rank, pin = process_group.rank(), device.type == "cuda"
-    return iter(Loader(mixture, config, plan, rank=rank, first_step=first_step, pin_memory=pin))
+    seed = config.run.seed
+    return iter(Loader(mixture, config.data, plan, seed=seed, rank=rank, first_step=first_step, pin_memory=pin))
 
 
 def end_to_end(config: Config, device: torch.device, steps: int, trace: Path | None = None) -> Iterator[Row]:

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from benchmarks.measure import Results, Row, run_sections
-from lejepa_scale.config import Augment, Config, ViewGroup, Views, plan_batches, validate
+from lejepa_scale.config import Augment, BatchPlan, Data, ViewGroup, Views
 from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.images.decode import decode
 from lejepa_scale.data.images.photometric import MEAN, STD
@@ -45,8 +45,9 @@ class Sizes:
 
 FULL = Sizes(Views(), batch=32, photographs=1000, scenes=96, scene_px=256, passes=2, workers=2, epochs=20)
 TOY = Sizes(
-    Views.model_validate(
-        {"global": ViewGroup(count=2, size=32, scale=(0.3, 1.0)), "local": ViewGroup(count=2, size=16, scale=(0.05, 0.3))}
+    Views(
+        global_=ViewGroup(count=2, size=32, scale=(0.3, 1.0)),
+        local=ViewGroup(count=2, size=16, scale=(0.05, 0.3)),
     ),
     batch=4, photographs=4, scenes=8, scene_px=48, passes=1, workers=1, epochs=6,
 )  # fmt: skip
@@ -185,12 +186,5 @@ def _written(samples: Iterator[Any], folder: Path) -> dict[str, bytes]:
 
 
 def _loader(sizes: Sizes, folder: Path, workers: int) -> Loader:
-    config: Config = validate(
-        {
-            "run": {"dir": str(folder / "run")},
-            "train": {"steps": 1, "global_batch": sizes.batch},
-            "data": {"shards": str(folder), "workers": workers, "views": sizes.views.model_dump(by_alias=True)},
-            "model": {"encoder": "vit_nano"},
-        }
-    )
-    return Loader(open_mixture(config.data), config, plan_batches(config, 1), rank=0, first_step=0, pin_memory=False)
+    data = Data(shards=str(folder), workers=workers, views=sizes.views)
+    return Loader(open_mixture(data), data, BatchPlan(micro_batch=sizes.batch), seed=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lejepa_scale.config import Config, plan_batches
+from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data.audit.keylog import Header, Record, entries, files_of
 from lejepa_scale.data.loader import Loader
 from lejepa_scale.data.mixture import Mixture
@@ -21,14 +21,13 @@ _SHOWN = 5  # examples of each fault
 
 
 def order_of_steps(
-    sources: Mixture, config: Config, ranks: int, first: int, last: int
+    sources: Mixture, data: Data, plan: BatchPlan, *, seed: int, first: int, last: int
 ) -> Iterator[tuple[int, list[Record]]]:
-    """(step, its samples by position) for steps first .. last - 1: what the loaders of `ranks` ranks give, each with
+    """(step, its samples by position) for steps first .. last - 1: what the loaders of all ranks give, each with
     `data.workers` processes as in training, put together."""
-    plan = plan_batches(config, ranks)
     taken: dict[int, list[Record]] = defaultdict(list)
-    for rank in tqdm(range(ranks), desc="reading the order", unit="rank", delay=2.0):
-        batches = iter(Loader(sources, config, plan, rank=rank, first_step=first, pin_memory=False, decode=False))
+    for rank in tqdm(range(plan.ranks), desc="reading the order", unit="rank", delay=2.0):
+        batches = iter(Loader(sources, data, plan, seed=seed, rank=rank, first_step=first, decode=False))
         for number, batch in enumerate(islice(batches, (last - first) * plan.accumulation)):
             taken[first + number // plan.accumulation] += batch.records
     for step in sorted(taken):
