@@ -145,7 +145,7 @@ def _step_request(arguments: argparse.Namespace, ranks: int) -> tuple[step.Recip
     images, steps = arguments.images, arguments.steps
     if arguments.smoke:
         arguments.config = arguments.config or Path(__file__).parents[1] / "configs/vits_cifar10.yaml"
-        overrides = ["model.options={depth: 2}", "objective.num_slices=32", *overrides]
+        overrides = ["model.options={depth: 2}", "objective.sigreg.num_slices=32", *overrides]
         images, steps = images or 4, 2
     if arguments.config is None:
         raise UserError("bench.py step needs --config FILE, a recipe such as configs/vits_cifar10.yaml.")

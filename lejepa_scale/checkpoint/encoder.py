@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lejepa_scale.checkpoint.store import find, verify
-from lejepa_scale.config import Config, validate
+from lejepa_scale.config import Config, recorded
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder, build, build_encoder
 
@@ -26,7 +26,7 @@ def load_encoder(path: Path, *, trained: bool = True) -> tuple[Encoder, Config]:
     """
     checkpoint = find(Path(path))
     verify(checkpoint)
-    config = validate(yaml.safe_load((checkpoint / "config.yaml").read_text()), origin=str(checkpoint / "config.yaml"))
+    config = recorded(yaml.safe_load((checkpoint / "config.yaml").read_text()), origin=str(checkpoint / "config.yaml"))
     if trained:
         encoder = build_encoder(config)
         encoder.backbone.load_state_dict(encoder_weights(checkpoint))  # strict: every name on both sides

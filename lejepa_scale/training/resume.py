@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from lejepa_scale.checkpoint import CanonicalState, Progress, Store
-from lejepa_scale.config import Config, dump
+from lejepa_scale.config import Config, dump, migrate
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives
@@ -64,7 +64,7 @@ def _write_config(config: Config) -> None:
     """Keep config.yaml current; changed keys of a resumed run are named."""
     path, text = config.run.dir / "config.yaml", dump(config)
     if path.exists() and (before := path.read_text()) != text:
-        old, new = (_flatten(yaml.safe_load(t)) for t in (before, text))
+        old, new = (_flatten(migrate(yaml.safe_load(t))) for t in (before, text))
         changed = [
             f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
         ]

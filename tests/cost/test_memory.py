@@ -108,7 +108,7 @@ def test_what_a_step_keeps(case: str, precision: str, drop_path: float, kind: st
     normalizations, which a CPU keeps in 16 bits for 16-bit inputs, are up to 7 % of it at a width of 48."""
     images, (name, number) = 16, ENGINES[precision]
     engine = {"name": name, "precision": number, "activation_checkpointing": kind}
-    config = config_of(case, drop_path, engine=engine, objective={"backend": "fused"})
+    config = config_of(case, drop_path, engine=engine, objective={"sigreg": {"backend": "fused"}})
     memory = step_memory(config, plan(images), "cpu")
     kept, peak = measured(config, images, precision)
     predicted = memory.activations + memory.working
@@ -147,7 +147,9 @@ def test_what_the_large_encoders_keep(recipe: str) -> None:
 
 
 def test_memory_of_a_convolutional_network() -> None:
-    config = config_of("plain", model={"encoder": "resnet10t", "options": {}}, objective={"backend": "fused"})
+    config = config_of(
+        "plain", model={"encoder": "resnet10t", "options": {}}, objective={"sigreg": {"backend": "fused"}}
+    )
     kept, _ = measured(config, 8, "fp32")
     assert step_memory(config, plan(8), "cpu").activations == pytest.approx(kept, rel=0.02)
 

@@ -28,7 +28,7 @@ def _config(engine_name: str, accumulation: int, **objective: Any) -> Config:
             train={"global_batch": GLOBAL, "micro_batch": GLOBAL // process_group.world_size() // accumulation},
             engine={"name": engine_name, "precision": "fp32"},
             model={"predictor": {"hidden": 33}},
-            objective={"accumulation": "exact", "scale_centre": 0.1, **objective},
+            objective={"accumulation": "exact", "visreg": {"weight": 0.1}, **objective},
         )
     )
 
@@ -116,13 +116,16 @@ def test_micro_batches_are_another_objective_and_unbiased_ones_are_not() -> None
     for estimator, accumulation in (("u", "unbiased"), ("v", "micro")):
         tree = small_config(
             "unused", "unused", train={"global_batch": 64},
-            objective={"accumulation": accumulation, "estimator": estimator, "num_slices": 8, "backend": "fused"},
+            objective={
+                "accumulation": accumulation,
+                "sigreg": {"estimator": estimator, "num_slices": 8, "backend": "fused"},
+            },
         )  # fmt: skip
         sigreg = build_loss(validate(tree)).regularizer
         parts = z.view(4000 * 8, 8, 6)
         means[accumulation] = sigreg(parts, step=1)  # the mean over independent parts
     whole = build_loss(
-        validate(small_config("u", "u", objective={"estimator": "u", "num_slices": 8, "backend": "fused"}))
+        validate(small_config("u", "u", objective={"sigreg": {"estimator": "u", "num_slices": 8, "backend": "fused"}}))
     ).regularizer
     expected = whole(z, step=1)
     assert float(means["unbiased"] / expected) == pytest.approx(1, abs=0.03)

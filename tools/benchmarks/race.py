@@ -21,9 +21,9 @@ import torch.distributed as dist
 from benchmarks.fed import Fed
 from benchmarks.measure import Row, free_port
 from benchmarks.minimal import Arrangement, Minimal
-from lejepa_scale.config import Config, check_world, load_config
+from lejepa_scale.config import Config, check_world, is_remote, load_config
 from lejepa_scale.cpu.allocator import keep_memory
-from lejepa_scale.data.io.reader import expand, is_remote
+from lejepa_scale.data.io.reader import expand
 from lejepa_scale.data.make import sources
 from lejepa_scale.data.make.writer import write_shards
 from lejepa_scale.errors import UserError

@@ -138,7 +138,7 @@ def synthetic_views(config: Config, images: int, device: torch.device) -> list[T
 
 def _initial(config: Config) -> CanonicalState:
     """First weights, which engines and switches share; drawn once, since that takes long for large models."""
-    model = config.model.model_copy(update={"drop_path": 0.0, "attention": "auto"})
+    model = config.model.model_copy(update={"drop_path": 0.0, "drop_path_uniform": False, "attention": "auto"})
     return _drawn(dump(config.model_copy(update={"engine": type(config.engine)(), "model": model})))
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lejepa_scale.config import is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.index.scan import ShardIndex
-from lejepa_scale.data.io.reader import Reader, is_remote, shard_name
+from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
 _VERSION = 2

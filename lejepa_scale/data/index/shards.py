@@ -16,9 +16,10 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from lejepa_scale.config import is_remote
 from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
 from lejepa_scale.data.index.scan import ShardIndex, scan
-from lejepa_scale.data.io.reader import Reader, is_remote, shard_name
+from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
 T = TypeVar("T")
