@@ -27,8 +27,15 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["training"] = {*MAY_IMPORT, "evaluation", "cost"}
 MAY_IMPORT["operations"] = {*MAY_IMPORT, "training"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "operations"}
-MAY_IMPORT["__init__"] = {"config", "data", "errors", "evaluation", "model", "objective", "training"}
-ALONE = {"deepspeed": {"engine/zero.py"}, "xformers": {"model/attention.py"}, "wandb": {"training/reporting.py"}}
+MAY_IMPORT["__init__"] = {"checkpoint", "config", "data", "errors", "evaluation", "model", "objective", "training"}
+MAY_IMPORT["__main__"] = {"cli"}
+ALONE = {
+    "deepspeed": {"engine/zero.py"},
+    "xformers": {"model/attention.py"},
+    "torchao": {"engine/wrap.py"},
+    "wandb": {"training/reporting.py"},
+    "matplotlib": {"evaluation/picture.py"},
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

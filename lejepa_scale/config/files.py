@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from lejepa_scale.config import checks
 from lejepa_scale.config.keys import keys_of
+from lejepa_scale.config.paths import find_config
 from lejepa_scale.config.schema import Config
 from lejepa_scale.errors import UserError
 
@@ -34,9 +35,11 @@ MOVED = {
 
 
 def load_config(path: Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML file, apply `a.b=value` overrides (values are YAML), validate. Raises UserError."""
+    """Read a YAML file or the recipe of that name, apply `a.b=value` overrides (values are YAML), validate. Raises
+    UserError."""
+    path = find_config(Path(path))
     try:
-        text = Path(path).read_text()
+        text = path.read_text()
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}.") from error
     try:

@@ -206,7 +206,7 @@ def _import() -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError("engine.name=zero* needs DeepSpeed: pip install 'deepspeed>=0.19.5'.") from error
+        raise UserError("engine.name=zero* needs DeepSpeed: pip install 'lejepa_scale[zero]'.") from error
     version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
     if version < _MINIMUM:
         raise UserError(f"engine.name=zero* needs deepspeed >= 0.19.5; this is {deepspeed.__version__}.")

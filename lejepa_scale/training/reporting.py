@@ -92,7 +92,7 @@ def _start_wandb(config: Config) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("log.wandb.enabled=true needs the package: pip install wandb.") from error
+        raise UserError("log.wandb.enabled=true needs wandb: pip install 'lejepa_scale[wandb]'.") from error
     settings = config.log.wandb
     online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     identity = config.run.dir / "wandb_id"

@@ -76,7 +76,7 @@ def started(
     loader = Loader(mixture, config.data, plan, seed=seed, rank=rank, first_step=progress.step, pin_memory=pin)
     key_log = None
     if config.data.log_keys:
-        header = mixture.key_log_header(config.data, seed=seed, global_batch=config.train.global_batch, decoded=True)
+        header = mixture.key_log_header(config.data, seed=seed, global_batch=plan.global_batch, decoded=True)
         key_log = KeyLog(config.run.dir, rank, header)
     batches = iter(loader)
     if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
