@@ -11,13 +11,13 @@ Starting the same command again goes on from the newest complete checkpoint in r
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
 import warnings
 from pathlib import Path
 
+from lejepa_scale import logs
 from lejepa_scale.config import dump, load_config
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import launch
@@ -44,7 +44,7 @@ def main() -> int:
     from lejepa_scale.training.loop import train
 
     keep_memory()
-    logging.basicConfig(level=logging.INFO if launch.rank() == 0 else logging.WARNING, format="%(message)s")
+    logs.to_stderr()
     try:
         train(config)
     except UserError as error:

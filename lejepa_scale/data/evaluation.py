@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +15,8 @@ from lejepa_scale.data.images.decode import decode
 from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.data.samples import read_image
+
+logger = logging.getLogger(__name__)
 
 
 def evaluation_batches(
@@ -34,7 +36,7 @@ def evaluation_batches(
                 image = decode(read_image(reader, shard, member))
             except SampleFault as error:
                 fault = Fault(shard.url, shard.key(member), int(shard.offsets[member]), str(error))
-                print(f"left out: {fault}", file=sys.stderr)
+                logger.warning("left out: %s", fault)
                 continue
             images.append(views.centre_square(image, image_size).transpose(2, 0, 1))
             labels.append(int(shard.labels[member]))
