@@ -37,7 +37,7 @@ def load_encoder(path: Path, *, trained: bool = True) -> tuple[Encoder, Config]:
 
 
 def encoder_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The encoder's tensors under timm's own names."""
+    """The encoder's tensors under timm's own names. Raises UserError where the file cannot be read."""
     try:
         with safe_open(checkpoint / "model.safetensors", "pt") as file:
             return {k.removeprefix(_PREFIX): file.get_tensor(k) for k in file.keys() if k.startswith(_PREFIX)}
@@ -46,7 +46,8 @@ def encoder_weights(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def export_encoder(path: Path, target: Path) -> int:
-    """Write the encoder as safetensors under timm's names, with how to build it in the metadata; number of tensors."""
+    """Write the encoder as safetensors under timm's names, with how to build it in the metadata; number of tensors.
+    Raises UserError where `path` is not a checkpoint."""
     encoder, config = load_encoder(path)
     weights = {name: t.contiguous() for name, t in encoder.backbone.state_dict().items()}
     metadata = {

@@ -23,7 +23,7 @@ def evaluation_batches(
     shards: str | list[str], *, image_size: int, batch_size: int, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images in stored order, resized and cut to the centre: (uint8 [B, 3, S, S], int64 [B]); label -1 where unknown.
-    Images that cannot be used are named and left out."""
+    Images that cannot be used are named and left out. Raises UserError where a shard is missing or damaged."""
     patterns = [shards] if isinstance(shards, str) else shards
     images: list[np.ndarray] = []
     labels: list[int] = []

@@ -31,10 +31,12 @@ class Mixture:
 
     @property
     def num_samples(self) -> int:
+        """Of all sources, in one epoch of each."""
         return sum(int(counts.sum()) for counts in self.counts)
 
     @property
     def num_labelled(self) -> int:
+        """Samples that have a class number."""
         return sum(int(source.rows["labelled"].sum()) for source in self.shards)
 
     @property
@@ -83,6 +85,7 @@ def open_mixture(data: Data, *, build: bool = True) -> Mixture:
 
 
 def reader_of(data: Data) -> Reader:
+    """A reader by the settings of the data section."""
     return Reader(
         read_timeout=data.read_timeout, retries=data.retries, cache_dir=data.cache_dir, cache_gb=data.cache_gb
     )

@@ -76,6 +76,7 @@ class IndexLocation:
         return None
 
     def write_sidecar(self, index: ShardIndex) -> None:
+        """Write the index of one shard. Raises UserError where no folder for it can be written."""
         self._write(f"{shard_name(index.url)}.index.npz", _packed(_sidecar_arrays(index)))
 
     def manifest(self) -> dict[str, np.ndarray]:
@@ -96,6 +97,8 @@ class IndexLocation:
         return {}
 
     def write_manifest(self, rows: dict[str, np.ndarray]) -> None:
+        """Write the rows of all shards of the folder, by name. Raises UserError where no folder for them can be
+        written."""
         self._write(_MANIFEST, _packed(_manifest_arrays(rows)))
 
 

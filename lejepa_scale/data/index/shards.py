@@ -125,7 +125,8 @@ def index_shards(
 
 
 def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: int) -> list[str]:
-    """Read every shard again and compare it with its sidecar; the differences, one sentence per shard."""
+    """Read every shard again and compare it with its sidecar; the differences, one sentence per shard. A shard that
+    cannot be read is one too."""
     homes = {folder: IndexLocation(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
 
     def compare(url: str) -> str | None:
