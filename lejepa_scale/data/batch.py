@@ -25,6 +25,7 @@ class Batch:
     ready: list[Tensor] | None = None  # augmented views, where they were made ahead
 
     def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, as a DataLoader asks of what it hands over."""
         return replace(self, views=[v.pin_memory() for v in self.views], labels=self.labels.pin_memory())
 
     def augmented(self, device: torch.device) -> list[Tensor]:

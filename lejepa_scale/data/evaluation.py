@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,12 +16,14 @@ from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.data.samples import read_image
 
+logger = logging.getLogger(__name__)
+
 
 def evaluation_batches(
     shards: str | list[str], *, image_size: int, batch_size: int, limit: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Images in stored order, resized and cut to the centre: (uint8 [B, 3, S, S], int64 [B]); label -1 where unknown.
-    Images that cannot be used are named and left out."""
+    Images that cannot be used are named and left out. Raises UserError where a shard is missing or damaged."""
     patterns = [shards] if isinstance(shards, str) else shards
     images: list[np.ndarray] = []
     labels: list[int] = []
@@ -34,7 +36,7 @@ def evaluation_batches(
                 image = decode(read_image(reader, shard, member))
             except SampleFault as error:
                 fault = Fault(shard.url, shard.key(member), int(shard.offsets[member]), str(error))
-                print(f"left out: {fault}", file=sys.stderr)
+                logger.warning("left out: %s", fault)
                 continue
             images.append(views.centre_square(image, image_size).transpose(2, 0, 1))
             labels.append(int(shard.labels[member]))

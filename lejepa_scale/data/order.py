@@ -19,6 +19,8 @@ _GAMMA = np.uint64(GAMMA)
 
 
 class Location(NamedTuple):
+    """A sample by numbers: the source, the epoch of that source, the shard in it and the sample in that."""
+
     source: int
     epoch: int  # of this source
     shard: int  # in the order of the configuration

@@ -20,6 +20,8 @@ Batches = Iterable[tuple[Tensor, Tensor]]  # uint8 [B, 3, S, S], int64 [B]
 
 @dataclass(frozen=True)
 class Features:
+    """Frozen features of labelled images. Raises UserError where a label is missing."""
+
     rows: Float[Tensor, "n e"]  # float32, CPU
     labels: Int[Tensor, " n"]
 
@@ -33,7 +35,7 @@ class Features:
 
 @torch.no_grad()
 def extract(encoder: Encoder, batches: Batches, device: torch.device, name: str = "features") -> Features:
-    """Pooled features of every image, at the size the batches have."""
+    """Pooled features of every image, at the size the batches have. Raises UserError where an image has no label."""
     encoder = encoder.to(device).eval()
     rows, labels = [], []
     for images, label in tqdm(batches, desc=name, unit="batch", leave=False, mininterval=1.0):
@@ -44,7 +46,7 @@ def extract(encoder: Encoder, batches: Batches, device: torch.device, name: str 
 
 def raw_pixels(batches: Batches, side: int = 32) -> Features:
     """The baseline without an encoder: what the encoder is given (normalized pixels, so that a cosine does not measure
-    brightness), averaged down to at most side x side, flattened."""
+    brightness), averaged down to at most side x side, flattened. Raises UserError where an image has no label."""
     rows, labels = [], []
     for images, label in batches:
         x = normalize(images)

@@ -26,14 +26,17 @@ class Packing:
 
     @property
     def lengths(self) -> list[int]:
+        """Tokens of every sequence, in order."""
         return [length for count, length in self.groups for _ in range(count)]
 
     @property
     def sequences(self) -> int:
+        """How many there are in the row."""
         return sum(count for count, _ in self.groups)
 
     @property
     def tokens(self) -> int:
+        """How many there are in the row."""
         return sum(count * length for count, length in self.groups)
 
     @property
@@ -73,7 +76,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> 
 
 @torch.compiler.disable
 def xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> Tensor:
-    """xformers memory-efficient attention under a block-diagonal mask. CUDA only."""
+    """xformers memory-efficient attention under a block-diagonal mask. CUDA only. [T, H, D] in and out. Raises
+    UserError where the package is missing."""
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
@@ -82,7 +86,8 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets)
 
 
 def varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> Tensor:
-    """torch's own variable-length flash attention (torch >= 2.10, fp16/bf16). CUDA only."""
+    """torch's own variable-length flash attention (torch >= 2.10, fp16/bf16). CUDA only. [T, H, D] in and out.
+    Raises UserError where torch is older."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
@@ -107,7 +112,8 @@ def choose_backend(
     name: str, packing: Packing, *, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> str:
     """The fastest backend for `auto`: those whose forward and backward run here and agree with sdpa are timed on tokens
-    laid out like `packing`. A backend asked for by name is tried too, and refused with the reason if it cannot run.
+    laid out like `packing`. A backend asked for by name is tried too. Raises UserError, with the reasons, where none
+    can run.
 
     The choice is kept for the process. Draws from a generator of its own.
     """

@@ -83,7 +83,8 @@ class Encoder(nn.Module):
         return list(getattr(self.backbone, "blocks", []))
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
-        """Refuse image sides that this encoder cannot process. Meant for an encoder built on the meta device."""
+        """Refuse image sides that this encoder cannot process. Meant for an encoder built on the meta device.
+        Raises UserError with the nearest side that will do."""
         sizes = list(dict.fromkeys(sizes))
         for size in sizes:
             if self.patch_size and size % self.patch_size:
@@ -101,6 +102,7 @@ class Encoder(nn.Module):
                 raise UserError(f"{self.name} cannot process views of {shown} px: {error}") from error
 
     def forward(self, images: Sequence[Float[Tensor, "b 3 h w"]]) -> list[Float[Tensor, "b e"]]:
+        """Pooled features of every resolution, in the order given."""
         if not self.packed:
             return [self.backbone(x.contiguous(memory_format=torch.channels_last)) for x in images]
         return [self.backbone.forward_head(tokens, pre_logits=True) for tokens in self._packed_tokens(images)]
@@ -120,7 +122,8 @@ class Encoder(nn.Module):
         return Packing(tuple((count, (side // patch) ** 2 + prefix) for count, side in images))
 
     def backend(self, packing: Packing, device: torch.device, dtype: torch.dtype) -> str:
-        """The attention backend for tokens of `dtype`; measured where `attention` is auto and there is a choice."""
+        """The attention backend for tokens of `dtype`; measured where `attention` is auto and there is a choice.
+        Raises UserError where the one asked for cannot run here."""
         attn = self.backbone.blocks[0].attn
         return choose_backend(
             self.attention, packing, heads=attn.num_heads, head_dim=attn.head_dim, device=device, dtype=dtype

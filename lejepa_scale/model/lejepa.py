@@ -33,6 +33,7 @@ class Replay:
     index: int
 
     def joined(self, own: Float[Tensor, "v b e"]) -> Float[Tensor, "v all_b e"]:
+        """All micro-batches' features, this one's with the graph of `own`."""
         if own.requires_grad:
             own.register_hook(lambda gradient: gradient * len(self.features))
         return torch.cat([*self.features[: self.index], own, *self.features[self.index + 1 :]], 1)
@@ -75,6 +76,7 @@ class LeJEPA(nn.Module):
 
 
 def build_encoder(config: Config) -> Encoder:
+    """The encoder of the model section. Raises UserError for a name or arguments that timm refuses."""
     model = config.model
     return Encoder(
         model.encoder,
@@ -122,7 +124,8 @@ def _refuse_what_needs_blocks(config: Config, encoder: Encoder) -> None:
 
 
 def build(config: Config) -> LeJEPA:
-    """The whole module for a configuration, at weights drawn from torch's current generator."""
+    """The whole module for a configuration, at weights drawn from torch's current generator. Raises UserError as
+    `build_encoder` does."""
     encoder = build_encoder(config)
     head = config.model.projector
     predictor = config.model.predictor
@@ -135,6 +138,7 @@ def build(config: Config) -> LeJEPA:
 
 
 def build_loss(config: Config) -> LeJEPALoss:
+    """The objective section's loss, and its regularizer."""
     objective, sigreg = config.objective, config.objective.sigreg
     regularizer: Regularizer
     if objective.regularizer == "weak_sigreg":

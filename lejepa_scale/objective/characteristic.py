@@ -190,4 +190,5 @@ def _triton() -> Arithmetic:
 
 
 def has_triton() -> bool:
+    """Whether the package is installed."""
     return find_spec("triton") is not None

@@ -16,11 +16,11 @@ from lejepa_scale.parallel.process_group import Group, world_size
 class Regularizer(nn.Module, ABC):
     """A scalar of the embeddings of all ranks, the same on every rank.
 
-    After `backward`, `z.grad` holds W times the gradient of that value, W being the ranks of `group`: what an engine that
-    averages gradients over ranks needs. Ranks may hold unequal numbers of samples, or none.
+    After `backward`, `z.grad` holds W times the gradient of that value, W being the ranks of `group`: what an engine
+    that averages gradients over ranks needs. Ranks may hold unequal numbers of samples, or none.
 
     With `joint` the views are pooled into one sample of V N; otherwise each view is a sample of N and the V values are
-    averaged. With fewer than `least` samples in all there is no value: ValueError, where the total is known.
+    averaged. Raises ValueError for fewer than `least` samples in all, which have no value, where the total is known.
     """
 
     def __init__(self, *, joint: bool, group: Group, seed: int, least: int) -> None:

@@ -36,7 +36,7 @@ class SIGReg(Regularizer):
     scale: the factor in front: "n" (the paper), "reference" (`reference_n`, so that lambda keeps its meaning when the global
     batch changes) or "none" (1). joint: see Regularizer; N is then V N.
 
-    communication: how ranks meet; the value is the same (communication.Traffic has the costs).
+    communication: how ranks meet; the value is the same (comm_cost.Traffic has the costs).
     - "sums": one all-reduce of 2 V M (knots - 1) + 1 numbers forward, none backward.
     - "embeddings": gather, and every rank does all the arithmetic. No collective backward.
     - "distinct": gather, and each rank takes its share of the M directions. A reduce-scatter backward.

@@ -178,5 +178,6 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def barrier() -> None:
+    """Wait until every rank has come here."""
     if world_size() > 1:
         dist.barrier()

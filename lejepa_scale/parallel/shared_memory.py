@@ -36,7 +36,8 @@ class SharedMemoryGather:
         self.slots = torch.frombuffer(memory, dtype=torch.uint8, offset=world * _LINE).view(2, world, _SLOT)
 
     def gather(self, x: Tensor) -> Tensor:
-        """[...] on each rank -> [W, ...] on every rank; the same shape everywhere."""
+        """[...] on each rank -> [W, ...] on every rank; the same shape everywhere. Raises RuntimeError after
+        `timeout` seconds without the others."""
         self.turn += 1
         data = x.detach().contiguous()
         size, slots = data.numel() * data.element_size(), self.slots[self.turn % 2]
@@ -60,6 +61,7 @@ class SharedMemoryGather:
 
 
 def fits(x: Tensor) -> bool:
+    """Whether a tensor is on the CPU and small enough for a slot."""
     return x.device.type == "cpu" and 0 < x.numel() * x.element_size() <= _SLOT
 
 

@@ -60,7 +60,7 @@ def test_single_process_writes_what_the_contract_says(command: Command, tmp_path
     assert (run / "config.yaml").exists()
     again = command(TRAIN, "--config", path)
     assert again.returncode == 0
-    assert "trained to step 4 already" in again.stdout
+    assert "trained to step 4 already" in again.stderr
     encoder, _ = load_encoder(run)
     untrained, _ = load_encoder(run, trained=False)
     assert not any(
@@ -91,7 +91,7 @@ def test_resume_is_exact(command: Command, tmp_path: Path, scenes: Path, engine:
     shutil.rmtree(last)
     second = command(TRAIN, "--config", path, ranks=2, launcher=launcher)
     assert second.returncode == 0, second.stderr
-    assert "resuming from" in second.stdout
+    assert "resuming from" in second.stderr
     exact = ("step", "loss", "loss_prediction", "loss_sigreg", "grad_norm", "lr", "effective_rank", "probe_accuracy")
     assert [[r[k] for k in exact] for r in records(run)] == [[r[k] for k in exact] for r in whole]
     for name, tensors in before.items():
@@ -111,7 +111,7 @@ def test_engines_and_world_sizes_share_checkpoints(command: Command, tmp_path: P
     arguments = ("--config", command.config(tree), f"run.dir={moved}", "engine.name=fsdp")
     result = command(TRAIN, *arguments, ranks=2)
     assert result.returncode == 0, result.stderr
-    assert "engine.name: single -> fsdp" in result.stdout
+    assert "engine.name: single -> fsdp" in result.stderr
     losses = [[r["loss"] for r in records(tmp_path / name)] for name in ("whole", "moved")]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 

@@ -67,7 +67,8 @@ def decode(data: bytes, enough: MinResolution | None = None, max_pixels: int = M
 
 
 def dimensions(data: bytes) -> tuple[int, int] | None:
-    """(height, width) as stored, from the header alone; None where it is not understood."""
+    """(height, width) as stored, from the header alone; None where it is not understood. Raises DecodeError where
+    that says more pixels than Pillow would open."""
     if _is_jpeg(data):
         at = _frame_header(data)
         if at < 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.index.scan import ShardIndex
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 _VERSION = 2
 _MANIFEST = "manifest.index.npz"
@@ -74,6 +76,7 @@ class IndexLocation:
         return None
 
     def write_sidecar(self, index: ShardIndex) -> None:
+        """Write the index of one shard. Raises UserError where no folder for it can be written."""
         self._write(f"{shard_name(index.url)}.index.npz", _packed(_sidecar_arrays(index)))
 
     def manifest(self) -> dict[str, np.ndarray]:
@@ -87,14 +90,15 @@ class IndexLocation:
             except Exception:  # as above; the zip format has a checksum of each array
                 damaged = True
         if damaged:
-            print(
-                f"the manifest of {self.folder} is damaged or of another version: made anew from the shards' own index "
-                "files.",
-                file=sys.stderr,
+            logger.warning(
+                "the manifest of %s is damaged or of another version: made anew from the shards' own index files.",
+                self.folder,
             )
         return {}
 
     def write_manifest(self, rows: dict[str, np.ndarray]) -> None:
+        """Write the rows of all shards of the folder, by name. Raises UserError where no folder for them can be
+        written."""
         self._write(_MANIFEST, _packed(_manifest_arrays(rows)))
 
 

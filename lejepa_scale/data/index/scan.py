@@ -39,9 +39,11 @@ class ShardIndex:
 
     @property
     def name(self) -> str:
+        """The shard's file name."""
         return shard_name(self.url)
 
     def key(self, member: int) -> str:
+        """The name that the members of a sample share."""
         return self.keys[member].decode("utf-8", "surrogateescape")
 
     @cached_property

@@ -1,10 +1,10 @@
 """What is in the shards. A sidecar per shard says where each image lies, and its checksum; a manifest per folder of shards
-says how many images each shard holds, so that a run reads one file at its start (indexfiles.py)."""
+says how many images each shard holds, so that a run reads one file at its start (files.py)."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +21,8 @@ from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
 from lejepa_scale.data.index.scan import ShardIndex, scan
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _HELD_SAMPLES = 1 << 20  # of the sidecars that a process keeps in memory, about 60 bytes each
@@ -123,7 +125,8 @@ def index_shards(
 
 
 def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: int) -> list[str]:
-    """Read every shard again and compare it with its sidecar; the differences, one sentence per shard."""
+    """Read every shard again and compare it with its sidecar; the differences, one sentence per shard. A shard that
+    cannot be read is one too."""
     homes = {folder: IndexLocation(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
 
     def compare(url: str) -> str | None:
@@ -177,10 +180,11 @@ def _index(
     missing = [number for number, index in zip(lacking, found, strict=True) if index is None]
     if not missing:
         return
-    print(
-        f"{len(missing)} of {len(urls)} shards have no index that fits them: reading them once. "
+    logger.info(
+        "%d of %d shards have no index that fits them: reading them once. "
         "`lejepa shards index` does this beforehand, on as many machines as you like.",
-        file=sys.stderr,
+        len(missing),
+        len(urls),
     )
     faults: list[str] = []
     results = _progress(_each(workers, scanned, [(number,) for number in missing]), len(missing), "indexing")
