@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _TESTS = Path(__file__).parent
-_UNCHECKED = (
+UNCHECKED = (
     "lejepa_scale.objective.triton_kernels",
 )  # Triton reads the source of its kernels: no wrapper may come between
 
@@ -30,7 +30,7 @@ def install() -> None:
     assert not loaded, f"imported before the check was on: {loaded}"
     hook: Any = jaxtyping.install_import_hook("lejepa_scale", "shape_checks.checked").hook
     chosen = hook.should_instrument
-    hook.should_instrument = lambda name: name not in _UNCHECKED and chosen(name)
+    hook.should_instrument = lambda name: name not in UNCHECKED and chosen(name)
     paths = [str(_TESTS / "checked_start"), str(_TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
 
