@@ -7,11 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import shape_checks
 import torch
+
+if shape_checks.wanted():  # before anything of the package is imported
+    shape_checks.install()
 
 from lejepa_scale.config import Config, ViewGroup, Views
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if shape_checks.wanted():
+        for item in items:
+            if item.get_closest_marker("wrong_types"):
+                item.add_marker(pytest.mark.skip(reason="wrong types on purpose, which the check refuses first"))
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +112,8 @@ class Command:
         elif ranks:
             head = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}"]
             head += [f"--master_port={free_port()}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         return subprocess.run(
             [*head, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout

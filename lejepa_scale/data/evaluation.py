@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from lejepa_scale.data.faults import Fault, SampleFault
@@ -21,11 +22,11 @@ logger = logging.getLogger(__name__)
 
 def evaluation_batches(
     shards: str | list[str], *, image_size: int, batch_size: int, limit: int | None = None
-) -> Iterator[tuple[Tensor, Tensor]]:
+) -> Iterator[tuple[UInt8[Tensor, "_b 3 _s _s"], Int[Tensor, " _b"]]]:
     """Images in stored order, resized and cut to the centre: (uint8 [B, 3, S, S], int64 [B]); label -1 where unknown.
     Images that cannot be used are named and left out. Raises UserError where a shard is missing or damaged."""
     patterns = [shards] if isinstance(shards, str) else shards
-    images: list[np.ndarray] = []
+    images: list[UInt8[np.ndarray, "3 s s"]] = []
     labels: list[int] = []
     seen, reader = 0, Reader()
     for shard in index_shards(expand(patterns), reader=reader):

@@ -7,6 +7,7 @@ import logging
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int64
 
 from lejepa_scale.config import Data
 from lejepa_scale.data.audit.keylog import Header, Record
@@ -25,8 +26,8 @@ class Mixture:
     weights: list[float]
 
     @property
-    def counts(self) -> list[np.ndarray]:
-        """Samples of each shard, for each source: int64 [shards]."""
+    def counts(self) -> list[Int64[np.ndarray, " _shards"]]:
+        """Samples of each shard, for each source."""
         return [source.counts for source in self.shards]
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,7 +15,7 @@ from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # uint8 [B, 3, S, S], int64 [B]
+Batches = Iterable[tuple[UInt8[Tensor, "_b 3 _s _s"], Int[Tensor, " _b"]]]
 
 
 @dataclass(frozen=True)

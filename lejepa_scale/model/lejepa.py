@@ -47,8 +47,8 @@ class LeJEPA(nn.Module):
         self.encoder, self.projector, self.predictor, self.loss = encoder, projector, predictor, loss
 
     def forward(
-        self, views: Sequence[Float[Tensor, "v b 3 h w"]], step: int | None, replay: Replay | None = None
-    ) -> dict[str, Tensor]:
+        self, views: Sequence[Float[Tensor, "_v b 3 _h _w"]], step: int | None, replay: Replay | None = None
+    ) -> dict[str, Float[Tensor, "..."]]:
         """views: one tensor per resolution, the global views first; this rank's samples, as many as every rank's.
 
         Returns the scalars `loss`, `prediction`, `sigreg` (of the global batch, equal on all ranks) and, detached, the

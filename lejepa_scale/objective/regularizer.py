@@ -28,11 +28,11 @@ class Regularizer(nn.Module, ABC):
         self.joint, self.group, self.seed, self.least = joint, group, seed, least
 
     @abstractmethod
-    def local_sums(self, z: Float[Tensor, "v n d"], step: int) -> Tensor:
+    def local_sums(self, z: Float[Tensor, "v n d"], step: int) -> Float[Tensor, "*sums"]:
         """This rank's part of the sums over samples that determine the value. z is in fp32 or fp64."""
 
     @abstractmethod
-    def statistic(self, sums: Tensor, count: Tensor, step: int) -> Float[Tensor, ""]:
+    def statistic(self, sums: Float[Tensor, "*sums"], count: Float[Tensor, ""], step: int) -> Float[Tensor, ""]:
         """The value from the sums over `count` samples in all."""
 
     def forward(
@@ -65,10 +65,10 @@ class Regularizer(nn.Module, ABC):
                 f"{samples}, embeddings of shape {list(z.shape)} here."
             )
 
-    def _sample(self, z: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
+    def _sample(self, z: Float[Tensor, "v n d"]) -> Float[Tensor, "samples rows d"]:
         return z.flatten(0, 1).unsqueeze(0) if self.joint else z
 
 
-def to_float32(x: Tensor) -> Tensor:
+def to_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """fp32, or fp64 for fp64: the precision of every statistic."""
     return x if x.dtype == torch.float64 else x.float()

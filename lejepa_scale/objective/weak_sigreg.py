@@ -33,7 +33,7 @@ class WeakSIGReg(Regularizer):
             z = z @ normal(self.seed, step, width, self.sketch, z.device, z.dtype) / width**0.5
         return torch.cat([z.sum(1, keepdim=True), z.mT @ z], 1)
 
-    def statistic(self, sums: Float[Tensor, "v s1 s"], count: Tensor, step: int) -> Float[Tensor, ""]:
+    def statistic(self, sums: Float[Tensor, "v s1 s"], count: Float[Tensor, ""], step: int) -> Float[Tensor, ""]:
         """|| Cov - I ||_F of each view, averaged, with the unbiased covariance of `count` samples."""
         mean = sums[:, :1] / count
         covariance = (sums[:, 1:] - count * mean.mT @ mean) / (count - 1)

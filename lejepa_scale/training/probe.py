@@ -21,8 +21,8 @@ class OnlineProbe:
         )
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=1e-4)
 
-    def step(self, features: Float[Tensor, "b e"], labels: Int[Tensor, " b"]) -> Tensor:
-        """One update; top-1 accuracy on this batch *before* it (so on images not yet seen by the probe), global."""
+    def step(self, features: Float[Tensor, "b e"], labels: Int[Tensor, " b"]) -> Float[Tensor, "2"]:
+        """One update; hits and images of this batch *before* it (so of images not yet seen by the probe), global."""
         logits = self.head(features.float())
         F.cross_entropy(logits, labels).backward()
         gradients = [all_reduce_sum(p.grad) / world_size() for p in self.head.parameters() if p.grad is not None]

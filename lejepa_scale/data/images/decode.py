@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from lejepa_scale.config import Data
@@ -39,8 +40,10 @@ class MinResolution:
         return next(fits, 1)
 
 
-def decode(data: bytes, enough: MinResolution | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """uint8 [H, W, 3], RGB; grey and transparent images are converted, EXIF orientation is applied.
+def decode(
+    data: bytes, enough: MinResolution | None = None, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB; grey and transparent images are converted, EXIF orientation is applied.
 
     A JPEG may come back smaller by a whole factor (libjpeg's scaled inverse transform) where `enough` allows it. Raises
     DecodeError, also for a JPEG that is cut short.

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Int64, Shaped
 from tqdm import tqdm
 
 from lejepa_scale.config import is_remote
@@ -35,7 +36,7 @@ class Shards:
     of a shard when it is asked for. 100,000 shards take about 20 MB."""
 
     urls: list[str]
-    rows: np.ndarray  # MANIFEST_ROW [shards]
+    rows: Shaped[np.ndarray, " shards"]  # of MANIFEST_ROW
     homes: dict[str, IndexLocation]
 
     def __post_init__(self) -> None:
@@ -48,8 +49,8 @@ class Shards:
         return (self[number] for number in range(len(self)))
 
     @property
-    def counts(self) -> np.ndarray:
-        """int64 [shards]: samples, those without an image included."""
+    def counts(self) -> Int64[np.ndarray, " shards"]:
+        """Samples of each shard, those without an image included."""
         return self.rows["count"]
 
     @cached_property
