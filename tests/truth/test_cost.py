@@ -48,7 +48,10 @@ def test_peaks_are_those_of_the_data_sheets(name: str) -> None:
 
 
 def config_of(encoder: str, **sections: Any) -> Any:
-    views = {"global": {"count": 2, "size": 224, "scale": [0.5, 1]}, "local": {"count": 0, "size": 96, "scale": [0.1, 0.3]}}
+    views = {
+        "global": {"count": 2, "size": 224, "scale": [0.5, 1]},
+        "local": {"count": 0, "size": 96, "scale": [0.1, 0.3]},
+    }
     tree = small_config("u", "s", model={"encoder": encoder, "options": {}}, **sections)
     return validate({**tree, "data": {"shards": "s", "views": views}})
 

@@ -155,9 +155,7 @@ def test_large_photographs_are_decoded_at_a_reduced_size(tmp_path: Path, monkeyp
 # -- remote shards
 
 
-def test_retries_and_deadline_are_the_configurations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_retries_and_deadline_are_the_configurations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with serve() as server:
         server.always = "503"

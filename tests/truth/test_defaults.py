@@ -102,7 +102,9 @@ def test_a_rank_is_waited_for_as_long_as_it_may_retry(retries: int, timeout: flo
     longest = (30 * retries + 2 * (retries + 1) * timeout) / 60
     assert minutes - 1 < longest <= minutes
     data = {"shards": "s", "retries": retries, "read_timeout": timeout}
-    assert validate({**SMALLEST, "data": data, "engine": {"timeout_minutes": minutes}}).engine.timeout_minutes == minutes
+    assert (
+        validate({**SMALLEST, "data": data, "engine": {"timeout_minutes": minutes}}).engine.timeout_minutes == minutes
+    )
     if minutes - 1 > 0:
         with pytest.raises(UserError, match=f"{longest:.1f} minutes"):
             validate({**small_config("r", "s"), "data": data, "engine": {"timeout_minutes": minutes - 1}})

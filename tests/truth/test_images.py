@@ -36,7 +36,9 @@ def test_grey_is_itu_r_601() -> None:
     pure = np.zeros((1, 3, 3), np.uint8)
     pure[0, [0, 1, 2], [0, 1, 2]] = 255
     expected = np.asarray(Image.fromarray(pure).convert("L"))[0]  # 76, 150, 29
-    rows = photometric.draw(np.full((1, photometric.DRAWS), 0.5), Augment(flip=0, jitter=0, grayscale=1, blur=0, solarize=0))
+    rows = photometric.draw(
+        np.full((1, photometric.DRAWS), 0.5), Augment(flip=0, jitter=0, grayscale=1, blur=0, solarize=0)
+    )
     x = photometric.apply(torch.from_numpy(pure).permute(2, 0, 1)[None], torch.from_numpy(rows))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in IMAGENET)
     levels = 255 * (x[0] * std + mean)
@@ -71,7 +73,9 @@ def test_boxes_reach_every_border() -> None:
 def test_evaluation_images_are_torchvisions(shape: tuple[int, int]) -> None:
     """Resize of the short side and CenterCrop on a Pillow image."""
     rng = np.random.default_rng(0)
-    coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(shape[::-1], Image.Resampling.BICUBIC)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8)).resize(
+        shape[::-1], Image.Resampling.BICUBIC
+    )
     expected = np.asarray(CenterCrop(40)(Resize(40)(coarse))).astype(int)
     difference = np.abs(views.centre_square(np.array(coarse), 40).astype(int) - expected)
     assert difference.max() <= 2

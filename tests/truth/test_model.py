@@ -49,7 +49,10 @@ def test_the_predictor_is_linear_gelu_linear() -> None:
 def two_batches(module: nn.Module) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     outputs = [module(torch.randn(12, 4, generator=generator).double() * 0.01 + 2) for _ in range(2)]
-    return {"outputs": torch.stack(outputs).detach(), **{k: v for k, v in module.state_dict().items() if "running" in k}}
+    return {
+        "outputs": torch.stack(outputs).detach(),
+        **{k: v for k, v in module.state_dict().items() if "running" in k},
+    }
 
 
 def test_batch_norm_has_torchs_defaults() -> None:

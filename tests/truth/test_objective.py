@@ -149,7 +149,9 @@ def test_additive_weighting_is_convex_up_to_a_factor() -> None:
 def test_lambda_is_0_05_by_default() -> None:
     z, sigreg = sample(2, 8, 3), SIGReg(num_slices=4)
     terms = LeJEPALoss(sigreg)(z, 2, step=0)
-    expected = 0.95 * formulas.prediction(z.numpy(), 2).mean() + 0.05 * formulas.sigreg(z.numpy(), directions(sigreg, 3))
+    expected = 0.95 * formulas.prediction(z.numpy(), 2).mean() + 0.05 * formulas.sigreg(
+        z.numpy(), directions(sigreg, 3)
+    )
     assert float(terms.loss) == pytest.approx(expected, rel=1e-10)
 
 
