@@ -169,7 +169,8 @@ def test_pauses_double_up_to_half_a_minute(monkeypatch: pytest.MonkeyPatch) -> N
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(random, "uniform", lambda low, high: 1.0)
-    with serve() as server, pytest.raises(UserError, match="given up after 9 attempts"):
+    with serve() as server:
         server.always = "503"
-        list(Reader(retries=8, pause=0.5).stream(server.url("a.tar")))
+        with pytest.raises(UserError, match="given up after 9 attempts"):
+            list(Reader(retries=8, pause=0.5).stream(server.url("a.tar")))
     assert pauses == [0.5, 1, 2, 4, 8, 16, 30, 30]

@@ -90,7 +90,8 @@ def test_weak_sigreg_vanishes_at_the_identity() -> None:
 
 
 def test_a_sketch_keeps_the_scale_of_the_covariance() -> None:
-    """Of a covariance s^2 I, S' S s^2 with S [D, k] of variance 1/D: a Wishart matrix, E || S' S ||_F^2 = k + k (k + 1) / D."""
+    """A covariance s^2 I becomes s^2 S' S, with S [D, k] of variance 1/D: a Wishart matrix, of which the expectation of
+    || S' S ||_F^2 is k + k (k + 1) / D."""
     width, sketch, scale = 256, 16, 1e3
     z = torch.cat([torch.eye(width), -torch.eye(width)]).double() * ((2 * width - 1) / 2) ** 0.5
     found = [float(WeakSIGReg(sketch=sketch)(scale * z, step=step)) / scale**2 for step in range(20)]
