@@ -83,3 +83,10 @@ def test_bytes_of_ring_collectives(world: int) -> None:
     assert found.sums == 2 * (world - 1) * 4 * (2 * 4 * 256 * 16) // world
     assert found.embeddings == (world - 1) * 2 * values
     assert found.distinct == (world - 1) * (2 + 4) * values
+
+
+@pytest.mark.parametrize(("slices", "cheapest"), [(200, "sums"), (300, "distinct")])
+def test_the_cheaper_of_sums_and_rows_is_taken(slices: int, cheapest: str) -> None:
+    """Two ranks in fp32: sums send 128 bytes a direction, 64 rows of 64 are sent and their gradients, 8 x 64 x 64 bytes. The
+    two are equal at 256 directions."""
+    assert traffic(1, [64, 64], 64, slices=slices, knots=17).cheapest == cheapest

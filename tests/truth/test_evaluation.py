@@ -14,6 +14,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 
 from lejepa_scale.evaluation import Features, extract, isotropy, knn_accuracy, linear_accuracy, raw_pixels, score
+from lejepa_scale.evaluation.isotropy import first_four_moments
 from lejepa_scale.evaluation.pca import pca_maps
 from lejepa_scale.evaluation.spectrum import effective_rank
 from lejepa_scale.model import Encoder
@@ -126,6 +127,16 @@ def test_raw_pixels_are_means_on_a_grid_of_32() -> None:
     mean, std = (np.array(v)[:, None, None] for v in IMAGENET)
     rows = raw_pixels([(images, torch.zeros(3, dtype=torch.long))]).rows
     np.testing.assert_allclose(rows.numpy(), ((means - mean) / std).reshape(3, -1), atol=1e-5)
+
+
+def test_the_first_four_moments_are_weighted_by_their_variances() -> None:
+    """Of x^k at N(0, 1), from SciPy's moments: E x^2k - (E x^k)^2."""
+    x = np.random.default_rng(0).gamma(2.0, size=(50, 3)) - 1
+    expected = np.zeros(3)
+    for k in range(1, 5):
+        mean = stats.norm.moment(k)
+        expected += 50 * ((x**k).mean(0) - mean) ** 2 / (stats.norm.moment(2 * k) - mean**2)
+    np.testing.assert_allclose(first_four_moments(torch.from_numpy(x)).numpy(), expected, rtol=1e-12)
 
 
 def test_isotropy_divides_by_one_number() -> None:
