@@ -11,8 +11,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import ROOT, Command, small_config
+from PIL import Image
 from safetensors.torch import load_file
 
 from lejepa_scale.checkpoint import load_encoder
@@ -173,7 +175,11 @@ def test_export_verify_evaluate_and_draw(command: Command, tmp_path: Path, scene
     assert [row["name"] for row in rows] == ["trained", "untrained", "raw pixels"]
     result = command(ROOT / "tools/visualize.py", run, "--shards", scenes, "--out", tmp_path / "p.png", "--images", 3)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "p.png").stat().st_size > 10_000
+    with Image.open(tmp_path / "p.png") as picture:
+        assert picture.size == (120 * (6 + 3), 120 * 6)  # curves, and two columns of images
+        pixels = np.asarray(picture.convert("RGB"))[:, 120 * 6 :]
+    white = (pixels == 255).all(-1)
+    assert 0.05 < white.mean() < 0.7  # three images and three maps fill what is not margin
 
 
 def test_wandb_is_offline_without_a_key(

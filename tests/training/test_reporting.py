@@ -40,7 +40,10 @@ def test_the_probe_survives_features_that_are_not_finite() -> None:
     before = probe.state_dict()
     hits = probe.step(features * torch.nan, labels)
     assert hits[1] == 8
-    assert all(t.isfinite().all() for t in probe.state_dict().values())
+    for name, tensor in probe.state_dict().items():
+        if name.startswith("head"):  # no weight moves by more than an ordinary update
+            torch.testing.assert_close(tensor, before[name], rtol=0, atol=1.01e-2)
+        assert tensor.isfinite().all()
     other = OnlineProbe(4, 3, 1e-2, 1, torch.device("cpu"))
     other.load_state_dict(before)
     assert all(torch.equal(other.state_dict()[k], before[k]) for k in before)
