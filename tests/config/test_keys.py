@@ -335,3 +335,20 @@ def test_build_loss_hands_every_key_to_the_objective() -> None:
     regularizer = build_loss(validate(weak)).regularizer
     assert isinstance(regularizer, WeakSIGReg)
     assert regularizer.sketch == 5
+
+
+@pytest.mark.parametrize(
+    "override", ["model.attention=sdpa", "engine.prefetch=2", "engine.compile=true", "engine.fp8=true"]
+)
+def test_keys_for_blocks_are_refused_for_an_encoder_without_any(tmp_path: Path, override: str) -> None:
+    """Known once the encoder is built, on the meta device."""
+    from lejepa_scale.model import check
+
+    tree = small_config("r", "s", engine={"name": "fsdp", "precision": "bf16"})
+    path = written(tmp_path, tree | {"model": {"encoder": "resnet10t"}})
+    check(load_config(path))
+    with pytest.raises(
+        UserError, match=f"{override} works on the blocks of a vision transformer, and resnet10t has none"
+    ):
+        check(load_config(path, [override]))
+    check(load_config(path, ["model.encoder=vit_nano", override]))
