@@ -101,7 +101,7 @@ def test_a_rank_is_waited_for_as_long_as_it_may_retry(retries: int, timeout: flo
     """Two requests may wait for every attempt, and pauses are of 30 seconds at most: 5 x 30 + 12 x 30 s = 8.5 minutes."""
     longest = (30 * retries + 2 * (retries + 1) * timeout) / 60
     assert minutes - 1 < longest <= minutes
-    data = {"shards": "s", "retries": retries, "read_timeout": timeout}
+    data = {"shards": "https://host/s.tar", "retries": retries, "read_timeout": timeout}
     assert (
         validate({**SMALLEST, "data": data, "engine": {"timeout_minutes": minutes}}).engine.timeout_minutes == minutes
     )

@@ -9,12 +9,12 @@ import pytest
 import timm
 import torch
 from conftest import small_config  # configuration keys: engine.*, model.*, optim.*
+from steps import start
 from timm.optim import param_groups_weight_decay
 from truth import formulas
 
-from lejepa_scale.config import Config, check_world, validate
-from lejepa_scale.engine import Engine, build_engine
-from lejepa_scale.model import build
+from lejepa_scale.config import Config, validate
+from lejepa_scale.engine import Engine
 
 # class and register tokens, positions, layer scale, norms: everything that is not decayed
 ENCODER = {
@@ -27,7 +27,7 @@ ENCODER = {
 
 def build_small(**sections: dict[str, Any]) -> tuple[Engine, Config]:
     config = validate(small_config("unused", "unused", model=ENCODER, **sections))
-    return build_engine(config, check_world(config, 1), lambda: build(config), torch.device("cpu"), None), config
+    return start(config)[0], config
 
 
 def run_backward(engine: Engine, seed: int, factor: float = 1.0) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def test_gradients_are_clipped_by_their_global_norm(limit: float | None) -> None
     gradients = {n: p.grad.double().numpy().copy() for n, p in engine.module.named_parameters()}
     norm = np.sqrt(sum((g**2).sum() for g in gradients.values()))
     assert norm > 0.1
-    found = engine.step(0.5, 0.0)
+    found = engine.step(0.5, 0.0).grad_norm
     assert float(found) == pytest.approx(norm, rel=1e-5)  # before clipping
     factor = min(1.0, limit / norm) if limit else 1.0
     for name, after in weights(engine).items():

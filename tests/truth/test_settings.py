@@ -19,21 +19,23 @@ from lejepa_scale.objective import SIGReg
 
 # What a test sets: the tree of the `objective` section that says so.
 OBJECTIVE: dict[str, Any] = {
-    "num_slices": lambda value: {"num_slices": value},
-    "knots": lambda value: {"knots": value},
-    "t_max": lambda value: {"t_max": value},
-    "estimator": lambda value: {"estimator": value},
-    "scale": lambda value: {"scale": value},
-    "reference_n": lambda value: {"scale": "reference", "reference_n": value},
-    "communication": lambda value: {"communication": value},
-    "visreg": lambda value: {"scale_centre": value},
-    "weak": lambda value: {"regularizer": "weak_sigreg", **({"sketch": value} if value else {})},
+    "num_slices": lambda value: {"sigreg": {"num_slices": value}},
+    "knots": lambda value: {"sigreg": {"knots": value}},
+    "t_max": lambda value: {"sigreg": {"t_max": value}},
+    "estimator": lambda value: {"sigreg": {"estimator": value}},
+    "scale": lambda value: {"sigreg": {"scale": value}},
+    "reference_n": lambda value: {"sigreg": {"scale": "reference", "reference_n": value}},
+    "communication": lambda value: {"sigreg": {"communication": value}},
+    "visreg": lambda value: {"visreg": {"weight": value}},
+    "weak": lambda value: {"regularizer": "weak_sigreg", **({"weak_sigreg": {"sketch": value}} if value else {})},
 }
 Z = torch.from_numpy(np.random.default_rng(0).gamma(2.0, size=(3, 12, 4)) - np.arange(3)[:, None, None])
 
 
 def configured(*settings: dict[str, Any], seed: int = 0, model: dict[str, Any] | None = None) -> Config:
-    merged = {key: v for setting in settings for key, v in setting.items()}
+    merged: dict[str, Any] = {}
+    for key, value in (item for setting in settings for item in setting.items()):
+        merged[key] = {**merged.get(key, {}), **value} if isinstance(value, dict) else value
     tree = small_config("u", "u", run={"dir": "u", "seed": seed}, model=model or {})
     return validate({**tree, "objective": merged})
 
