@@ -66,6 +66,7 @@ def train(config: Config) -> Path:
         plan,
         seed=config.run.seed,
         rank=process_group.rank(),
+        timeout=50.0 * config.engine.timeout_minutes,  # before the other ranks give up on this one
         first_step=progress.step,
         pin_memory=device.type == "cuda",
     )
@@ -78,7 +79,7 @@ def train(config: Config) -> Path:
     batches = iter(loader)
     if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
         batches = ahead(batches, device)
-    with _StopSignal() as stop, closing(reporter):
+    with _StopSignal() as stop, closing(reporter), loader:
         run.steps(batches, stop)
     collectives.barrier()
     process_group.leave()
