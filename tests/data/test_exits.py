@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import fcntl
-import multiprocessing
 import os
 import signal
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from conftest import ROOT, Command, small_config, small_views
+from conftest import ROOT, Command, small_config
 from processes import Program, eventually, program
 from ranks import free_port
 
-from lejepa_scale.config import BatchPlan, Data
-from lejepa_scale.data import Loader, open_mixture, workers
-from lejepa_scale.data.io.cache import Cache
-from lejepa_scale.data.io.reader import Reader
-from lejepa_scale.data.io.threads import Pool, result, within
-from lejepa_scale.errors import UserError
+from lejepa_scale.config import Data
+from lejepa_scale.data import open_mixture
+from lejepa_scale.data.order import Order
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 
@@ -38,11 +30,12 @@ DOING = {
     "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
     "idle": "return read(self, url, *where, **options)",
 }
-# Imports once, then forks for every case: a line "what workers do, how the trainer ends, folder, shards". Reads hang from the
-# fifth of each worker on.
+# Imports once, then forks for every case: a line "what workers do, how the trainer ends, folder, shards". Reads hang from
+# the fifth of each worker on.
 SERVER = """
 import ctypes, itertools, os, signal, sys, threading, time
 from pathlib import Path
+from typing import Any
 from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.io.reader import Reader
@@ -111,15 +104,8 @@ def environment() -> dict[str, str]:
 
 def session(leader: int) -> list[int]:
     """Processes of a session, but for those that have ended and wait to be reaped."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, number = path.read_text().rpartition(")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(number) == leader and state != "Z":
-            found.append(int(path.parent.name))
-    return found
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if (found := stat(pid)) and found[3] == str(leader) and found[0] != "Z"]
 
 
 @pytest.mark.parametrize(("doing", "end"), CASES)
@@ -132,3 +118,80 @@ def test_no_worker_outlives_its_trainer(server: Program, scenes: Path, tmp_path:
     assert eventually(lambda: len(list(tmp_path.glob("*.flag"))) == 2, 60)
     assert int(server.line(SECONDS)) == status
     assert eventually(lambda: not session(leader), SECONDS), f"left: {session(leader)}"
+
+
+# -- the trainer itself, and what its workers have started
+
+
+def stalling(scenes: Path, tmp_path: Path) -> dict[str, Any]:
+    """Data whose first 32 samples are a file's, and the next a command's that gives them once, to be indexed, and then no
+    more: each rank's only worker sits in that read before the last of two steps is done."""
+    shards, flag = sorted(scenes.glob("*.tar")), tmp_path / "indexed"
+    command = f"pipe:test -e {flag} && sleep 100000 | cat; cat {shards[1]}"
+    data = {"shards": [str(shards[0]), command], "shuffle_block": 1, "workers": 1, "read_timeout": 250, "retries": 0}
+    for seed in range(100):
+        order = Order([np.array([32, 32])], [1.0], seed, 1)
+        if [x.shard for x in order.locate(range(64))] == [0] * 32 + [1] * 32:
+            break
+    open_mixture(Data(**data))
+    flag.touch()
+    return small_config(
+        tmp_path / "run", [], data=data, run={"dir": str(tmp_path / "run"), "seed": seed}, train={"steps": 2}
+    )
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(("ranks", "killed"), [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)])
+def test_a_run_ends_while_a_read_never_returns(
+    scenes: Path, tmp_path: Path, command: Command, ranks: int, killed: bool
+) -> None:
+    """The run is over after its last step; the command that its workers read, and the command's own children, with it."""
+    tree = stalling(scenes, tmp_path)
+    if ranks > 1:
+        tree["engine"]["name"] = "ddp"
+    if killed:
+        tree["train"]["steps"] = 3  # which waits for the command
+    path, port = command.config(tree), free_port()
+    launcher = (
+        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"] if ranks > 1 else []
+    )
+    arguments = [sys.executable, *launcher, str(ROOT / "launchers/train.py"), "--config", str(path)]
+    with program(arguments, environment()) as running:
+        if killed:
+            assert eventually(lambda: len(sleeping(running)) == 1, 120)  # one process of the node reads a command
+            for pid in ranks_of(running):
+                os.kill(pid, signal.SIGKILL)
+            assert running.process.wait(SECONDS) != 0
+        else:
+            assert running.process.wait(120) == 0
+            assert '"step": 2' in (tmp_path / "run/metrics.jsonl").read_text()
+        assert running.gone(SECONDS), f"left: {[command_line(pid) for pid in running.family()]}"
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def sleeping(running: Program) -> list[int]:
+    return [pid for pid in running.family() if command_line(pid).startswith("sleep ")]
+
+
+def ranks_of(running: Program) -> list[int]:
+    """The launcher's own children; their workers, forks of them, have the same command line."""
+    return [pid for pid in running.family() if stat(pid)[1:2] == [str(running.process.pid)]]
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent, process group, session."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+    except OSError:
+        return []
