@@ -78,7 +78,7 @@ class Cache:
     def _refuse_to_wait(self, since: float, what: str) -> None:
         if time.monotonic() - since > self.patience:
             raise UserError(
-                f"waited {self.patience:.0f} s for {what}, and nothing moved. Another process of this node holds the lock: "
+                f"waited {self.patience:g} s for {what}, and nothing moved. Another process of this node holds the lock: "
                 f"find it (fuser -v {self.folder}/*) and end it, or choose another data.cache_dir."
             )
 

@@ -109,7 +109,7 @@ class Reader:
             return result(future, seconds)
         except TimeoutError as error:
             raise UserError(
-                f"shard {url}: {size} bytes did not come in {seconds:.0f} s, and no error either. Check the network; the "
+                f"shard {url}: {size} bytes did not come in {seconds:g} s, and no error either. Check the network; the "
                 "same command goes on from the last checkpoint."
             ) from error
 
