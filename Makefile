@@ -11,19 +11,19 @@ RUN := runs/quickstart
 
 install: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/uv pip install --python $(BIN)/python --constraint constraints.txt --editable '.[all,dev]'
 	touch $@
 
 quickstart: install
-	$(BIN)/python tools/make_shards.py synthetic --out $(SCENES)/train --count 8000 --size 48 --seed 0
-	$(BIN)/python tools/make_shards.py synthetic --out $(SCENES)/test --count 2000 --size 48 --seed 1
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launchers/train.py --config configs/quickstart.yaml run.dir=$(RUN)
-	$(BIN)/python tools/convert_checkpoint.py $(RUN) $(RUN)/encoder.safetensors --to safetensors --verify
-	$(BIN)/python tools/visualize.py $(RUN) --shards $(SCENES)/test --out $(RUN)/picture.png
-	$(BIN)/python tools/evaluate.py $(RUN) --train $(SCENES)/train --test $(SCENES)/test
+	$(BIN)/lejepa shards make synthetic --out $(SCENES)/train --count 8000 --size 48 --seed 0
+	$(BIN)/lejepa shards make synthetic --out $(SCENES)/test --count 2000 --size 48 --seed 1
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m lejepa_scale train --config quickstart run.dir=$(RUN)
+	$(BIN)/lejepa convert $(RUN) $(RUN)/encoder.safetensors --to safetensors --verify
+	$(BIN)/lejepa picture $(RUN) --shards $(SCENES)/test --out $(RUN)/picture.png
+	$(BIN)/lejepa evaluate $(RUN) --train $(SCENES)/train --test $(SCENES)/test
 	@echo "picture: $(RUN)/picture.png"
 	@echo "encoder: $(RUN)/encoder.safetensors"
 

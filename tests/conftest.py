@@ -39,7 +39,7 @@ def small_views() -> Views:
 
 
 def small_config(run_dir: Path | str, shards: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that trains in seconds; `sections` are merged over it."""
+    """A configuration that trains in seconds; `sections` are merged over it, and `objective.sigreg` too."""
     tree: dict[str, Any] = {
         "run": {"dir": str(run_dir)},
         "train": {"steps": 4, "global_batch": 16},
@@ -49,11 +49,14 @@ def small_config(run_dir: Path | str, shards: Path | str, **sections: dict[str, 
             "views": small_views().model_dump(mode="json", by_alias=True),
         },
         "model": {"encoder": "vit_nano", "options": {"depth": 2}, "projector": {"hidden": 65, "dim": 17}},
-        "objective": {"num_slices": 32},
+        "objective": {},
         "log": {"every": 1},
     }
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
+    objective = tree["objective"]
+    if objective.get("regularizer") != "weak_sigreg":
+        objective["sigreg"] = {"num_slices": 32, **objective.get("sigreg", {})}
     return tree
 
 

@@ -49,7 +49,9 @@ def config_of(case: str, drop_path: float = 0.0, **sections: dict[str, Any]) -> 
         "local": {"count": 3, "size": size, "scale": [0.2, 0.5]},
     }
     model = {"encoder": name, "options": options, "drop_path": drop_path} | sections.pop("model", {})
-    objective = {"backend": "reference"} | sections.pop("objective", {})  # whose products torch's counter sees
+    objective = {**sections.pop("objective", {})}
+    if objective.get("regularizer") != "weak_sigreg":  # torch's counter sees the reference's products
+        objective["sigreg"] = {"backend": "reference"} | objective.get("sigreg", {})
     data = {"shards": "s", "views": views}
     return validate(small_config("r", "s", model=model, objective=objective, data=data, **sections))
 

@@ -19,16 +19,23 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"errors", "seeds", "config", "parallel", "cpu"},
     "objective": {"errors", "seeds", "config", "parallel", "cpu"},
     "model": {"errors", "config", "parallel", "cpu", "objective"},
-    "engine": {"errors", "config", "parallel", "model", "checkpoint"},
-    "checkpoint": {"errors", "config", "parallel", "model"},
+    "engine": {"errors", "config", "parallel", "model"},
+    "checkpoint": {"errors", "config", "parallel", "model", "engine"},
     "evaluation": {"errors", "config", "parallel", "data", "model", "objective", "checkpoint"},
     "cost": {"config", "errors", "objective", "model", "engine"},
 }
 MAY_IMPORT["training"] = {*MAY_IMPORT, "evaluation", "cost"}
 MAY_IMPORT["operations"] = {*MAY_IMPORT, "training"}
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "operations"}
-MAY_IMPORT["__init__"] = {"config", "data", "errors", "evaluation", "model", "objective", "training"}
-ALONE = {"deepspeed": {"engine/zero.py"}, "xformers": {"model/attention.py"}, "wandb": {"training/reporting.py"}}
+MAY_IMPORT["__init__"] = {"checkpoint", "config", "data", "errors", "evaluation", "model", "objective", "training"}
+MAY_IMPORT["__main__"] = {"cli"}
+ALONE = {
+    "deepspeed": {"engine/zero.py"},
+    "xformers": {"model/attention.py"},
+    "torchao": {"engine/wrap.py"},
+    "wandb": {"training/reporting.py"},
+    "matplotlib": {"evaluation/picture.py"},
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

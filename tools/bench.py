@@ -19,7 +19,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from benchmarks import gpu, input, order, reach, sigreg, step
 from benchmarks.features import FEATURES
 from benchmarks.measure import Results, free_port, run_sections
 
+from lejepa_scale.cli.command import refuse
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import launch
 
@@ -64,7 +64,7 @@ def main() -> int:
         description=_STEP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    kind.add_argument("--config", type=Path, help="YAML file; see configs/")
+    kind.add_argument("--config", type=Path, help="a recipe's name, or a YAML file; see configs/")
     kind.add_argument("--images", type=int, help="images a rank and step, in place of the recipe's batch")
     kind.add_argument("--mode", choices=step.MODES, default="synthetic", help="where views come from; %(default)s")
     kind.add_argument("--compare", action="extend", nargs="+", metavar="FEATURE", default=[], help="see above")
@@ -93,8 +93,7 @@ def main() -> int:
         measure = {"gpu": _gpu, "sigreg": _sigreg, "input": _input, "isotropy": _isotropy, "order": _order}
         results = measure[arguments.kind](arguments)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return refuse(error)
     return _report(results, arguments.json)
 
 
@@ -117,7 +116,7 @@ def _step(arguments: argparse.Namespace) -> int:
         step.check_request(recipe, options, ranks)
     except UserError as error:
         error.everywhere = True
-        return _refuse(error, rank)
+        return refuse(error)
     if ranks > 1 and not launch.launched():
         return _on_ranks(ranks)
     if rank:
@@ -125,18 +124,8 @@ def _step(arguments: argparse.Namespace) -> int:
     try:
         results = step.measure(recipe, options)
     except UserError as error:
-        _refuse(error, rank)
-        os._exit(2)  # other ranks may wait in a collective: leave without waiting for them
+        os._exit(refuse(error))  # other ranks may wait in a collective: leave without waiting for them
     return _report(results, arguments.json if rank == 0 else None)
-
-
-def _refuse(error: UserError, rank: int) -> int:
-    """Say it once where every rank has the same error, else with the rank."""
-    if rank == 0 or not error.everywhere:
-        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(3)  # a launcher ends all ranks when the first one leaves: rank 0 speaks before that
-    return 2
 
 
 def _step_request(arguments: argparse.Namespace, ranks: int) -> tuple[step.Recipe, step.Options]:
@@ -145,7 +134,7 @@ def _step_request(arguments: argparse.Namespace, ranks: int) -> tuple[step.Recip
     images, steps = arguments.images, arguments.steps
     if arguments.smoke:
         arguments.config = arguments.config or Path(__file__).parents[1] / "configs/vits_cifar10.yaml"
-        overrides = ["model.options={depth: 2}", "objective.num_slices=32", *overrides]
+        overrides = ["model.options={depth: 2}", "objective.sigreg.num_slices=32", *overrides]
         images, steps = images or 4, 2
     if arguments.config is None:
         raise UserError("bench.py step needs --config FILE, a recipe such as configs/vits_cifar10.yaml.")

@@ -23,14 +23,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lejepa_scale.checkpoint.state import MOMENTS, CanonicalState
+from lejepa_scale.checkpoint.state import CanonicalState
+from lejepa_scale.engine.base import MOMENTS
 from lejepa_scale.errors import UserError
 
 _MARKER = "COMPLETE"
 _NAME = re.compile(r"step_(\d{8})$")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Progress:
     """Where a run stands: `step` optimizer steps are done. With the configuration this determines all that follows."""
 

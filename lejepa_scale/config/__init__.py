@@ -2,8 +2,8 @@
 anything starts."""
 
 from lejepa_scale.config.batches import BatchPlan, check_world, plan_batches
-from lejepa_scale.config.files import dump, load_config, validate
-from lejepa_scale.config.schema import Augment, Config, Data, Optim, Source, ViewGroup, Views
+from lejepa_scale.config.files import dump, load_config, migrate, recorded, validate
+from lejepa_scale.config.schema import Augment, Config, Data, Optim, Source, ViewGroup, Views, is_remote
 
 __all__ = [
     "Augment",
@@ -16,7 +16,10 @@ __all__ = [
     "Views",
     "check_world",
     "dump",
+    "is_remote",
     "load_config",
+    "migrate",
     "plan_batches",
+    "recorded",
     "validate",
 ]

@@ -52,10 +52,10 @@ def check_world(config: Config, ranks: int) -> BatchPlan:
     objective = config.objective
     samples = plan.micro_batch * ranks * (plan.accumulation if objective.accumulation == "exact" else 1)
     if samples < 2 and (
-        objective.regularizer == "weak_sigreg" or objective.estimator == "u" or objective.scale_centre > 0
+        objective.regularizer == "weak_sigreg" or objective.sigreg.estimator == "u" or objective.visreg.weight > 0
     ):
         raise UserError(
-            "objective.estimator=u, objective.regularizer=weak_sigreg and objective.scale_centre need at least 2 images per "
-            f"micro-batch over all ranks; this is train.micro_batch = {plan.micro_batch} on {ranks} rank(s)."
+            "objective.sigreg.estimator=u, objective.regularizer=weak_sigreg and objective.visreg.weight need at least 2 "
+            f"images per micro-batch over all ranks; this is train.micro_batch = {plan.micro_batch} on {ranks} rank(s)."
         )
     return plan

@@ -1,11 +1,14 @@
-"""Every key of a run: names, types, defaults, and the checks that need no machine."""
+"""Every key of a run: names, types, defaults and what each is for. Refuses what one key alone can tell to be wrong; what
+several keys together make wrong is in checks.py."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+from lejepa_scale.config import checks
 
 EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 Positive = Annotated[int, Field(gt=0)]
@@ -22,11 +25,15 @@ class Section(BaseModel):
 
 
 class Run(Section):
+    """Where a run lives, and what its random numbers begin with."""
+
     dir: Path = Field(description="run directory: config.yaml, metrics.jsonl, checkpoints/")
     seed: NonNegative = Field(0, description="initial weights, sample order, augmentation, slices")
 
 
 class Train(Section):
+    """Length and batch: global_batch = micro_batch x ranks x accumulation."""
+
     steps: Positive = Field(description="optimizer steps of the whole run")
     global_batch: Positive = Field(description="images per optimizer step over all ranks")
     micro_batch: Positive | None = Field(
@@ -36,6 +43,8 @@ class Train(Section):
 
 
 class Engine(Section):
+    """How a step is computed. Nothing here changes what is optimized, but for rounding."""
+
     name: EngineName = Field("ddp", description="how parameters and gradients are laid out over ranks")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="compute precision; parameters stay fp32")
     shard_degree: Positive | None = Field(
@@ -62,7 +71,14 @@ class Engine(Section):
     timeout_minutes: Positive = Field(10, description="how long a collective may wait for a lost rank")
 
 
+def is_remote(shard: str) -> bool:
+    """Fetched from elsewhere, by request or by command; else a path."""
+    return shard.startswith("pipe:") or "://" in shard
+
+
 class Source(Section):
+    """One source of a mixture."""
+
     shards: list[str] = Field(description="tar shards: paths or URLs, braces allowed")
     weight: float = Field(1.0, gt=0, description="share of the samples drawn from this source")
 
@@ -73,6 +89,8 @@ class Source(Section):
 
 
 class ViewGroup(Section):
+    """Views of one size. Each key may be given alone; the others keep the group's defaults."""
+
     count: NonNegative = Field(description="views per image")
     size: Positive = Field(description="side in pixels")
     scale: tuple[float, float] = Field(description="crop area as a fraction of the image: [low, high]")
@@ -86,8 +104,21 @@ class ViewGroup(Section):
 
 
 class Views(Section):
-    global_: ViewGroup = Field(ViewGroup(count=2, size=224, scale=(0.3, 1.0)), alias="global")
-    local: ViewGroup = Field(ViewGroup(count=6, size=98, scale=(0.05, 0.3)))
+    """Random crops of every image. The mean of the global views is what every view predicts."""
+
+    global_: ViewGroup = Field(
+        ViewGroup(count=2, size=224, scale=(0.3, 1.0)), alias="global", description="large crops, at least one"
+    )
+    local: ViewGroup = Field(ViewGroup(count=6, size=98, scale=(0.05, 0.3)), description="small crops, or none")
+
+    @field_validator("global_", "local", mode="before")
+    @classmethod
+    def _over_the_default(cls, value: Any, info: ValidationInfo) -> Any:
+        """What a file leaves out of a group is the group's own default, which ViewGroup alone does not know."""
+        if not isinstance(value, dict):
+            return value
+        default: ViewGroup = cls.model_fields[str(info.field_name)].default
+        return {**default.model_dump(), **value}
 
     @model_validator(mode="after")
     def _a_target_exists(self) -> Views:
@@ -99,22 +130,25 @@ class Views(Section):
 
 
 class Augment(Section):
-    """Photometric defaults are those of LeJEPA (arXiv 2511.08544, experiments)."""
+    """Photometric changes, drawn for each view; the defaults are those of LeJEPA (arXiv 2511.08544, experiments)."""
 
-    flip: Probability = 0.5
-    jitter: Probability = Field(0.8, description="probability of colour jitter")
-    brightness: float = Field(0.4, ge=0)
-    contrast: float = Field(0.4, ge=0)
-    saturation: float = Field(0.2, ge=0)
-    hue: float = Field(0.1, ge=0, le=0.5)
-    grayscale: Probability = 0.2
+    flip: Probability = Field(0.5, description="probability of a horizontal flip")
+    jitter: Probability = Field(0.8, description="probability of colour jitter: the next four, in random order")
+    brightness: float = Field(0.4, ge=0, description="jitter: factor in [1 - brightness, 1 + brightness], from 0 up")
+    contrast: float = Field(0.4, ge=0, description="jitter: factor of the difference to the mean gray, likewise")
+    saturation: float = Field(0.2, ge=0, description="jitter: factor of the difference to gray, likewise")
+    hue: float = Field(0.1, ge=0, le=0.5, description="jitter: turn in [-hue, hue]; 0.5 is half of the colour circle")
+    grayscale: Probability = Field(0.2, description="probability of losing all colour")
     blur: Probability = Field(0.5, description="probability of Gaussian blur, sigma in [0.1, 2]")
     solarize: Probability = Field(0.2, description="probability of inverting values >= 128")
 
 
 class Data(Section):
+    """Shards of images, how they are read, and the views made of them."""
+
     shards: list[Source] = Field(
-        min_length=1, description="tar shards: path or URL with braces, a list, or a mixture [{shards, weight}, ...]"
+        min_length=1,
+        description="tar shards: a path or URL with braces, a list of those, or a mixture [{shards, weight}, ...]",
     )
     workers: NonNegative = Field(0, description="decoding processes per rank; 0: in the training process")
     prefetch: Positive = Field(2, description="batches each worker prepares ahead")
@@ -137,8 +171,8 @@ class Data(Section):
     )
     max_faults: Positive = Field(16, description="stop after this many samples in a row that cannot be used")
     log_keys: bool = Field(False, description="write which samples every rank consumed to keys/ in the run directory")
-    views: Views = Views()
-    augment: Augment = Augment()
+    views: Views = Field(Views(), description="crops")
+    augment: Augment = Field(Augment(), description="photometric changes")
 
     @field_validator("shards", mode="before")
     @classmethod
@@ -149,34 +183,79 @@ class Data(Section):
             return [{"shards": value}]
         return value
 
+    def remote_shards(self) -> list[str]:
+        """Patterns of all sources that are fetched from elsewhere."""
+        return [shard for source in self.shards for shard in source.shards if is_remote(shard)]
+
 
 class Projector(Section):
-    hidden: Positive = 2048
+    """Perceptron from the encoder's features to the embeddings; used in training alone."""
+
+    hidden: Positive = Field(2048, description="width between the linear layers")
     layers: Positive = Field(3, description="linear layers; batch normalization and GELU between them")
     dim: Positive = Field(64, description="width of the embeddings that the objective sees")
 
 
 class Predictor(Section):
-    hidden: Positive = 512
+    """Two linear layers; any key of it switches it on, `model.predictor={}` too."""
+
+    hidden: Positive = Field(512, description="width between its two linear layers")
 
 
 class Model(Section):
+    """The encoder and the heads that train it."""
+
     encoder: str = Field(description="a timm model name, or a size of ours: vit_nano, vit_micro")
     image_size: Positive | None = Field(None, description="position-embedding grid in pixels; unset: global view size")
-    patch_size: Positive | None = Field(None, description="unset: what the encoder's name says")
+    patch_size: Positive | None = Field(
+        None, description="side of a token in pixels; unset: what the encoder's name says"
+    )
     drop_path: float = Field(0.0, ge=0, lt=1, description="stochastic depth of the last block, or of all")
     drop_path_uniform: bool = Field(
-        False, description="every block drops at that rate; unset: rates grow linearly from 0 at the first block"
+        False, description="every block drops at that rate; false: rates grow linearly from 0 at the first block"
     )
     attention: Literal["auto", "sdpa", "xformers", "varlen"] = Field(
-        "auto", description="packed attention backend; auto: the first that passes a forward and backward probe"
+        "auto", description="packed attention backend; auto: the fastest of those that run and agree with sdpa"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments for the timm model")
-    projector: Projector = Projector()
+    projector: Projector = Field(Projector(), description="head whose output the objective sees")
     predictor: Predictor | None = Field(None, description="JEPA predictor after the projector; off by default")
 
 
+class SIGRegSection(Section):
+    """Sketched isotropic Gaussian regularization (arXiv 2511.08544): Epps-Pulley tests along random directions."""
+
+    num_slices: Positive = Field(1024, description="random directions per step")
+    knots: Annotated[int, Field(ge=2)] = Field(17, description="quadrature points on [0, t_max]")
+    t_max: float = Field(3.0, gt=0, description="where the integral over frequencies ends")
+    estimator: Literal["v", "u"] = Field("v", description="v: Epps-Pulley as published; u: unbiased")
+    scale: Literal["n", "reference", "none"] = Field(
+        "n", description="factor before the statistic: number of samples, reference_n, or 1"
+    )
+    reference_n: Positive = Field(256, description="samples that scale=reference stands for")
+    communication: Literal["auto", "sums", "embeddings", "distinct"] = Field(
+        "auto", description="how ranks meet; all give the same value, auto is the cheapest"
+    )
+    backend: Literal["auto", "reference", "fused", "native", "triton"] = Field(
+        "auto", description="whose arithmetic; all give the same value"
+    )
+
+
+class WeakSIGRegSection(Section):
+    """Second moments alone (arXiv 2603.05924): the distance of a sketched covariance to the identity."""
+
+    sketch: Positive = Field(64, description="directions of the covariance")
+
+
+class VISRegSection(Section):
+    """Scale and center of every dimension (arXiv 2606.02572), which may stand beside either regularizer."""
+
+    weight: float = Field(0.0, ge=0, description="weight of (1 - sigma)^2 + mu^2 beside the regularizer; 0: off")
+
+
 class Objective(Section):
+    """Prediction, and a regularizer that keeps the embeddings apart."""
+
     regularizer: Literal["sigreg", "weak_sigreg"] = Field(
         "sigreg", description="what keeps the embeddings apart; weak_sigreg: second moments alone"
     )
@@ -186,63 +265,60 @@ class Objective(Section):
     )
     prediction: Literal["mean", "sum"] = Field("mean", description="reduction of the squared error over dimensions")
     joint: bool = Field(False, description="one statistic over the views' pooled embeddings, not one per view")
-    scale_centre: float = Field(
-        0.0, ge=0, description="weight of VISReg's scale and centre terms beside the regularizer"
-    )
-    num_slices: Positive = Field(1024, description="random directions per step")
-    knots: Annotated[int, Field(ge=2)] = Field(17, description="quadrature points on [0, t_max]")
-    t_max: float = Field(3.0, gt=0)
-    estimator: Literal["v", "u"] = Field("v", description="v: Epps-Pulley as published; u: unbiased")
-    scale: Literal["n", "reference", "none"] = Field(
-        "n", description="factor before the statistic: samples, reference_n, or 1"
-    )
-    reference_n: Positive = Field(256, description="samples that scale=reference stands for")
     accumulation: Literal["micro", "unbiased", "exact"] = Field(
         "micro",
         description="where a step has several micro-batches: the objective of each (micro); the same, unbiased for that of "
-        "the whole batch (unbiased, with estimator=u); or the whole batch's own, at one more forward pass (exact)",
+        "the whole batch (unbiased, with sigreg.estimator=u); or the whole batch's own, at one more forward pass (exact)",
     )
-    sketch: Positive = Field(64, description="weak_sigreg: directions of its covariance")
-    communication: Literal["auto", "sums", "embeddings", "distinct"] = Field(
-        "auto", description="how ranks meet in SIGReg; all give the same value, auto is the cheapest"
-    )
-    backend: Literal["auto", "reference", "fused", "native", "triton"] = Field(
-        "auto", description="SIGReg's arithmetic; all give the same value"
-    )
+    sigreg: SIGRegSection = Field(SIGRegSection(), description="settings of regularizer=sigreg")
+    weak_sigreg: WeakSIGRegSection = Field(WeakSIGRegSection(), description="settings of regularizer=weak_sigreg")
+    visreg: VISRegSection = Field(VISRegSection(), description="VISReg's terms beside the regularizer")
 
 
 class Optim(Section):
-    lr: float = Field(5e-4, gt=0)
+    """AdamW, and its learning rate over the steps: a linear warm-up, then a cosine."""
+
+    lr: float = Field(5e-4, gt=0, description="highest learning rate, at the end of the warm-up")
     final_lr_ratio: float = Field(1e-3, ge=0, le=1, description="last learning rate / lr")
-    warmup_steps: NonNegative = 0
-    weight_decay: float = Field(0.05, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
+    warmup_steps: NonNegative = Field(0, description="steps over which the learning rate grows")
+    weight_decay: float = Field(0.05, ge=0, description="decoupled, of matrices alone; constant")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW's addend to the root of the second moment")
     clip_norm: float | None = Field(None, gt=0, description="global gradient norm limit; unset: no clipping")
 
 
 class Checkpoint(Section):
+    """When a run is saved, and what is kept."""
+
     every: Positive = Field(1000, description="steps between checkpoints; the last step is always saved")
     keep: Positive = Field(2, description="newest checkpoints kept")
 
 
 class Wandb(Section):
-    enabled: bool = False
-    project: str = "lejepa_scale"
-    name: str | None = None
+    """Weights & Biases, beside metrics.jsonl."""
+
+    enabled: bool = Field(False, description="send metrics to W&B; kept in the run directory where no key is set")
+    project: str = Field("lejepa_scale", description="project of the run at W&B")
+    name: str | None = Field(None, description="name of the run at W&B; unset: that of the run directory")
 
 
 class Log(Section):
+    """What a run writes while it trains."""
+
     every: Positive = Field(10, description="steps between lines of metrics.jsonl")
-    wandb: Wandb = Wandb()
+    wandb: Wandb = Field(Wandb(), description="Weights & Biases")
 
 
 class Probe(Section):
+    """A linear classifier trained beside the encoder, to which it gives nothing back."""
+
     enabled: bool = Field(True, description="online linear probe on detached features, where shards hold labels")
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, description="its learning rate, constant")
 
 
 class Config(Section):
+    """One run."""
+
     run: Run
     train: Train
     data: Data
@@ -255,34 +331,12 @@ class Config(Section):
     probe: Probe = Probe()
 
     @model_validator(mode="after")
-    def _parts_fit(self) -> Config:
-        if self.optim.warmup_steps > self.train.steps:
-            raise ValueError(f"optim.warmup_steps = {self.optim.warmup_steps} exceeds train.steps = {self.train.steps}")
-        if self.engine.shard_degree is not None and self.engine.name != "fsdp":
-            raise ValueError(f"engine.shard_degree is for engine.name=fsdp, not {self.engine.name}")
-        engine = self.engine
-        if engine.activation_checkpointing == "budget" and not engine.compile:
-            raise ValueError("engine.activation_checkpointing=budget is torch.compile's: set engine.compile=true too")
-        if engine.cpu_offload and engine.name not in ("fsdp", "zero1", "zero2", "zero3"):
-            raise ValueError(f"engine.cpu_offload is for fsdp and zero1/2/3, not {engine.name}")
-        if engine.fp8 and engine.name.startswith("zero"):
-            raise ValueError(f"engine.fp8 is for single, ddp and fsdp, not {engine.name}")
-        if engine.fp8 and engine.precision != "bf16":
-            raise ValueError("engine.fp8 needs engine.precision=bf16, in which everything else is computed")
-        data = self.data
-        longest = 2 * (data.retries + 1) * data.read_timeout + 30 * data.retries
-        if longest > 60 * self.engine.timeout_minutes:
-            raise ValueError(
-                f"data.retries = {data.retries} and data.read_timeout = {data.read_timeout:g} can keep a rank waiting for "
-                f"{longest / 60:.1f} minutes, longer than the others wait for it: engine.timeout_minutes = "
-                f"{self.engine.timeout_minutes}"
-            )
-        objective = self.objective
-        if objective.accumulation == "unbiased" and (objective.regularizer, objective.estimator) != ("sigreg", "u"):
-            raise ValueError(
-                "objective.accumulation=unbiased needs objective.regularizer=sigreg and objective.estimator=u, not "
-                f"{objective.regularizer} and {objective.estimator}"
-            )
+    def _parts_fit(self, info: ValidationInfo) -> Config:
+        faults = checks.contradictions(self)
+        if not (info.context or {}).get("recorded"):  # what a run has once accepted and written
+            faults += checks.ignored_keys(self)
+        if faults:
+            raise ValueError("; ".join(faults))
         return self
 
     @property

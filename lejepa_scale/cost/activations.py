@@ -52,7 +52,7 @@ def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: b
     kind = config.engine.activation_checkpointing
     rows = sum(n for n, _ in groups) * (plan.accumulation if config.objective.accumulation == "exact" else 1)
     heads = _heads(config, model, rows, size)
-    objective = rows * config.objective.num_slices * _FP32  # gradients of SIGReg's projections
+    objective = rows * config.objective.sigreg.num_slices * _FP32  # gradients of SIGReg's projections
     if not encoder.packed:
         whole = _saved(encoder, groups) * size.compute / _FP32
         # with `full` timm recomputes group by group of layers; the largest is taken for half of all
@@ -173,7 +173,7 @@ def _heads(config: Config, model: LeJEPA, rows: int, size: Precision) -> float:
         views = 1 if regularizer.joint else config.data.views.global_.count + config.data.views.local.count
         kept += _FP32 * regularizer.num_slices * (rows * every_knot + head.dim + 8 * (regularizer.knots - 1) * views)
     else:
-        kept += _FP32 * rows * (head.dim + objective.sketch)
+        kept += _FP32 * rows * (head.dim + objective.weak_sigreg.sketch)
     return kept
 
 

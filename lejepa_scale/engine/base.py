@@ -1,28 +1,47 @@
-"""The interface between the loop and an engine, and the canonical state that all of them share."""
+"""The interface between the step and an engine. An engine hands out and takes in this rank's own shards of the state,
+and never gathers: what a checkpoint makes of them is the checkpoint's business."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from lejepa_scale.checkpoint.state import MOMENTS, CanonicalState
-from lejepa_scale.errors import UserError
 from lejepa_scale.model import LeJEPA, Replay
-from lejepa_scale.parallel.process_group import rank, world_size
 
 Factory = Callable[[], LeJEPA]
+VALUE = "value"
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One rank's part of a parameter, or of a moment of it: elements start, start + 1, ... of the flattened whole."""
+
+    name: str
+    kind: str  # VALUE, or one of MOMENTS
+    shape: tuple[int, ...]  # of the whole
+    start: int
+    data: Float[Tensor, " n"]  # fp32; none of them where this rank has no part
+
+
+class Update(NamedTuple):
+    """What became of an optimizer step, on the device."""
+
+    grad_norm: Float[Tensor, ""]  # global, before clipping
+    finite: Bool[Tensor, ""]  # if not, nothing was updated, on any rank
 
 
 class Engine(ABC):
     """Trains the module a factory builds. Gradients are averaged over all ranks; every rank calls every method.
 
-    `module` is the bare module: its parameter names are the canonical ones, its tensors may be shards.
+    `module` is the bare module: its parameter names are those of checkpoints, its tensors may be shards. A new engine holds
+    NaN until its shards are taken in, so that a weight nobody loads shows at the first step.
     """
 
     module: LeJEPA
@@ -30,7 +49,7 @@ class Engine(ABC):
 
     @abstractmethod
     def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
-        """The module's outputs, in the engine's precision."""
+        """The module's outputs for views [V, B, 3, H, W] of every size, in the engine's precision."""
 
     @torch.no_grad()
     def encode(self, views: Sequence[Tensor]) -> Float[Tensor, "v b e"]:
@@ -38,112 +57,44 @@ class Engine(ABC):
         return self.forward(views, None)["features"]
 
     @abstractmethod
-    def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+    def backward(self, loss: Float[Tensor, ""], last_micro_batch: bool) -> None:
         """Accumulate gradients. The caller has divided `loss` by the number of micro-batches."""
 
     @abstractmethod
-    def step(self, lr: float, weight_decay: float) -> Tensor:
-        """Clip, update, clear gradients; the global gradient norm before clipping, on the device. If that is not finite,
-        nothing was updated, on any rank."""
+    def step(self, lr: float, weight_decay: float) -> Update:
+        """Clip, update, clear gradients."""
 
     @abstractmethod
-    def _gather(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
-        """The full fp32 parameter, or its moment, on every rank."""
+    def shards(self) -> Iterator[Shard]:
+        """This rank's part of every parameter and, once there are any, of its moments: the same names in the same order on
+        every rank. Data may be the live tensors."""
 
     @abstractmethod
-    def _scatter(self, parameter: nn.Parameter, full: Tensor, moment: str | None) -> None:
-        """Keep this rank's part of a full tensor that every rank holds."""
+    def take(self, shard: Shard) -> None:
+        """Put the data of one of this engine's `shards` in its place. `settle` follows the last one."""
 
     @abstractmethod
-    def _prepare_moments(self, updates: int) -> None:
-        """Create zero optimizer state that has seen `updates` updates."""
+    def settle(self) -> None:
+        """All shards are in their place: make what follows from them, such as copies in the compute precision."""
+
+    @abstractmethod
+    def prepare_moments(self, updates: int) -> None:
+        """Create zero moments that have seen `updates` updates, for `take`."""
 
     @abstractmethod
     def updates(self) -> int:
-        """Optimizer updates applied so far."""
+        """Optimizer updates applied so far: AdamW's bias correction."""
 
-    def _persistent_buffers(self) -> Iterator[tuple[str, Tensor]]:
-        parameters = {name for name, _ in self.module.named_parameters()}
-        buffers = dict(self.module.named_buffers())
-        for name in self.module.state_dict(keep_vars=True):
-            if name not in parameters:
-                yield name, buffers[name]
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of all that holds the process group, which can then be left. The engine cannot be used afterwards."""
 
-    def save(self) -> CanonicalState | None:
-        """Collect the state on rank 0 (None elsewhere)."""
-        updates = self.updates()
-        kinds: list[str | None] = [None, *(MOMENTS if updates else ())]
-        collected: dict[str | None, dict[str, Tensor]] = {kind: {} for kind in kinds}
-        for name, parameter in self.module.named_parameters():
-            for kind in kinds:
-                full = self._gather(parameter, kind)
-                if rank() == 0:
-                    collected[kind][name] = full.detach().to("cpu", torch.float32, copy=True).contiguous()
-        if rank() != 0:
-            return None
-        model = collected.pop(None)
-        model |= {name: buffer.detach().to("cpu", copy=True) for name, buffer in self._persistent_buffers()}
-        return CanonicalState(model, {str(kind): tensors for kind, tensors in collected.items()}, updates)
-
-    @torch.no_grad()
-    def load(self, state: CanonicalState | None) -> None:
-        """Distribute the state that rank 0 holds. Names and shapes must match exactly; raises UserError."""
-        parameters = dict(self.module.named_parameters())
-        buffers = dict(self._persistent_buffers())
-        header: list[Any] = [None]
-        if state is not None:
-            expected = {n: tuple(full_shape(p)) for n, p in parameters.items()}
-            expected |= {n: tuple(b.shape) for n, b in buffers.items()}
-            found = {n: tuple(t.shape) for n, t in state.model.items()}
-            header = [(_mismatch(expected, found), bool(state.moments), state.updates)]
-        _broadcast_objects(header)
-        fault, has_moments, updates = header[0]
-        if fault:
-            raise UserError(fault)
-        if has_moments:
-            self._prepare_moments(updates)
-        for name, parameter in parameters.items():
-            for kind in [None, *(MOMENTS if has_moments else ())]:
-                source = None
-                if state is not None:
-                    source = (state.model if kind is None else state.moments[kind])[name]
-                self._scatter(parameter, self._broadcast(source, full_shape(parameter), torch.float32), kind)
-        for name, buffer in buffers.items():
-            buffer.copy_(self._broadcast(None if state is None else state.model[name], buffer.shape, buffer.dtype))
-
-    def _broadcast(self, source: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Rank 0's tensor, on this device, on every rank."""
-        if source is not None:
-            full = source.to(self.device, dtype).contiguous()
-        else:
-            full = torch.empty(tuple(shape), device=self.device, dtype=dtype)
-        if world_size() > 1:
-            dist.broadcast(full, src=0)
-        return full
+    def buffers(self) -> dict[str, Tensor]:
+        """The module's persistent buffers by name: live tensors, the same on every rank."""
+        names = self.module.state_dict(keep_vars=True).keys() - {name for name, _ in self.module.named_parameters()}
+        return {name: buffer for name, buffer in self.module.named_buffers() if name in names}
 
 
-def full_shape(parameter: nn.Parameter) -> Sequence[int]:
+def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:
     """Shape of the whole parameter, also where ZeRO-3 has emptied it between uses."""
-    return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _broadcast_objects(objects: list[Any]) -> None:
-    if world_size() > 1:
-        dist.broadcast_object_list(objects, src=0)
-
-
-def _mismatch(expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> str | None:
-    if expected == found:
-        return None
-    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    shapes = [f"{n}: {found[n]} instead of {expected[n]}" for n in sorted(expected.keys() & found.keys())]
-    shapes = [s for s, n in zip(shapes, sorted(expected.keys() & found.keys()), strict=True) if expected[n] != found[n]]
-    parts = [
-        f"{what} {len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (("missing", missing), ("unexpected", extra), ("other shapes", shapes))
-        if names
-    ]
-    return (
-        f"the saved weights do not belong to this model: {'; '.join(parts)}. The model section of the configuration "
-        "must be the one the checkpoint was made with."
-    )
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))

@@ -1,33 +1,19 @@
-"""Choose the engine of a configuration and give it its first weights."""
+"""Choose the engine of a configuration."""
 
 from __future__ import annotations
 
 import torch
 
-from lejepa_scale.checkpoint.state import CanonicalState
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.engine.base import Engine, Factory
-from lejepa_scale.parallel.process_group import rank
+from lejepa_scale.model import LeJEPA
 
 
 def build_engine(
-    config: Config, plan: BatchPlan, factory: Factory, device: torch.device, state: CanonicalState | None
+    config: Config, plan: BatchPlan, factory: Factory, device: torch.device, shapes: LeJEPA | None = None
 ) -> Engine:
-    """`state` (rank 0's; None elsewhere or for a new run) or, for a new run, the seed's weights: the same for every
-    engine and number of ranks, drawn once on rank 0's CPU and distributed."""
-    engine = _construct(config, plan, factory, device)
-    if rank() == 0 and state is None:
-        state = initial_state(config.run.seed, factory)
-    engine.load(state)
-    return engine
-
-
-def initial_state(seed: int, factory: Factory) -> CanonicalState:
-    torch.manual_seed(seed)
-    return CanonicalState(dict(factory().state_dict()))
-
-
-def _construct(config: Config, plan: BatchPlan, factory: Factory, device: torch.device) -> Engine:
+    """The engine, holding NaN until its shards are taken in. shapes: the module on the meta device, where it is at hand.
+    Raises UserError where what the engine needs is absent."""
     if config.engine.name in ("single", "ddp"):
         from lejepa_scale.engine.ddp import ReplicaEngine
 
@@ -38,4 +24,4 @@ def _construct(config: Config, plan: BatchPlan, factory: Factory, device: torch.
         return FSDPEngine(factory, config, device)
     from lejepa_scale.engine.zero import ZeROEngine
 
-    return ZeROEngine(factory, config, plan, device)
+    return ZeROEngine(factory, config, plan, device, shapes)

@@ -43,3 +43,7 @@ class ReplicaEngine(TorchEngine):
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         loss.backward()
         self.done = 0 if last_micro_batch else self.done + 1
+
+    def close(self) -> None:
+        self.ddp = None  # whose reducer holds the group, and would destroy it in its own destructor
+        super().close()

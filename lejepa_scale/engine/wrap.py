@@ -57,7 +57,7 @@ def use_float8(encoder: Encoder, emulate: bool = False) -> None:
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError as error:
-        raise UserError("engine.fp8=true needs torchao: pip install torchao.") from error
+        raise UserError("engine.fp8=true needs torchao: pip install 'lejepa_scale[gpu]'.") from error
     if not emulate and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FLOAT8_CAPABILITY):
         chip = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
         raise UserError(f"engine.fp8=true needs a GPU with float8 matrix products (L40S, H100 or later), not {chip}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lejepa_scale.config import BatchPlan, Config
-from lejepa_scale.engine.base import Engine, Factory
+from lejepa_scale.engine.base import MOMENTS, VALUE, Engine, Factory, Shard, Update, full_shape
 from lejepa_scale.engine.optim import adamw, set_hyperparameters
 from lejepa_scale.engine.wrap import prepare_blocks, sharding_units
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import Replay
+from lejepa_scale.model import LeJEPA, Replay
 from lejepa_scale.model.packed import PackedBlock
 from lejepa_scale.parallel.process_group import rank
 
@@ -74,10 +74,14 @@ def deepspeed_config(config: Config, plan: BatchPlan, module: nn.Module) -> dict
 class ZeROEngine(Engine):
     """Parameters are held in the compute precision, with fp32 masters and moments partitioned by DeepSpeed."""
 
-    def __init__(self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device) -> None:
+    def __init__(
+        self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device, shapes: LeJEPA | None = None
+    ) -> None:
         deepspeed = _import()
-        with torch.device("meta"):
-            settings = deepspeed_config(config, plan, factory())
+        if shapes is None:
+            with torch.device("meta"):
+                shapes = factory()
+        settings = deepspeed_config(config, plan, shapes)
         self.device, self.stage = device, settings["zero_optimization"]["stage"]
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
         context: AbstractContextManager[Any] = nullcontext()
@@ -103,6 +107,7 @@ class ZeROEngine(Engine):
         self.optimizer.check_grad_overflow = True  # DeepSpeed sets this for 16-bit runs alone
         if self.stage < 3:
             self._create_moments()
+        self.parameters = dict(self.module.named_parameters())
 
     def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
         dtype = self.engine.get_data_types()[0]
@@ -114,32 +119,54 @@ class ZeROEngine(Engine):
         if not last_micro_batch:
             self.engine.step()  # counts the micro-batch; updates nothing
 
-    def step(self, lr: float, weight_decay: float) -> Tensor:
+    def step(self, lr: float, weight_decay: float) -> Update:
         set_hyperparameters(self.optimizer, lr, weight_decay)
         self.engine.step()
         norm = torch.nan if self.optimizer.overflow else self.engine.get_global_grad_norm()
-        return torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        return Update(norm, torch.isfinite(norm))
 
-    def _gather(self, parameter: nn.Parameter, moment: str | None) -> Tensor:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def shards(self) -> Iterator[Shard]:
+        kinds = [VALUE, *(MOMENTS if self.updates() else ())]
+        for name, parameter in self.parameters.items():
+            for kind in kinds:
+                start, data = self._part(parameter, kind)
+                yield Shard(name, kind, full_shape(parameter), start, data)
 
-        if moment is None:
-            return safe_get_full_fp32_param(parameter)
-        return safe_get_full_optimizer_state(parameter, moment)
+    def _part(self, parameter: Any, kind: str) -> tuple[int, Tensor]:
+        """Where this rank's elements of a master or a moment begin in the whole, and they themselves, without padding."""
+        key = None if kind == VALUE else kind
+        if self.stage == 3:  # cut evenly over ranks, the last part padded
+            held = self.optimizer.get_local_fp32_param(parameter, key)
+            start = min(parameter.ds_numel, rank() * held.numel())
+            return start, held[: parameter.ds_numel - start]
+        mapping = parameter._hp_mapping  # groups are cut, not parameters: a rank may have no part
+        if mapping is None:
+            return 0, torch.empty(0, device=self.device)
+        return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key)
 
-    def _scatter(self, parameter: nn.Parameter, full: Tensor, moment: str | None) -> None:
-        import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+    @torch.no_grad()
+    def take(self, shard: Shard) -> None:
+        parameter: Any = self.parameters[shard.name]
+        if self.stage < 3:
+            self._part(parameter, shard.kind)[1].copy_(shard.data)
+            return
+        padded = torch.zeros(parameter.ds_tensor.ds_numel, device=shard.data.device)
+        padded[: len(shard.data)] = shard.data
+        self.optimizer.set_local_hp_param(padded, parameter, None if shard.kind == VALUE else shard.kind)
 
-        if moment is None:
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self.stage == 3):
-                parameter.data.copy_(full)
-        if self.stage == 3:
-            _scatter_partition(parameter, full, moment)
-        elif moment is None:
-            safe_set_full_fp32_param(parameter, full)
-        else:
-            safe_set_full_optimizer_state(parameter, full, moment)
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Parameters in the compute precision follow their masters."""
+        if self.stage < 3:
+            self.optimizer.update_lp_params()
+            return
+        parameter: Any
+        for parameter in self.parameters.values():
+            parameter.ds_tensor.copy_(self.optimizer.get_local_fp32_param(parameter))
+        # the small ones, which stay on every rank: the next forward pass fetches them, as DeepSpeed's own trace expects
+        if whole := self.optimizer.persistent_parameters:
+            whole[0].partition(whole)
 
     def _create_moments(self) -> None:
         """For stages 1 and 2 before DeepSpeed would, which links moments to parameters after the first group's first
@@ -154,7 +181,7 @@ class ZeROEngine(Engine):
         if self.stage < 3:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _prepare_moments(self, updates: int) -> None:
+    def prepare_moments(self, updates: int) -> None:
         if self.stage == 3:
             self._create_moments()
         for flat in self._masters():
@@ -164,6 +191,10 @@ class ZeROEngine(Engine):
         states = self.optimizer.optimizer.state
         return max((int(states[flat]["step"]) for flat in self._masters() if flat in states), default=0)
 
+    def close(self) -> None:
+        self.engine.destroy()
+        del self.engine, self.optimizer, self.parameters, self.module
+
     def _masters(self) -> list[Tensor]:
         """This rank's flat fp32 partitions, the tensors that the inner optimizer updates."""
         if self.stage == 3:
@@ -171,33 +202,11 @@ class ZeROEngine(Engine):
         return [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
 
 
-def _scatter_partition(parameter: nn.Parameter, full: Tensor, moment: str | None) -> None:
-    """ZeRO-3 cuts the flattened parameter evenly over ranks and pads the last part; DeepSpeed's own setter for whole
-    tensors fails where the ranks do not divide the number of elements."""
-    from deepspeed.utils import (
-        safe_get_local_fp32_param,
-        safe_get_local_optimizer_state,
-        safe_set_local_fp32_param,
-        safe_set_local_optimizer_state,
-    )
-
-    if moment is None:
-        part = safe_get_local_fp32_param(parameter).clone()
-    else:
-        part = safe_get_local_optimizer_state(parameter, moment).clone()
-    mine = full.flatten()[rank() * part.numel() : (rank() + 1) * part.numel()]
-    part.zero_()[: mine.numel()].copy_(mine)
-    if moment is None:
-        safe_set_local_fp32_param(parameter, part)
-    else:
-        safe_set_local_optimizer_state(parameter, part, moment)
-
-
 def _import() -> Any:
     try:
         import deepspeed
     except ImportError as error:
-        raise UserError("engine.name=zero* needs DeepSpeed: pip install 'deepspeed>=0.19.5'.") from error
+        raise UserError("engine.name=zero* needs DeepSpeed: pip install 'lejepa_scale[zero]'.") from error
     version = tuple(int(part) for part in deepspeed.__version__.split("+")[0].split(".")[:3])
     if version < _MINIMUM:
         raise UserError(f"engine.name=zero* needs deepspeed >= 0.19.5; this is {deepspeed.__version__}.")

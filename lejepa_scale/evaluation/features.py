@@ -27,7 +27,7 @@ class Features:
         if (self.labels < 0).any():
             raise UserError(
                 f"{int((self.labels < 0).sum())} of {len(self.labels)} evaluation images have no label. Shards need a .cls "
-                "member per image: tools/make_shards.py writes it for images that lie in one folder per class."
+                "member per image: `lejepa shards make` writes it for images that lie in one folder per class."
             )
 
 

@@ -77,7 +77,7 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets)
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
-        raise UserError("model.attention=xformers needs the package: pip install xformers.") from error
+        raise UserError("model.attention=xformers needs xformers: pip install 'lejepa_scale[gpu]'.") from error
     return memory_efficient_attention(q[None], k[None], v[None], attn_bias=_block_diagonal(packing, q.device))[0]
 
 

@@ -84,17 +84,21 @@ class Encoder(nn.Module):
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
         """Refuse image sides that this encoder cannot process. Meant for an encoder built on the meta device."""
+        sizes = list(dict.fromkeys(sizes))
         for size in sizes:
             if self.patch_size and size % self.patch_size:
                 near = max(1, round(size / self.patch_size)) * self.patch_size
                 raise UserError(
                     f"views of {size} px cannot be cut into patches of {self.patch_size} px ({self.name}); use {near} px."
                 )
-            device = next(self.parameters()).device
+        device = next(self.parameters()).device
+        images = [torch.empty(2, 3, size, size, device=device) for size in sizes]
+        for together in (images,) if self.packed else [[image] for image in images]:
             try:
-                self([torch.empty(2, 3, size, size, device=device)])
+                self(together)
             except RuntimeError as error:
-                raise UserError(f"{self.name} cannot process views of {size} px: {error}") from error
+                shown = ", ".join(str(image.shape[-1]) for image in together)
+                raise UserError(f"{self.name} cannot process views of {shown} px: {error}") from error
 
     def forward(self, images: Sequence[Float[Tensor, "b 3 h w"]]) -> list[Float[Tensor, "b e"]]:
         if not self.packed:

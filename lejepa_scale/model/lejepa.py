@@ -87,8 +87,9 @@ def build_encoder(config: Config) -> Encoder:
     )
 
 
-def check(config: Config) -> int:
-    """Build on the meta device, pass every view size through the encoder; number of parameters. Raises UserError."""
+def check(config: Config) -> LeJEPA:
+    """Build on the meta device and pass every view size through the encoder; the module, which has shapes and no
+    memory. Raises UserError."""
     with torch.device("meta"):
         model = build(config)
     _refuse_what_needs_blocks(config, model.encoder)
@@ -99,17 +100,24 @@ def check(config: Config) -> int:
             f"objective.accumulation=exact cannot be exact for model.encoder={config.model.encoder}: its batch "
             "normalization sees one micro-batch at a time. Use micro or unbiased, or an encoder without batch normalization."
         )
-    return sum(p.numel() for p in model.parameters())
+    return model
 
 
 def _refuse_what_needs_blocks(config: Config, encoder: Encoder) -> None:
-    engine = config.engine
-    wanted = {"compile=true": engine.compile, "fp8=true": engine.fp8}
-    kind = engine.activation_checkpointing
-    wanted[f"activation_checkpointing={kind}"] = kind in ("selective", "budget")
-    for key in (key for key, asked in wanted.items() if asked and not encoder.packed):
+    engine, attention = config.engine, config.model.attention
+    kind, ahead = engine.activation_checkpointing, engine.prefetch
+    packed = {
+        "engine.compile=true": engine.compile,
+        "engine.fp8=true": engine.fp8,
+        f"engine.activation_checkpointing={kind}": kind in ("selective", "budget"),
+        f"model.attention={attention}": attention != "auto",
+    }
+    wanted = [key for key, asked in packed.items() if asked and not encoder.packed]
+    if engine.name == "fsdp" and ahead > 1 and not encoder.blocks:
+        wanted.append(f"engine.prefetch={ahead}")
+    for key in wanted:
         raise UserError(
-            f"engine.{key} works on the blocks of a vision transformer, and {encoder.name} has none that are known here."
+            f"{key} works on the blocks of a vision transformer, and {encoder.name} has none that are known here."
         )
 
 
@@ -127,25 +135,25 @@ def build(config: Config) -> LeJEPA:
 
 
 def build_loss(config: Config) -> LeJEPALoss:
-    objective = config.objective
+    objective, sigreg = config.objective, config.objective.sigreg
     regularizer: Regularizer
     if objective.regularizer == "weak_sigreg":
-        regularizer = WeakSIGReg(objective.sketch, joint=objective.joint, seed=config.run.seed)
+        regularizer = WeakSIGReg(objective.weak_sigreg.sketch, joint=objective.joint, seed=config.run.seed)
     else:
-        scale, reference_n = objective.scale, objective.reference_n
+        scale, reference_n = sigreg.scale, sigreg.reference_n
         if objective.accumulation == "unbiased" and scale == "n":  # the n of the whole batch, not of a micro-batch
             views = config.data.views.global_.count + config.data.views.local.count
             scale, reference_n = "reference", config.train.global_batch * (views if objective.joint else 1)
         regularizer = SIGReg(
-            objective.num_slices,
-            objective.knots,
-            objective.t_max,
-            objective.estimator,
+            sigreg.num_slices,
+            sigreg.knots,
+            sigreg.t_max,
+            sigreg.estimator,
             scale,
-            objective.backend,
+            sigreg.backend,
             reference_n=reference_n,
             joint=objective.joint,
-            communication=objective.communication,
+            communication=sigreg.communication,
             seed=config.run.seed,
         )
     return LeJEPALoss(
@@ -153,5 +161,5 @@ def build_loss(config: Config) -> LeJEPALoss:
         objective.lambda_,
         weighting=objective.weighting,
         prediction=objective.prediction,
-        scale_centre=objective.scale_centre,
+        scale_centre=objective.visreg.weight,
     )

@@ -73,7 +73,7 @@ def _keep_for_ever() -> None:
 
 @contextmanager
 def joined(timeout: timedelta) -> Iterator[torch.device]:
-    """Inside, this process is in the group; `join` and `leave`, on errors too."""
+    """Inside, the group of all ranks; it is left whatever ends the work. Gives this rank's device."""
     device = join(timeout)
     try:
         yield device

@@ -74,11 +74,6 @@ class Reporter:
         if self._wandb is not None:
             self._wandb.log(clean, step=int(record["step"]))
 
-    def info(self, text: str) -> None:
-        """A line above the progress bar."""
-        if self.active:
-            self._bar.write(text, file=sys.stderr)
-
     def close(self) -> None:
         if self.active:
             self._bar.close()
@@ -97,7 +92,7 @@ def _start_wandb(config: Config) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UserError("log.wandb.enabled=true needs the package: pip install wandb.") from error
+        raise UserError("log.wandb.enabled=true needs wandb: pip install 'lejepa_scale[wandb]'.") from error
     settings = config.log.wandb
     online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
     identity = config.run.dir / "wandb_id"

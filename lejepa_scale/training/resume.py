@@ -3,17 +3,21 @@ repeat or leave out samples without a word, and keeps config.yaml current."""
 
 from __future__ import annotations
 
+import logging
+
 import yaml
 from torch import Tensor
 
 from lejepa_scale.checkpoint import CanonicalState, Progress, Store
-from lejepa_scale.config import Config, dump
+from lejepa_scale.config import Config, dump, migrate
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives
 
+logger = logging.getLogger(__name__)
 
-def resume(config: Config, store: Store, sources: Mixture) -> tuple[CanonicalState | None, dict[str, Tensor], Progress]:
+
+def resume(config: Config, store: Store, mixture: Mixture) -> tuple[CanonicalState | None, dict[str, Tensor], Progress]:
     """The newest complete checkpoint, read by rank 0 (its tensors stay there); a fresh start where there is none."""
     held: list[CanonicalState] = []
 
@@ -22,14 +26,14 @@ def resume(config: Config, store: Store, sources: Mixture) -> tuple[CanonicalSta
         latest = store.latest()
         if latest is None:
             probe: dict[str, Tensor] = {}
-            progress = Progress(0, sources.fingerprint)
+            progress = Progress(0, mixture.fingerprint)
             if (config.run.dir / "metrics.jsonl").exists():
-                print(f"{config.run.dir} holds no complete checkpoint: starting at step 0.")
+                logger.info("%s holds no complete checkpoint: starting at step 0.", config.run.dir)
         else:
             state, probe, progress = store.load(latest)
             held.append(state)
-            print(f"resuming from {latest} (step {progress.step}).")
-        if progress.data_fingerprint != sources.fingerprint:
+            logger.info("resuming from %s (step %d).", latest, progress.step)
+        if progress.data_fingerprint != mixture.fingerprint:
             raise UserError(
                 f"the shards of data.shards are not those that {latest} was trained on (names, sizes or counts differ), "
                 "so the order of samples cannot be continued. Restore them, or start a new run.dir."
@@ -60,11 +64,11 @@ def _write_config(config: Config) -> None:
     """Keep config.yaml current; changed keys of a resumed run are named."""
     path, text = config.run.dir / "config.yaml", dump(config)
     if path.exists() and (before := path.read_text()) != text:
-        old, new = (_flatten(yaml.safe_load(t)) for t in (before, text))
+        old, new = (_flatten(migrate(yaml.safe_load(t))) for t in (before, text))
         changed = [
             f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
         ]
-        print("configuration changed since this run was started: " + "; ".join(changed))
+        logger.info("configuration changed since this run was started: %s", "; ".join(changed))
     path.write_text(text)
 
 

@@ -4,32 +4,31 @@ from __future__ import annotations
 
 import torch
 
-from lejepa_scale.checkpoint import Progress
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.data.mixture import Mixture
-from lejepa_scale.engine import Engine
-from lejepa_scale.model import check
+from lejepa_scale.model import LeJEPA
 from lejepa_scale.model.packed import PackedBlock
 from lejepa_scale.objective import SIGReg
 
 
-def greeting(
-    config: Config, plan: BatchPlan, sources: Mixture, engine: Engine, device: torch.device, progress: Progress
+def summary(
+    config: Config, plan: BatchPlan, mixture: Mixture, shapes: LeJEPA, device: torch.device, first_step: int
 ) -> str:
-    parameters = check(config)
+    """A paragraph: model, engine, batch, data, and what the views and the objective meet. shapes: on the meta device."""
+    parameters = sum(p.numel() for p in shapes.parameters())
     return (
         f"{config.model.encoder}: {parameters / 1e6:.1f} M parameters (with projector), {config.engine.name} "
         f"{config.engine.precision} on {plan.ranks} x {device.type}; batch {config.train.global_batch} = "
-        f"{plan.micro_batch} x {plan.ranks} ranks x {plan.accumulation}; {sources.num_samples:,} images in "
-        f"{sum(len(s) for s in sources.shards):,} shards; steps {progress.step} to {config.train.steps}."
-        + _blocks_notice(config, plan, engine, device)
-        + _objective_notice(config, plan, engine)
+        f"{plan.micro_batch} x {plan.ranks} ranks x {plan.accumulation}; {mixture.num_samples:,} images in "
+        f"{sum(len(s) for s in mixture.shards):,} shards; steps {first_step} to {config.train.steps}."
+        + _blocks_notice(config, plan, shapes, device)
+        + _objective_notice(config, plan, shapes)
     )
 
 
-def _blocks_notice(config: Config, plan: BatchPlan, engine: Engine, device: torch.device) -> str:
+def _blocks_notice(config: Config, plan: BatchPlan, shapes: LeJEPA, device: torch.device) -> str:
     """How the views of a micro-batch go through a vision transformer. Measures attention where there is a choice."""
-    encoder, views = engine.module.encoder, config.data.views
+    encoder, views = shapes.encoder, config.data.views
     if not encoder.packed:
         return ""
     groups = [(group.count * plan.micro_batch, group.size) for group in (views.global_, views.local) if group.count]
@@ -48,10 +47,10 @@ def _blocks_notice(config: Config, plan: BatchPlan, engine: Engine, device: torc
     return notice
 
 
-def _objective_notice(config: Config, plan: BatchPlan, engine: Engine) -> str:
+def _objective_notice(config: Config, plan: BatchPlan, shapes: LeJEPA) -> str:
     """How the objective meets ranks and micro-batches, where there is more than one of either."""
     notice = ""
-    accumulation, regularizer = config.objective.accumulation, engine.module.loss.regularizer
+    accumulation, regularizer = config.objective.accumulation, shapes.loss.regularizer
     if isinstance(regularizer, SIGReg) and plan.ranks > 1:
         views = config.data.views.global_.count + config.data.views.local.count
         count = plan.micro_batch * (plan.accumulation if accumulation == "exact" else 1)

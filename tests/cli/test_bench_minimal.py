@@ -31,7 +31,7 @@ def both(config: Config, views: list[Tensor]) -> list[tuple[Tensor, list[Tensor]
         ours(views, 0)["loss"],
         minimal.lejepa(
             theirs([view for group in views for view in group]),
-            len(views[0]), objective.lambda_, a, objective.t_max, objective.knots,
+            len(views[0]), objective.lambda_, a, objective.sigreg.t_max, objective.sigreg.knots,
         ),
     ]  # fmt: skip
     found = []

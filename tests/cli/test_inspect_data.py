@@ -1,18 +1,17 @@
-"""tools/inspect_data.py: the order without training, and what the audit finds in logs that are right and wrong."""
+"""lejepa order and audit: the order without training, and what the audit finds in logs that are right and wrong."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import inspect_data
 import pytest
 from conftest import ROOT, Command, small_config
 
+from lejepa_scale.cli.main import main
 from lejepa_scale.data.make import sources
 from lejepa_scale.data.make.writer import write_shards
 
@@ -20,12 +19,11 @@ Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def inspect(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """The tool in this process: (exit status, stdout, stderr)."""
+def inspect(capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command in this process: (exit status, stdout, stderr)."""
 
     def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["inspect_data.py", *map(str, arguments)])
-        status = inspect_data.main()
+        status = main([*map(str, arguments)])
         out = capsys.readouterr()
         return status, out.out, out.err
 
@@ -133,5 +131,5 @@ def test_what_cannot_be_read_says_so(inspect: Run, config: Path, tmp_path: Path,
         inspect("order", "--config", config, "--steps", "5:5")
     assert "must read a:b" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        inspect("--help")
+        inspect("audit", "--help")
     assert "order.tsv runs/vitg" in capsys.readouterr().out

@@ -48,8 +48,8 @@ def test_the_formula_is_what_torch_counts(case: str, drop_path: float) -> None:
     [
         {"model": {"predictor": {"hidden": 33}}},
         {"objective": {"joint": True}},
-        {"objective": {"regularizer": "weak_sigreg", "sketch": 5}},
-        {"objective": {"regularizer": "weak_sigreg", "sketch": 17, "joint": True}},
+        {"objective": {"regularizer": "weak_sigreg", "weak_sigreg": {"sketch": 5}}},
+        {"objective": {"regularizer": "weak_sigreg", "weak_sigreg": {"sketch": 17}, "joint": True}},
     ],
     ids=["predictor", "joint", "weak", "weak joint"],
 )

@@ -8,9 +8,10 @@ import pytest
 import torch
 from conftest import small_config, without_gradient
 from ranks import run_ranks
+from steps import of_this_rank, start, take_step
 
-from lejepa_scale.config import Config, check_world, validate
-from lejepa_scale.engine import build_engine
+from lejepa_scale.checkpoint import gather
+from lejepa_scale.config import Config, validate
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Replay, build, check
 from lejepa_scale.model.lejepa import build_loss
@@ -27,30 +28,20 @@ def _config(engine_name: str, accumulation: int, **objective: Any) -> Config:
             train={"global_batch": GLOBAL, "micro_batch": GLOBAL // process_group.world_size() // accumulation},
             engine={"name": engine_name, "precision": "fp32"},
             model={"predictor": {"hidden": 33}},
-            objective={"accumulation": "exact", "scale_centre": 0.1, **objective},
+            objective={"accumulation": "exact", "visreg": {"weight": 0.1}, **objective},
         )
     )
 
 
 def one_step(engine_name: str, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor] | None]:
     """Losses of each micro-batch and the gradient norm of one exact step, and the gradient of every parameter (rank 0)."""
-    config, world = _config(engine_name, accumulation), process_group.world_size()
-    plan = check_world(config, world)
-    engine = build_engine(config, plan, lambda: build(config), torch.device("cpu"), None)
+    config = _config(engine_name, accumulation)
+    engine, plan = start(config)
     generator = torch.Generator().manual_seed(0)
     groups = [torch.randn(v, GLOBAL, 3, s, s, generator=generator) for v, s in ((2, 32), (3, 16))]
-    size, numbers = plan.micro_batch, []
-    cut = []
-    for micro in range(accumulation):
-        start = (micro * world + process_group.rank()) * size
-        cut.append([v[:, start : start + size].contiguous() for v in groups])
-    features = [engine.encode(views) for views in cut] if accumulation > 1 else []
-    for micro, views in enumerate(cut):
-        out = engine.forward(views, 5, Replay(features, micro) if accumulation > 1 else None)
-        engine.backward(out["loss"] / accumulation, micro == accumulation - 1)
-        numbers.append(out["loss"].item())
-    numbers.append(float(engine.step(1e-3, 0.05)))
-    state = engine.save()
+    result = take_step(engine, plan, of_this_rank(groups, plan), 5, exact=True)
+    numbers = [*(float(out["loss"]) for out in result.outputs), float(result.grad_norm)]
+    state = gather(engine)
     return numbers, state and {
         name: moment / (1 - config.optim.betas[0]) for name, moment in state.moments["exp_avg"].items()
     }
@@ -125,13 +116,16 @@ def test_micro_batches_are_another_objective_and_unbiased_ones_are_not() -> None
     for estimator, accumulation in (("u", "unbiased"), ("v", "micro")):
         tree = small_config(
             "unused", "unused", train={"global_batch": 64},
-            objective={"accumulation": accumulation, "estimator": estimator, "num_slices": 8, "backend": "fused"},
+            objective={
+                "accumulation": accumulation,
+                "sigreg": {"estimator": estimator, "num_slices": 8, "backend": "fused"},
+            },
         )  # fmt: skip
         sigreg = build_loss(validate(tree)).regularizer
         parts = z.view(4000 * 8, 8, 6)
         means[accumulation] = sigreg(parts, step=1)  # the mean over independent parts
     whole = build_loss(
-        validate(small_config("u", "u", objective={"estimator": "u", "num_slices": 8, "backend": "fused"}))
+        validate(small_config("u", "u", objective={"sigreg": {"estimator": "u", "num_slices": 8, "backend": "fused"}}))
     ).regularizer
     expected = whole(z, step=1)
     assert float(means["unbiased"] / expected) == pytest.approx(1, abs=0.03)

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from conftest import small_config
 from ranks import run_ranks
+from steps import start, take_step
 from torch.distributed.fsdp import CPUOffloadPolicy
 
+from lejepa_scale.checkpoint import spread
 from lejepa_scale.config import Config, check_world, validate
-from lejepa_scale.engine import Engine, build_engine
+from lejepa_scale.engine import build_engine
 from lejepa_scale.engine.zero import deepspeed_config
 from lejepa_scale.model import LeJEPA, build
+from lejepa_scale.parallel import process_group
+from lejepa_scale.training.start import initial_state
 
 ENGINES = ["ddp", "fsdp", "zero1", "zero3"]
 FORGOTTEN = "encoder.backbone.blocks.1.mlp.fc2.weight"
@@ -26,22 +30,20 @@ def _config(name: str, **model: Any) -> Config:
 
 def _forgetful(names: list[str]) -> list[list[bool]]:
     """Whether the loss is finite, for each engine whole and with one weight that nobody loads."""
-    whole, found = Engine.load, []
-
-    def load(self: Engine, state: Any) -> None:
-        parameters = dict(self.module.named_parameters())
-        scatter = type(self)._scatter
-        self._scatter = lambda p, full, moment: (  # type: ignore[method-assign]
-            None if p is parameters[FORGOTTEN] else scatter(self, p, full, moment)
-        )
-        whole(self, state)
-
+    found = []
     for name in names:
         config, finite = _config(name), []
-        for Engine.load in (whole, load):  # type: ignore[method-assign]
-            engine = build_engine(config, check_world(config, 2), lambda c=config: build(c), torch.device("cpu"), None)
-            out = engine.forward([torch.randn(2, 8, 3, 32, 32)], 0)
-            finite.append(bool(torch.isfinite(out["loss"])))
+        for forgotten in ("", FORGOTTEN):
+            plan = check_world(config, 2)
+            engine = build_engine(config, plan, lambda c=config: build(c), torch.device("cpu"))
+            take = engine.take
+            engine.take = lambda shard, take=take, name=forgotten: (  # type: ignore[method-assign]
+                None if shard.name == name else take(shard)
+            )
+            state = initial_state(0, lambda c=config: build(c)) if process_group.rank() == 0 else None
+            spread(state, engine)
+            result = take_step(engine, plan, [[torch.randn(2, 8, 3, 32, 32)]])
+            finite.append(bool(torch.isfinite(result.loss)))
         found.append(finite)
     return found
 
@@ -62,7 +64,7 @@ def _drawn(names: list[str]) -> list[int]:
             real.append(sum(p.numel() for p in module.parameters() if not p.is_meta) > 1000)
             return module
 
-        build_engine(config, check_world(config, 2), factory, torch.device("cpu"), None)
+        start(config, factory=factory)
         counts.append(sum(real))
     return counts
 
@@ -75,12 +77,12 @@ def _rotary_precision() -> set[torch.dtype]:
     """Of the sines and cosines that blocks get under FSDP in bf16."""
     options = {"depth": 2, "embed_dim": 96, "num_heads": 4}
     config = _config("fsdp", encoder="vit_small_patch16_dinov3", options=options)
-    engine = build_engine(config, check_world(config, 2), lambda: build(config), torch.device("cpu"), None)
+    engine, plan = start(config)
     seen = set()
     for block in engine.module.encoder.blocks:
         inner = block.attn.forward
         block.attn.forward = lambda x, row, inner=inner: (seen.update((x.dtype, row.rope[0].dtype)), inner(x, row))[1]
-    engine.forward([torch.randn(2, 8, 3, 32, 32)], 0)
+    take_step(engine, plan, [[torch.randn(2, 8, 3, 32, 32)]])
     return seen
 
 
@@ -94,7 +96,7 @@ def _fsdp_settings() -> list[tuple[int, int, bool]]:
     for prefetch, offload in ((0, False), (1, False), (2, True)):
         engine = {"name": "fsdp", "prefetch": prefetch, "cpu_offload": offload}
         config = validate(small_config("unused", "unused", engine=engine, model={"options": {"depth": 4}}))
-        built = build_engine(config, check_world(config, 2), lambda c=config: build(c), torch.device("cpu"), None)
+        built, _ = start(config)
         first, *_, last = (block._get_fsdp_state() for block in built.module.encoder.blocks)
         group = first._fsdp_param_groups[0] if hasattr(first, "_fsdp_param_groups") else first._fsdp_param_group
         ahead = len(first._states_to_forward_prefetch), len(last._states_to_backward_prefetch)

@@ -3,16 +3,16 @@ sizes, and gradients are reduced once, in fp32."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from conftest import small_config
 from ranks import run_ranks
+from steps import start, take_step
 
-from lejepa_scale.config import check_world, validate
-from lejepa_scale.engine import build_engine
-from lejepa_scale.model import build
-from lejepa_scale.parallel import process_group
+from lejepa_scale.config import validate
 from lejepa_scale.parallel.collectives import CountBytes
 
 DEPTH = 4
@@ -29,17 +29,22 @@ def _count(name: str, settings: dict[str, Any], resolutions: int) -> tuple[Calls
             model={"options": {"depth": DEPTH}, "drop_path": 0.25},
         )
     )
-    plan = check_world(config, process_group.world_size())
-    engine = build_engine(config, plan, lambda: build(config), torch.device("cpu"), None)
+    engine, plan = start(config)
     views = [torch.randn(2, 8, 3, 32, 32), *[torch.randn(2, 8, 3, 16, 16)] * (resolutions - 1)]
     for step in range(3):  # DeepSpeed records the order of modules in the first
+        marks: list[int] = []
+
+        @contextmanager
+        def phase(name: str, marks: list[int] = marks) -> Iterator[None]:
+            yield
+            marks.append(len(traffic.calls))
+
         with CountBytes() as traffic:
-            out = engine.forward(views, step)
-            forward = len(traffic.calls)
-            engine.backward(out["loss"], True)
-        engine.step(1e-3, 0.0)
+            take_step(engine, plan, [views], step, phase=phase)
+    forward, backward = marks[:2]
     sizes = [getattr(p, "ds_numel", p.numel()) for p in engine.module.encoder.blocks[0].parameters()]
-    return traffic.calls[:forward], traffic.calls[forward:], sum(sizes), sum(n for n in sizes if n >= 128 * 128)
+    calls = traffic.calls
+    return calls[:forward], calls[forward:backward], sum(sizes), sum(n for n in sizes if n >= 128 * 128)
 
 
 def _fsdp_on_rank() -> list[tuple[Calls, Calls, int, int]]:

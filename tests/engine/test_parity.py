@@ -9,11 +9,10 @@ import pytest
 import torch
 from conftest import small_config, without_gradient
 from ranks import run_ranks
+from steps import of_this_rank, start, take_step
 
-from lejepa_scale.checkpoint import CanonicalState
-from lejepa_scale.config import Config, check_world, validate
-from lejepa_scale.engine import build_engine
-from lejepa_scale.model import build
+from lejepa_scale.checkpoint import CanonicalState, gather
+from lejepa_scale.config import Config, validate
 from lejepa_scale.parallel import process_group
 
 GLOBAL, STEPS = 16, 6
@@ -39,11 +38,7 @@ def train(
     engine_name: str, accumulation: int, precision: str = "fp32", poison: int | None = None
 ) -> tuple[list[tuple[float, float]], CanonicalState | None]:
     """Losses and gradient norms of STEPS steps on fixed random views, and the final state (rank 0)."""
-    world = process_group.world_size()
-    config = _config(engine_name, accumulation, precision)
-    plan = check_world(config, world)
-    device = torch.device("cpu")
-    engine = build_engine(config, plan, lambda: build(config), device, None)
+    engine, plan = start(_config(engine_name, accumulation, precision))
     history = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
@@ -51,16 +46,10 @@ def train(
         views.append(torch.randn(3, GLOBAL, 3, 16, 16, generator=generator))
         if step == poison:
             views[0][0, 0, 0, 0, 0] = torch.inf  # one pixel on one rank
-        total = 0.0
-        for micro in range(accumulation):
-            size = plan.micro_batch
-            start = micro * size * world + process_group.rank() * size
-            out = engine.forward([v[:, start : start + size].contiguous() for v in views], step)
-            engine.backward(out["loss"] / accumulation, micro == accumulation - 1)
-            total += out["loss"].item() / accumulation
-        norm = engine.step(1e-3, 0.05)
-        history.append((total, float(norm)))
-    return history, engine.save()
+        result = take_step(engine, plan, of_this_rank(views, plan), step)
+        assert bool(result.finite) == (step != poison)
+        history.append((float(result.loss), float(result.grad_norm)))
+    return history, gather(engine)
 
 
 def _all_on_rank(name: str) -> Any:
@@ -69,11 +58,8 @@ def _all_on_rank(name: str) -> Any:
 
 def _round_trip(name: str) -> bool:
     """Save, load into a fresh engine, save: every tensor is the same bit for bit."""
-    config = _config(name)
-    plan = check_world(config, process_group.world_size())
     _, state = train(name, 1)
-    engine = build_engine(config, plan, lambda: build(config), torch.device("cpu"), state)
-    again = engine.save()
+    again = gather(start(_config(name), state=state)[0])
     if state is None or again is None:
         return True
     same = state.updates == again.updates == STEPS
@@ -132,25 +118,27 @@ def test_bf16_on_ranks_follows_one_process_and_fp32(oracle: Any) -> None:
 
 def _hybrid_on_rank() -> Any:
     config = validate(small_config("unused", "unused", engine={"name": "fsdp", "shard_degree": 2}))
-    engine = build_engine(config, check_world(config, 4), lambda: build(config), torch.device("cpu"), None)
-    generator = torch.Generator().manual_seed(0)
-    views = torch.randn(2, 16, 3, 32, 32, generator=generator)[
-        :, process_group.rank() * 4 : process_group.rank() * 4 + 4
-    ]
-    out = engine.forward([views], 0)
-    engine.backward(out["loss"], True)
+    engine, plan = start(config)
+    views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    result = take_step(engine, plan, of_this_rank([views], plan))
     placements = str(next(engine.module.parameters()).placements)
-    return out["loss"].item(), float(engine.step(1e-3, 0.0)), placements
+    state = gather(engine)
+    return float(result.loss), float(result.grad_norm), placements, state and state.model
 
 
 def test_hybrid_sharding_on_four_ranks() -> None:
     """HSDP 2 x 2: the loss and gradient norm of one process."""
     config = validate(small_config("unused", "unused"))
-    engine = build_engine(config, check_world(config, 1), lambda: build(config), torch.device("cpu"), None)
-    out = engine.forward([torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))], 0)
-    engine.backward(out["loss"], True)
-    expected = out["loss"].item(), float(engine.step(1e-3, 0.0))
-    for loss, norm, placements in run_ranks(_hybrid_on_rank, 4):
+    engine, plan = start(config)
+    result = take_step(engine, plan, [[torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))]])
+    expected = float(result.loss), float(result.grad_norm)
+    found = run_ranks(_hybrid_on_rank, 4)
+    weights = gather(
+        engine
+    ).model  # after one update, whose direction alone counts: AdamW's first is the gradient's sign
+    assert found[0][3].keys() == weights.keys()
+    assert all(found[0][3][name].shape == weights[name].shape for name in weights)
+    for loss, norm, placements, _ in found:
         assert (loss, norm) == pytest.approx(expected, rel=1e-5)
         assert "Replicate" in placements
         assert "Shard" in placements

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from conftest import small_config
 from ranks import run_ranks
+from steps import of_this_rank, start, take_step
 from torch import Tensor
 
-from lejepa_scale.config import Config, check_world, validate
-from lejepa_scale.engine import build_engine, wrap
+from lejepa_scale.config import Config, validate
+from lejepa_scale.engine import wrap
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import build, check
-from lejepa_scale.parallel import process_group
 
 Step = tuple[float, float]
 
@@ -26,26 +29,28 @@ def _config(engine: dict[str, Any], **model: Any) -> Config:
 
 def _steps(config: Config, steps: int = 2) -> tuple[list[Step], int]:
     """Losses and gradient norms, and the bytes that the first step's forward pass kept for its backward pass."""
-    plan, device = check_world(config, process_group.world_size()), torch.device("cpu")
-    engine = build_engine(config, plan, lambda: build(config), device, None)
+    engine, plan = start(config)
     history, kept = [], 0
     for step in range(steps):
         generator = torch.Generator().manual_seed(step)
         views = [torch.randn(2, 16, 3, size, size, generator=generator) for size in (32, 16)]
-        mine = slice(process_group.rank() * plan.micro_batch, (process_group.rank() + 1) * plan.micro_batch)
-        torch.manual_seed(step)  # stochastic depth
         storages: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: _note(t, storages), lambda t: t):  # noqa: B023
-            out = engine.forward([v[:, mine].contiguous() for v in views], step)
+        result = take_step(engine, plan, of_this_rank(views, plan), step, phase=partial(_noting, storages))
         kept = kept or sum(storages.values())
-        engine.backward(out["loss"], True)
-        history.append((out["loss"].item(), float(engine.step(1e-3, 0.05))))
+        history.append((float(result.loss), float(result.grad_norm)))
     return history, kept
 
 
-def _note(tensor: Tensor, storages: dict[int, int]) -> Tensor:
-    storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    return tensor
+@contextmanager
+def _noting(storages: dict[int, int], phase: str) -> Iterator[None]:
+    """Note what the forward pass keeps."""
+
+    def note(tensor: Tensor) -> Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t) if phase == "forward" else nullcontext():
+        yield
 
 
 def test_recomputation_changes_no_gradient_and_keeps_less() -> None:

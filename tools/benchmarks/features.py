@@ -54,14 +54,14 @@ def _stochastic_depth(config: Config) -> tuple[str, list[Form]]:
         raise UserError("--compare stochastic-depth: nothing is dropped at model.drop_path=0; add model.drop_path=0.3.")
     return f"batch subsets, drop_path {config.model.drop_path:g}", [
         Form("masked: all computed, some zeroed", alter=baselines.masked_depth, equal=False),
-        Form("nothing dropped", ("model.drop_path=0",), equal=False),
+        Form("nothing dropped", ("model.drop_path=0", "model.drop_path_uniform=false"), equal=False),
     ]
 
 
 def _checkpointing(config: Config) -> tuple[str, list[Form]]:
     kept = config.engine.activation_checkpointing
     others = [
-        Form(kind, (f"engine.activation_checkpointing={kind}",))
+        Form(kind, (f"engine.activation_checkpointing={kind}", *_without_budget(config)))
         for kind in ("none", "full", "selective")
         if kind != kept
     ]
@@ -70,12 +70,17 @@ def _checkpointing(config: Config) -> tuple[str, list[Form]]:
     return kept, others
 
 
+def _without_budget(config: Config) -> tuple[str, ...]:
+    """The default again, since no other kind of checkpointing takes one."""
+    return (f"engine.activation_budget={type(config.engine)().activation_budget}",)
+
+
 def _compile(config: Config) -> tuple[str, list[Form]]:
     names = {True: "compiled blocks", False: "eager"}
     on = config.engine.compile
     overrides = [f"engine.compile={not on}"]
     if on and config.engine.activation_checkpointing == "budget":
-        overrides.append("engine.activation_checkpointing=none")
+        overrides += ["engine.activation_checkpointing=none", *_without_budget(config)]
     return names[on], [Form(names[not on], tuple(overrides), equal=not config.model.drop_path)]
 
 

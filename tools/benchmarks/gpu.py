@@ -22,12 +22,13 @@ from benchmarks import step
 from benchmarks.compare import compare as compare_forms
 from benchmarks.measure import Results, Row, milliseconds, run_sections
 from benchmarks.sigreg import Shape, compare
+from lejepa_scale.checkpoint import gather
 from lejepa_scale.config import check_world
 from lejepa_scale.data.images import photometric
-from lejepa_scale.engine import build_engine
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import build
 from lejepa_scale.model.attention import BACKENDS, Packing, offsets
+from lejepa_scale.training.start import start_engine
+from lejepa_scale.training.step import train_step
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -141,12 +142,13 @@ def precision(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     found = {}
     for name in ("fp32", "bf16"):
         config = _recipe(recipe, (*overrides, f"engine.precision={name}"), images).config()
-        engine = build_engine(config, check_world(config, 1), partial(build, config), device, None)
-        views = step.synthetic_views(config, images, device)
-        out = engine.forward(views, 0)
-        engine.backward(out["loss"], True)
-        gradient = torch.cat([p.grad.flatten().float().cpu() for p in engine.module.parameters() if p.grad is not None])
-        found[name] = out["loss"].item(), gradient
+        plan = check_world(config, 1)
+        engine, views = start_engine(config, plan, device), step.synthetic_views(config, images, device)
+        result = train_step(engine, plan, [partial(list, views)], number=0, seed=0, lr=0.0, weight_decay=0.0)
+        state = gather(engine)
+        assert state is not None
+        gradient = torch.cat([moment.flatten() for moment in state.moments["exp_avg"].values()])  # its direction
+        found[name] = float(result.loss), gradient
         del engine
     (exact, g32), (low, g16) = found["fp32"], found["bf16"]
     cosine = float(torch.nn.functional.cosine_similarity(g32.double(), g16.double(), dim=0))

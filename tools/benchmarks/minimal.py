@@ -160,9 +160,9 @@ class Minimal:
         objective, dim = self.config.objective, self.config.model.projector.dim
         with torch.autocast("cpu", torch.bfloat16, enabled=self.config.engine.precision == "bf16"):
             z = self.network(views)
-        a = directions(self.count, dim, objective.num_slices)
+        a = directions(self.count, dim, objective.sigreg.num_slices)
         num_global = self.config.data.views.global_.count
-        numbers = num_global, objective.lambda_, a, objective.t_max, objective.knots
+        numbers = num_global, objective.lambda_, a, objective.sigreg.t_max, objective.sigreg.knots
         loss = lejepa(z.float(), *numbers, self.arrangement.ranks)
         self.watch.lap("forward")
         self.optimizer.zero_grad()

@@ -21,9 +21,9 @@ import torch.distributed as dist
 from benchmarks.fed import Fed
 from benchmarks.measure import Row, free_port
 from benchmarks.minimal import Arrangement, Minimal
-from lejepa_scale.config import Config, check_world, load_config
+from lejepa_scale.config import Config, check_world, is_remote, load_config
 from lejepa_scale.cpu.allocator import keep_memory
-from lejepa_scale.data.io.reader import expand, is_remote
+from lejepa_scale.data.io.reader import expand
 from lejepa_scale.data.make import sources
 from lejepa_scale.data.make.writer import write_shards
 from lejepa_scale.errors import UserError
@@ -148,9 +148,9 @@ def against(
 
 def _steps(ours: Fed, parts: list[dict[str, float]]) -> Generator[None, None, None]:
     """One step for each `next`, on a loader of its own; the milliseconds of its parts."""
-    batches = ours.batches()
+    feed = ours.feed()
     while True:
-        ours.step(batches)
+        ours.step(feed)
         parts.append(ours.trial.phases.read())
         yield
 

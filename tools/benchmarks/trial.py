@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -18,16 +18,14 @@ from torch.profiler import record_function
 from benchmarks.features import Form
 from lejepa_scale.checkpoint import CanonicalState
 from lejepa_scale.config import Config, check_world, dump, load_config, validate
-from lejepa_scale.engine import build_engine
-from lejepa_scale.engine.build import initial_state
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import Replay, build
+from lejepa_scale.model import build
 from lejepa_scale.parallel import launch, process_group
-from lejepa_scale.training.loop import seed_step
+from lejepa_scale.training.start import initial_state, start_engine
+from lejepa_scale.training.step import MakeViews, StepResult, train_step
 
 CHECKED = 3  # first steps, whose losses and gradients say whether two forms are one computation
 Sums = tuple[float, float]  # a step's loss and gradient norm
-MakeViews = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,9 @@ class Phases:
         self.spans: list[tuple[str, Any, Any]] = []
 
     @contextmanager
-    def __call__(self, name: str, *, host: bool = False) -> Iterator[None]:
-        """host: time of this process, even where the device works on."""
+    def __call__(self, name: str) -> Iterator[None]:
+        """Waiting for data is time of this process, even where the device works on."""
+        host = name == "data wait"
         begun = self._now(host)
         with record_function(name):
             yield
@@ -96,54 +95,38 @@ class Trial:
         before = _allocated(self.device)
         self.plan = check_world(self.config, launch.ranks())
         state = _initial(self.config) if self.shared and process_group.rank() == 0 else None
-        self.engine = build_engine(self.config, self.plan, lambda: build(self.config), self.device, state)
+        self.engine = start_engine(self.config, self.plan, self.device, state)
         if self.form.alter is not None:
             self.form.alter(self.engine)
         self.phases, self.number = Phases(self.device), 0
         self.views = synthetic_views(self.config, self.plan.micro_batch, self.device)
-        self.first = [self.step(self.synthetic()) for _ in range(CHECKED)]
+        results = [self.step(self.synthetic()) for _ in range(CHECKED)]
+        self.first = [(float(result.loss), float(result.grad_norm)) for result in results]
         self.held = _allocated(self.device) - before
 
     def synthetic(self) -> Iterator[MakeViews]:
         """A step's micro-batches, of the same views each."""
         return iter([lambda: self.views] * self.plan.accumulation)
 
-    def step(self, micro_batches: Iterable[MakeViews], then: Callable[[dict[str, Tensor]], None] | None = None) -> Sums:
-        """One optimizer step as train.py takes it; (mean loss, gradient norm). Each item makes a micro-batch's views; `then`
-        gets what each micro-batch put out, after its backward pass."""
-        total, count = torch.zeros((), device=self.device), self.plan.accumulation
-        for micro, (views, replay) in enumerate(self._replayed(micro_batches)):
-            seed_step(self.config.run.seed, self.number, micro)
-            ready = views()
-            with self.phases("forward"):
-                out = self.engine.forward(ready, self.number, replay)
-            with self.phases("backward"):
-                self.engine.backward(out["loss"] / count, micro == count - 1)
-            total += out["loss"].detach() / count
-            if then is not None:
-                then(out)
-        with self.phases("optimizer"):
-            norm = self.engine.step(self.config.optim.lr / 10, self.config.optim.weight_decay)
+    def step(self, micro_batches: Iterable[MakeViews]) -> StepResult:
+        """The trainer's step, at a small learning rate. Raises UserError where it changed nothing."""
+        result = train_step(
+            self.engine,
+            self.plan,
+            micro_batches,
+            number=self.number,
+            seed=self.config.run.seed,
+            lr=self.config.optim.lr / 10,
+            weight_decay=self.config.optim.weight_decay,
+            exact=self.config.objective.accumulation == "exact",
+            phase=self.phases,
+        )
         self.number += 1
-        if not torch.isfinite(norm):  # the trainer looks at it too
+        if not result.finite:  # the trainer looks at it too
             raise UserError(
                 f"{self.form.name}: the gradient of step {self.number} is not finite; nothing was measured."
             )
-        return float(total), float(norm)
-
-    def _replayed(self, micro_batches: Iterable[MakeViews]) -> Iterator[tuple[MakeViews, Replay | None]]:
-        """An exact objective encodes all micro-batches without a graph first."""
-        if self.plan.accumulation == 1 or self.config.objective.accumulation != "exact":
-            yield from ((views, None) for views in micro_batches)
-            return
-        held, features = list(micro_batches), []
-        for micro, views in enumerate(held):
-            seed_step(self.config.run.seed, self.number, micro)
-            ready = views()
-            with self.phases("first pass"):
-                features.append(self.engine.encode(ready))
-        for micro, views in enumerate(held):
-            yield views, Replay(features, micro)
+        return result
 
 
 def synthetic_views(config: Config, images: int, device: torch.device) -> list[Tensor]:
@@ -155,7 +138,7 @@ def synthetic_views(config: Config, images: int, device: torch.device) -> list[T
 
 def _initial(config: Config) -> CanonicalState:
     """First weights, which engines and switches share; drawn once, since that takes long for large models."""
-    model = config.model.model_copy(update={"drop_path": 0.0, "attention": "auto"})
+    model = config.model.model_copy(update={"drop_path": 0.0, "drop_path_uniform": False, "attention": "auto"})
     return _drawn(dump(config.model_copy(update={"engine": type(config.engine)(), "model": model})))
 
 

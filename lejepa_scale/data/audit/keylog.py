@@ -104,7 +104,7 @@ def files_of(path: Path) -> list[Path]:
     if not found:
         raise UserError(
             f"{path} holds no key log. Give a run directory that was trained with data.log_keys=true, or a file that "
-            "tools/inspect_data.py order printed."
+            "`lejepa order` printed."
         )
     return found
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from lejepa_scale.config import is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.index.scan import ShardIndex
-from lejepa_scale.data.io.reader import Reader, is_remote, shard_name
+from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
 _VERSION = 2
@@ -55,7 +56,7 @@ class IndexLocation:
         if not any(self.reader.put(f"{place}/{name}", data) for place in self.written):
             raise UserError(
                 f"cannot write the index of {self.folder} to {' or '.join(self.written)}. "
-                "Set data.index_dir (tools/index_shards.py: --out) to a folder that can be written and every node sees."
+                "Set data.index_dir (`lejepa shards index --out`) to a folder that can be written and every node sees."
             )
 
     def sidecar(self, url: str, row: np.ndarray | None = None) -> ShardIndex | None:

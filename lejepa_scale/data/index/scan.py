@@ -89,7 +89,7 @@ class _Members:
         if not self.images:
             raise UserError(
                 f"shard {self.url} holds no images (members ending in {', '.join(sorted(IMAGE_EXTENSIONS))}). "
-                "Check data.shards, or write shards with tools/make_shards.py."
+                "Check data.shards, or write shards with `lejepa shards make`."
             )
         companions = {"cls"}.union(*(self.first[key][1] for key in self.images))
         keys = [key for key, (_, extensions) in self.first.items() if key in self.images or extensions & companions]

@@ -15,9 +15,10 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
+from lejepa_scale.config import is_remote
 from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
 from lejepa_scale.data.index.scan import ShardIndex, scan
-from lejepa_scale.data.io.reader import Reader, is_remote, shard_name
+from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.data.io.threads import Pool
 from lejepa_scale.errors import UserError
 
@@ -66,7 +67,7 @@ class Shards:
         if index is None:
             raise UserError(
                 f"the index of shard {url} is missing, damaged, or not the one that its manifest names. "
-                "Run tools/index_shards.py on the shards and start again."
+                "Run `lejepa shards index` on the shards and start again."
             )
         self._held[number] = index
         while sum(len(held) for held in self._held.values()) > _HELD_SAMPLES and len(self._held) > 1:
@@ -131,7 +132,7 @@ def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: 
         except UserError as error:
             return str(error)
         if stored is None:
-            return f"shard {url} has no index, or a damaged one. Run tools/index_shards.py on it."
+            return f"shard {url} has no index, or a damaged one. Run `lejepa shards index` on it."
         return (
             None
             if stored.digest == found.digest
@@ -178,7 +179,7 @@ def _index(
         return
     print(
         f"{len(missing)} of {len(urls)} shards have no index that fits them: reading them once. "
-        "tools/index_shards.py does this beforehand, on as many machines as you like.",
+        "`lejepa shards index` does this beforehand, on as many machines as you like.",
         file=sys.stderr,
     )
     faults: list[str] = []

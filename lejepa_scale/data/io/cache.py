@@ -108,7 +108,7 @@ class Cache:
             if position != nbytes:
                 raise UserError(
                     f"shard {url} gave {position} bytes, but its index says {nbytes}. It changed, or its command failed "
-                    "quietly: restore it, or run tools/index_shards.py on it and start again."
+                    "quietly: restore it, or run `lejepa shards index` on it and start again."
                 )
             file = _partial(target).open("rb", buffering=0)
             _partial(target).rename(target)

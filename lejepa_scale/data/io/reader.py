@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from webdataset.shardlists import expand_urls
 
+from lejepa_scale.config import is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.faults import SampleFault
 from lejepa_scale.data.io.cache import Cache
@@ -43,10 +44,6 @@ def expand(patterns: list[str]) -> list[str]:
             "or a brace pattern such as shards/train-{000000..000099}.tar."
         )
     return urls
-
-
-def is_remote(url: str) -> bool:
-    return url.startswith("pipe:") or "://" in url
 
 
 def shard_name(url: str) -> str:

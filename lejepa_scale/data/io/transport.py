@@ -223,7 +223,7 @@ def _answered(response: Any, url: str, start: int, stop: int | None) -> int | No
         length = response.headers.get("Content-Length", "")
         return int(length) if length.isdigit() else None
     if status == 416:
-        raise Refused(f"it ends before byte {start}, which its index promises. Run tools/index_shards.py on it.")
+        raise Refused(f"it ends before byte {start}, which its index promises. Run `lejepa shards index` on it.")
     if status >= 500 or status in _WORTH_A_RETRY:
         raise OSError(f"HTTP status {status}")
     raise Refused(f"HTTP status {status}. Check the address and your credentials.")
@@ -234,7 +234,7 @@ def expect_size(url: str, size: int, nbytes: int) -> None:
     if size != nbytes:
         raise UserError(
             f"shard {url} has {size} bytes, but its index says {nbytes}. It changed: restore it, or run "
-            "tools/index_shards.py on it and start again."
+            "`lejepa shards index` on it and start again."
         )
 
 

@@ -4,43 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
-import torch
 from conftest import small_config
 
 from lejepa_scale.checkpoint import Progress
 from lejepa_scale.config import BatchPlan, dump, validate
 from lejepa_scale.cost import step_flops
 from lejepa_scale.errors import UserError
-from lejepa_scale.training import loop, resume
-
-
-def test_the_second_pass_of_an_exact_step_draws_the_random_numbers_of_the_first(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """An encoder that gives a random number: each micro-batch meets its own again, and no other's."""
-    run: Any = object.__new__(loop._Run)
-    run.config = validate(small_config("u", "u", objective={"accumulation": "exact"}))
-    run.plan, run.device = BatchPlan(micro_batch=4, ranks=1, accumulation=3), torch.device("cpu")
-    run.engine = SimpleNamespace(encode=lambda views: torch.rand(1))
-    monkeypatch.setattr(loop._Run, "_next", lambda *_: SimpleNamespace(augmented=lambda device: []))
-    met = []
-    for micro, (_, replay) in enumerate(run._micro_batches(iter(()), 5)):
-        loop.seed_step(run.config.run.seed, 5, micro)
-        met.append(torch.rand(1))
-        assert replay.index == micro
-        assert torch.equal(replay.features[micro], met[-1])
-    assert len({float(x) for x in met}) == 3
+from lejepa_scale.training import actions, loop, resume
 
 
 def test_mfu_is_what_the_step_needs_at_the_peak_over_what_it_took(
     monkeypatch: pytest.MonkeyPatch, scenes: Path, tmp_path: Path
 ) -> None:
     """With stochastic depth and two micro-batches, on a chip of 1 TFLOP/s."""
-    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
+    monkeypatch.setattr(actions, "peak_flops", lambda device: 1e12)
     sections = {"train": {"steps": 2, "global_batch": 16, "micro_batch": 8}}
     config = validate(small_config(tmp_path, scenes, **sections, model={"drop_path": 0.5, "options": {"depth": 3}}))
     loop.train(config)

@@ -1,0 +1,50 @@
+"""Checkpoints into what other programs load. Offline: needs no engine, and refuses an export that gives other features."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from lejepa_scale.checkpoint.encoder import load_encoder
+from lejepa_scale.errors import UserError
+
+_TOLERANCE = 1e-4  # of a feature, which packing and synchronized norms may round differently
+
+
+def export_encoder(source: Path, target: Path) -> int:
+    """Write the encoder as safetensors under timm's names, with how to build it in the metadata; number of tensors."""
+    encoder, config = load_encoder(source)
+    weights = {name: t.contiguous() for name, t in encoder.backbone.state_dict().items()}
+    metadata = {
+        "format": "pt",
+        "encoder": config.model.encoder,
+        "image_size": str(config.image_size),
+        "patch_size": str(encoder.patch_size or ""),
+        "features": str(encoder.embed_dim),
+        "timm": json.dumps(encoder.timm_arguments),
+    }
+    target.parent.mkdir(parents=True, exist_ok=True)
+    save_file(weights, target, metadata)
+    return len(weights)
+
+
+def verify_export(source: Path, target: Path) -> float:
+    """Rebuild the model with timm alone and compare its features with the checkpoint's; the largest difference.
+
+    Raises UserError where they differ.
+    """
+    encoder, config = load_encoder(source)
+    with safe_open(target, "pt") as file:
+        plain = timm.create_model(**json.loads(file.metadata()["timm"])).eval()
+        plain.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
+    images = torch.randn(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        difference = float((encoder([images])[0] - plain(images)).abs().max())
+    if difference > _TOLERANCE:
+        raise UserError(f"{target} gives features that differ by {difference:.1e} from the checkpoint's.")
+    return difference

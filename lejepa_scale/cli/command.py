@@ -1,0 +1,117 @@
+"""What all commands share: words in, exit status out, an error as one paragraph. Imports no torch; neither does any command
+before it runs, so that help and a wrong configuration cost no start of torch."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import launch
+
+_SIGPIPE_STATUS = 128 + 13  # what a shell reports of a program that SIGPIPE ended
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command. `run` imports what it needs itself, and returns the exit status."""
+
+    name: str
+    summary: str
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+    only_prints: bool = False  # then a reader that closes early (`| head`) has had all it wanted
+
+
+@dataclass(frozen=True)
+class Group:
+    """Commands under a common first word."""
+
+    name: str
+    summary: str
+    introduction: str
+    commands: tuple[Command | Group, ...]
+    examples: str = ""
+    options: tuple[tuple[str, str], ...] = ()  # of the caller, for the help
+
+    def help(self, program: str) -> str:
+        rows = [*((command.name, command.summary) for command in self.commands), *self.options]
+        rows.append(("-h, --help", "this text, or that of a command"))
+        table = "\n".join(f"  {name:<13}{summary}" for name, summary in rows)
+        parts = [f"usage: {program} COMMAND ...", self.introduction, table, self.examples]
+        return "\n\n".join(part for part in parts if part)
+
+
+def start(command: Command | Group, words: Sequence[str], before: str = "") -> int:
+    """Run the command that `words` ask for. Returns the exit status: 2 for what the user can mend."""
+    program = f"{before} {command.name}".strip()
+    if isinstance(command, Command):
+        return _run(command, words, program)
+    if not words or words[0] in ("-h", "--help"):
+        print(command.help(program))
+        return 0 if words else 2
+    for one in command.commands:
+        if one.name == words[0]:
+            return start(one, words[1:], program)
+    return refuse(_unknown(command, words[0], program))
+
+
+def refuse(error: UserError) -> int:
+    """Print the paragraph: once where every rank has the same error, else with the rank. Returns the exit status."""
+    rank = launch.rank()
+    if rank == 0 or not error.everywhere:
+        print(f"error{f' on rank {rank}' if rank else ''}: {error}", file=sys.stderr)
+    else:
+        time.sleep(3)  # a launcher ends the other ranks when the first one leaves: rank 0 speaks before that
+    sys.stdout.flush()
+    sys.stderr.flush()
+    return 2
+
+
+def positive(text: str) -> int:
+    """A count on the command line."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        error = UserError(f"{message}; see {self.prog} --help.")
+        error.everywhere = True
+        raise SystemExit(refuse(error))
+
+
+def _run(command: Command, words: Sequence[str], program: str) -> int:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog=program, description=f"{command.summary}\n\n{command.description}", formatter_class=raw)
+    command.add_arguments(parser)
+    try:
+        arguments = parser.parse_intermixed_args(words)
+        logging.basicConfig(level=logging.INFO if launch.rank() == 0 else logging.WARNING, format="%(message)s")
+        status = command.run(arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        return refuse(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush would complain
+        return 0 if command.only_prints else _SIGPIPE_STATUS
+    return status
+
+
+def _unknown(group: Group, word: str, program: str) -> UserError:
+    names = [command.name for command in group.commands]
+    inner = {one.name: f"{c.name} {one.name}" for c in group.commands if isinstance(c, Group) for one in c.commands}
+    near = difflib.get_close_matches(word, [*names, *inner], n=1, cutoff=0.5)
+    meant = f", did you mean `{program} {inner.get(near[0], near[0])}`?" if near else "."
+    error = UserError(f"{program} has no command {word!r}{meant} It has {', '.join(names)}; see {program} --help.")
+    error.everywhere = True
+    return error

@@ -1,0 +1,170 @@
+"""What keys make wrong together: contradictions, and keys that are set although the choice of another leaves them without
+effect. Pure functions of a configuration; refuses to know how many ranks there are (batches.py does)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lejepa_scale.config.keys import as_text, keys_of, values_of
+
+if TYPE_CHECKING:
+    from lejepa_scale.config.schema import Config
+
+
+@dataclass(frozen=True)
+class Use:
+    """When keys have an effect. A section stands for all of its keys."""
+
+    keys: tuple[str, ...]
+    condition: str
+    holds: Callable[[Config], bool]
+    decided_by: str | None = None  # the key whose value is named in the error
+
+
+def _engine(*names: str) -> tuple[str, Callable[[Config], bool], str]:
+    return f"engine.name is {' or '.join(names)}", lambda config: config.engine.name in names, "engine.name"
+
+
+_JITTER = tuple(f"data.augment.{name}" for name in ("brightness", "contrast", "saturation", "hue"))
+# Where a key has two conditions the outer one comes first, since it alone is named.
+USES = (
+    Use(("engine.shard_degree",), *_engine("fsdp")),
+    Use(("engine.prefetch",), *_engine("fsdp", "zero3")),
+    Use(("engine.cpu_offload",), *_engine("fsdp", "zero1", "zero2", "zero3")),
+    Use(
+        ("engine.activation_budget",),
+        "engine.activation_checkpointing is budget",
+        lambda config: config.engine.activation_checkpointing == "budget",
+        "engine.activation_checkpointing",
+    ),
+    Use(("data.prefetch",), "data.workers is not 0", lambda config: config.data.workers > 0, "data.workers"),
+    Use(
+        ("data.cache_dir", "data.read_timeout", "data.retries"),
+        "data.shards names a URL or a pipe: command",
+        lambda config: any(config.data.remote_shards()),
+    ),
+    Use(
+        ("data.cache_gb",),
+        "data.shards names a pipe: command, or a URL with data.cache_dir set",
+        lambda config: any(config.data.cache_dir or s.startswith("pipe:") for s in config.data.remote_shards()),
+    ),
+    Use(_JITTER, "data.augment.jitter is not 0", lambda config: config.data.augment.jitter > 0, "data.augment.jitter"),
+    Use(
+        ("model.drop_path_uniform",),
+        "model.drop_path is not 0",
+        lambda config: config.model.drop_path > 0,
+        "model.drop_path",
+    ),
+    Use(
+        ("model.projector.hidden",),
+        "model.projector.layers is more than 1",
+        lambda config: config.model.projector.layers > 1,
+        "model.projector.layers",
+    ),
+    Use(
+        ("objective.sigreg",),
+        "objective.regularizer is sigreg",
+        lambda config: config.objective.regularizer == "sigreg",
+        "objective.regularizer",
+    ),
+    Use(
+        ("objective.weak_sigreg",),
+        "objective.regularizer is weak_sigreg",
+        lambda config: config.objective.regularizer == "weak_sigreg",
+        "objective.regularizer",
+    ),
+    Use(
+        ("objective.sigreg.reference_n",),
+        "objective.sigreg.scale is reference",
+        lambda config: config.objective.sigreg.scale == "reference",
+        "objective.sigreg.scale",
+    ),
+    Use(
+        ("log.wandb.project", "log.wandb.name"),
+        "log.wandb.enabled is true",
+        lambda config: config.log.wandb.enabled,
+        "log.wandb.enabled",
+    ),
+    Use(("probe.lr",), "probe.enabled is true", lambda config: config.probe.enabled, "probe.enabled"),
+)
+
+
+def ignored(config: Config) -> Iterator[tuple[Use, list[str]]]:
+    """What has no effect, with the keys of it that differ from their defaults. A default says nothing of what was meant:
+    every dumped configuration has it in full, and a recipe may write it out for the reader."""
+    values, defaults = dict(values_of(config)), {key.path: key.default for key in keys_of(type(config))}
+    named: set[str] = set()
+    for use in USES:
+        if use.holds(config):
+            continue
+        found = [
+            path
+            for path, value in values.items()
+            if any(path == key or path.startswith(f"{key}.") for key in use.keys)
+            and value != defaults[path]
+            and path not in named
+        ]
+        named.update(found)
+        if found:
+            yield use, found
+
+
+def ignored_keys(config: Config) -> list[str]:
+    """One sentence for each condition that keys were set in spite of."""
+    values, defaults = dict(values_of(config)), {key.path: key.default for key in keys_of(type(config))}
+    faults = []
+    for use, paths in ignored(config):
+        have, them, plural = ("have", "them", "defaults") if len(paths) > 1 else ("has", "it", "default")
+        shown = " and ".join(f"{path} = {as_text(values[path])}" for path in paths)
+        here = f" with {use.decided_by} = {as_text(values[use.decided_by])}" if use.decided_by else ""
+        reset = " ".join(f"{path}={as_text(defaults[path])}" for path in paths)
+        faults.append(
+            f"{shown} {have} no effect{here}, only where {use.condition}: leave {them} out, or set the {plural} again "
+            f"({reset})"
+        )
+    return faults
+
+
+def contradictions(config: Config) -> list[str]:
+    return [fault for check in (_steps, _engine_options, _waiting, _accumulation) if (fault := check(config))]
+
+
+def _steps(config: Config) -> str | None:
+    if config.optim.warmup_steps > config.train.steps:
+        return f"optim.warmup_steps = {config.optim.warmup_steps} exceeds train.steps = {config.train.steps}"
+    return None
+
+
+def _engine_options(config: Config) -> str | None:
+    engine = config.engine
+    if engine.activation_checkpointing == "budget" and not engine.compile:
+        return "engine.activation_checkpointing=budget is torch.compile's: set engine.compile=true too"
+    if engine.fp8 and engine.name.startswith("zero"):
+        return f"engine.fp8 is for single, ddp and fsdp, not {engine.name}"
+    if engine.fp8 and engine.precision != "bf16":
+        return "engine.fp8 needs engine.precision=bf16, in which everything else is computed"
+    return None
+
+
+def _waiting(config: Config) -> str | None:
+    data, minutes = config.data, config.engine.timeout_minutes
+    longest = 2 * (data.retries + 1) * data.read_timeout + 30 * data.retries
+    if longest <= 60 * minutes or not data.remote_shards():
+        return None
+    return (
+        f"data.retries = {data.retries} and data.read_timeout = {data.read_timeout:g} can keep a rank waiting for "
+        f"{longest / 60:.1f} minutes, longer than the others wait for it: engine.timeout_minutes = {minutes}"
+    )
+
+
+def _accumulation(config: Config) -> str | None:
+    objective = config.objective
+    estimator = objective.sigreg.estimator
+    if objective.accumulation != "unbiased" or (objective.regularizer, estimator) == ("sigreg", "u"):
+        return None
+    return (
+        "objective.accumulation=unbiased needs objective.regularizer=sigreg and objective.sigreg.estimator=u, not "
+        f"{objective.regularizer} and {estimator}"
+    )

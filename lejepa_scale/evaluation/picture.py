@@ -1,0 +1,71 @@
+"""A run as a picture: its loss curves, and what its patches see (PCA of patch features as colours). matplotlib is imported
+here alone, when it draws."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lejepa_scale.checkpoint import load_encoder
+from lejepa_scale.data import evaluation_batches
+from lejepa_scale.data.images.photometric import normalize
+from lejepa_scale.errors import UserError
+from lejepa_scale.evaluation.pca import dense_features, pca_maps
+
+_SHIFTS = 4  # maps are this many times finer than the encoder's patches
+
+
+def draw(run: Path, shards: str | Sequence[str], out: Path, *, images: int = 8, size: int | None = None) -> None:
+    """Write the picture of a run directory with the first `images` of the shards, `size` pixels a side (unset: twice the
+    training size). Raises UserError for what is no run directory, and where matplotlib is absent."""
+    pyplot = _pyplot()
+    metrics = run / "metrics.jsonl"
+    if not metrics.exists():
+        raise UserError(f"{run} is not a run directory: it has no metrics.jsonl.")
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    encoder, config = load_encoder(run)
+    side = size or 2 * config.image_size
+    patterns = shards if isinstance(shards, str) else list(shards)
+    pictures, _ = next(iter(evaluation_batches(patterns, image_size=side, batch_size=images, limit=images)))
+    maps = pca_maps(dense_features(encoder, normalize(pictures), _SHIFTS))
+
+    columns = math.ceil(len(pictures) / 2)
+    figure = pyplot.figure(figsize=(6 + 1.5 * columns, 6), layout="constrained")
+    left, right = list(figure.subfigures(1, 2, width_ratios=[6, 1.5 * columns]))
+    _curves(left, records)
+    right.suptitle("images, and the first three principal components of their patch features", fontsize="medium")
+    axes = right.subplots(4, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for i, (picture, colours) in enumerate(zip(pictures, maps, strict=True)):
+        row, column = 2 * (i // columns), i % columns
+        axes[row, column].imshow(picture.permute(1, 2, 0))
+        axes[row + 1, column].imshow(colours, interpolation="bicubic")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=120)
+    pyplot.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError("a picture needs matplotlib: pip install 'lejepa_scale[report]'.") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _curves(figure: Any, records: list[dict[str, float]]) -> None:
+    names = (("loss", "loss"), ("loss_prediction", "prediction"), ("loss_sigreg", "SIGReg"))
+    for (key, label), axis in zip(names, figure.subplots(3, 1, sharex=True), strict=True):
+        axis.plot([r["step"] for r in records], [r[key] for r in records], linewidth=1.5)
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+        if key != "loss_prediction":
+            axis.set_yscale("log")
+    axis.set_xlabel("step")

@@ -1,0 +1,82 @@
+"""An encoder's scores on labelled shards, beside those of raw pixels and, for a checkpoint, of the weights it began with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lejepa_scale.checkpoint import load_encoder
+from lejepa_scale.data import evaluation_batches
+from lejepa_scale.errors import UserError
+from lejepa_scale.evaluation.features import Batches, Features, extract, raw_pixels
+from lejepa_scale.evaluation.report import Scores, score
+from lejepa_scale.model import Encoder
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate` found: a row of scores for each kind of features, and the trained encoder's features of the test
+    images."""
+
+    scores: list[Scores]
+    features: Features
+
+
+def evaluate(
+    encoder: Encoder | Path | str,
+    train: str | Sequence[str],
+    test: str | Sequence[str],
+    *,
+    k: int = 20,
+    batch: int = 256,
+    device: torch.device | str | None = None,
+    image_size: int | None = None,
+) -> Evaluation:
+    """Nearest neighbours and a linear classifier on frozen features: fitted on `train`, scored on `test`.
+
+    encoder: a run directory or checkpoint, whose untrained weights are scored too, or an Encoder, which is left on `device`.
+    train, test: labelled shards, as folders, files or brace patterns. device: unset, the GPU where there is one. image_size:
+    side in pixels; unset, that of the checkpoint. Raises UserError for what is not a checkpoint or a shard, for images
+    without labels, and for a device that is not here.
+    """
+    if k < 1 or batch < 1:
+        raise UserError(f"evaluation needs at least 1 neighbour and 1 image a batch, not k={k} and batch={batch}.")
+    place = _device(device)
+    models: dict[str, Encoder] = {}
+    if isinstance(encoder, Encoder):
+        if image_size is None:
+            raise UserError("evaluate() of an Encoder needs image_size, the side in pixels that it is scored at.")
+        models["encoder"] = encoder
+    else:
+        models["trained"], config = load_encoder(Path(encoder))
+        models["untrained"], _ = load_encoder(Path(encoder), trained=False)
+        image_size = image_size or config.image_size
+
+    def batches(shards: str | Sequence[str]) -> Batches:
+        patterns = shards if isinstance(shards, str) else list(shards)
+        return evaluation_batches(patterns, image_size=image_size, batch_size=batch)
+
+    found: list[tuple[Features, Features]] = []
+    scores: list[Scores] = []
+    for name, model in models.items():
+        training = model.training
+        pair = extract(model, batches(train), place, name), extract(model, batches(test), place, name)
+        model.train(training)
+        found.append(pair)
+        scores.append(score(name, *pair, k=k))
+    scores.append(score("raw pixels", raw_pixels(batches(train)), raw_pixels(batches(test)), k))
+    return Evaluation(scores, found[0][1])
+
+
+def _device(named: torch.device | str | None) -> torch.device:
+    if named is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(named)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts where it was built without CUDA
+        raise UserError(f"device {named} is not here: {str(error).splitlines()[0]}") from error
+    return device

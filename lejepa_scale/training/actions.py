@@ -1,0 +1,157 @@
+"""What happens between steps, in the order in which the loop is given it: each action is called as action(run, result)
+on every rank, and may use collectives. A new one (evaluation, heartbeat) is one more function or class of this signature."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from lejepa_scale.checkpoint import Store, gather
+from lejepa_scale.config import dump
+from lejepa_scale.cost import peak_flops, step_flops
+from lejepa_scale.data.faults import append_to_quarantine
+from lejepa_scale.errors import UserError
+from lejepa_scale.evaluation.spectrum import effective_rank
+from lejepa_scale.parallel import collectives, process_group
+from lejepa_scale.training.reporting import Means, Reporter
+from lejepa_scale.training.run import Run
+from lejepa_scale.training.signals import StopSignal
+from lejepa_scale.training.step import StepResult
+
+logger = logging.getLogger(__name__)
+Gauge = Callable[[], dict[str, float]]  # what it has measured since it was last read
+
+
+def quarantine(run: Run, result: StepResult) -> None:
+    """Name, count and list the samples that had to be replaced."""
+    faults, step = run.feed.faults, run.progress.step
+    if not faults:
+        return
+    run.progress.skipped_images += len(faults)
+    for fault in faults:
+        logger.info("step %d: replaced %s", step, fault)
+    if process_group.rank() == 0:
+        append_to_quarantine(run.config.run.dir / "quarantine.jsonl", faults, step)
+
+
+class Probe:
+    """Train the online probe on the step's features, and keep its hits until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.hits = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def __call__(self, run: Run, result: StepResult) -> None:
+        if run.probe is None:
+            return
+        for out, labels in zip(result.outputs, run.feed.labels, strict=True):
+            self.hits += run.probe.step(out["features"], labels.to(run.device, non_blocking=True))
+
+    def reading(self) -> dict[str, float]:
+        if not self.hits[1]:
+            return {}
+        accuracy = float(self.hits[0] / self.hits[1])
+        self.hits.zero_()
+        return {"probe_accuracy": accuracy}
+
+
+class Guard:
+    """Count steps whose gradient is not finite, and stop the run after too many in a row. The engine has left
+    everything as it was. Raises UserError, on every rank."""
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def __call__(self, run: Run, result: StepResult) -> None:
+        if bool(result.finite):
+            self.in_a_row = 0
+            return
+        self.in_a_row += 1
+        run.progress.nonfinite += 1
+        keys, step = run.feed.keys, run.progress.step
+        shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+        logger.info("step %d: the gradient is not finite; skipped on every rank. Samples here: %s", step, shown)
+        limit = run.config.train.max_nonfinite
+        if self.in_a_row >= limit:
+            error = UserError(
+                f"{limit} non-finite steps in a row up to step {step} (train.max_nonfinite = {limit}). "
+                f"Lower optim.lr = {run.config.optim.lr:g} or set optim.clip_norm; the last checkpoint is untouched."
+            )
+            error.everywhere = True
+            raise error
+
+
+class Report:
+    """Means since the last record, rates, and what the gauges say, as one record every `log.every` steps."""
+
+    def __init__(self, run: Run, reporter: Reporter, gauges: Sequence[Gauge] = ()) -> None:
+        self.reporter, self.gauges, self.means = reporter, gauges, Means()
+        self.since, self.steps = time.monotonic(), 0
+        peak = peak_flops(run.device)
+        self.seconds_at_peak = step_flops(run.config, run.plan).total / peak if peak else None
+
+    def __call__(self, run: Run, result: StepResult) -> None:
+        for out in result.outputs:
+            self.means.add(loss=out["loss"], loss_prediction=out["prediction"], loss_sigreg=out["sigreg"])
+        self.means.add(grad_norm=result.grad_norm)
+        self.steps += 1
+        self.reporter.advance()
+        if run.progress.step % run.config.log.every == 0 or run.last:
+            self.reporter.log(self._record(run, result))
+            self.since, self.steps = time.monotonic(), 0
+
+    def _record(self, run: Run, result: StepResult) -> dict[str, float]:
+        config, progress, seconds = run.config, run.progress, time.monotonic() - self.since
+        batch = config.train.global_batch
+        record = {"step": progress.step, **self.means.read(), "lr": run.lr, "samples": progress.step * batch}
+        record["loss_normalized"] = record["loss"] / config.objective.lambda_**0.4
+        record["images_per_second"] = self.steps * batch / seconds
+        record["data_wait_fraction"] = run.feed.waited() / seconds
+        record["effective_rank"] = effective_rank(result.outputs[-1]["embeddings"])
+        record |= {"nonfinite_steps": progress.nonfinite, "skipped_images": progress.skipped_images}
+        if self.seconds_at_peak is not None:
+            record["mfu"] = self.steps * self.seconds_at_peak / seconds
+        for gauge in self.gauges:
+            record |= gauge()
+        return record
+
+
+class Stop:
+    """Let the run end after this step where a signal reached any rank."""
+
+    def __init__(self, signal: StopSignal) -> None:
+        self.signal = signal
+
+    def __call__(self, run: Run, result: StepResult) -> None:
+        run.stopping = collectives.any_rank(self.signal.asked, torch.device("cpu")) and not run.last
+
+
+class Save:
+    """Write a checkpoint every `checkpoint.every` steps, after the last step, and before the run stops."""
+
+    def __init__(self, run: Run, store: Store) -> None:
+        self.store, self.seconds_before = store, run.progress.seconds
+
+    def __call__(self, run: Run, result: StepResult) -> None:
+        step = run.progress.step
+        if not (step % run.config.checkpoint.every == 0 or run.last or run.stopping):
+            return
+        path = self._save(run)
+        if run.stopping:
+            logger.info("stopped by a signal after step %d; saved %s. The same command goes on from here.", step, path)
+
+    def _save(self, run: Run) -> Path:
+        state = gather(run.engine)
+        probe = run.probe.state_dict() if run.probe is not None else {}
+        seconds = self.seconds_before + time.monotonic() - run.started
+
+        def write() -> Path:
+            assert state is not None
+            progress = replace(run.progress, updates=state.updates, seconds=seconds)
+            return self.store.save(state, probe, progress, dump(run.config))
+
+        return collectives.on_rank_zero(write)

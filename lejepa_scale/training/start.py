@@ -1,0 +1,105 @@
+"""From a configuration to a run that stands at its next step, everything done once: the model is checked without memory
+before anything starts, rank 0 fetches and indexes the shards and reads the newest checkpoint, every rank gets its part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import torch
+from torch import Tensor
+
+from lejepa_scale.checkpoint import CanonicalState, Progress, spread
+from lejepa_scale.config import BatchPlan, Config, check_world
+from lejepa_scale.data import Loader, Mixture, ahead, open_mixture
+from lejepa_scale.data.audit.keylog import KeyLog
+from lejepa_scale.engine import Engine, Factory, build_engine
+from lejepa_scale.errors import UserError
+from lejepa_scale.model import LeJEPA, build, check
+from lejepa_scale.parallel import collectives, launch, process_group
+from lejepa_scale.training.feed import Feed
+from lejepa_scale.training.probe import OnlineProbe
+from lejepa_scale.training.run import Run
+
+
+def check_everything(config: Config) -> tuple[BatchPlan, LeJEPA]:
+    """What can be wrong before a process group or a download starts; the batch plan, and the module on the meta device.
+    Raises UserError, on every rank alike."""
+    try:
+        return check_world(config, launch.ranks()), check(config)
+    except UserError as error:
+        error.everywhere = True
+        raise
+
+
+def open_together(config: Config) -> Mixture:
+    """The indexed sources: rank 0 indexes what has no index, the others read it. Raises UserError."""
+    collectives.on_rank_zero(lambda: open_mixture(config.data).num_samples)
+    return open_mixture(config.data, build=False)
+
+
+def start_engine(
+    config: Config,
+    plan: BatchPlan,
+    device: torch.device,
+    state: CanonicalState | None = None,
+    *,
+    factory: Factory | None = None,
+    shapes: LeJEPA | None = None,
+) -> Engine:
+    """An engine at `state` (rank 0's; None elsewhere or for a new run) or, for a new run, at the seed's weights: the
+    same for every engine and number of ranks, drawn once on rank 0's CPU and spread. Raises UserError.
+
+    factory: builds the module in place of the configuration. shapes: the module on the meta device, where it is at hand.
+    """
+    factory = factory or (lambda: build(config))
+    engine = build_engine(config, plan, factory, device, shapes)
+    if process_group.rank() == 0 and state is None:
+        state = initial_state(config.run.seed, factory)
+    spread(state, engine)
+    return engine
+
+
+def initial_state(seed: int, factory: Factory) -> CanonicalState:
+    """The weights that a new run begins with."""
+    torch.manual_seed(seed)
+    return CanonicalState(dict(factory().state_dict()))
+
+
+@contextmanager
+def started(
+    config: Config, plan: BatchPlan, mixture: Mixture, engine: Engine, probe: OnlineProbe | None, progress: Progress
+) -> Iterator[Run]:
+    """A run at its next step; its loader and engine are let go of at the end, whatever ends it."""
+    rank, device = process_group.rank(), engine.device
+    seed, pin = config.run.seed, device.type == "cuda"
+    key_log = None
+    if config.data.log_keys:
+        header = mixture.key_log_header(config.data, seed=seed, global_batch=plan.global_batch, decoded=True)
+        key_log = KeyLog(config.run.dir, rank, header)
+    loader = Loader(
+        mixture,
+        config.data,
+        plan,
+        seed=seed,
+        rank=rank,
+        first_step=progress.step,
+        pin_memory=pin,
+        timeout=50.0 * config.engine.timeout_minutes,  # an error of ours, before the other ranks give up on this one
+    )
+    with closing(engine), loader:
+        batches = iter(loader)
+        if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
+            batches = ahead(batches, device)
+        yield Run(config, plan, device, engine, Feed(batches, plan, device, key_log), progress, probe)
+
+
+def start_probe(config: Config, engine: Engine, classes: int, state: dict[str, Tensor]) -> OnlineProbe | None:
+    """The online probe, at `state` where it is not empty; None where it is off or there are no classes to tell apart."""
+    if not config.probe.enabled or classes < 2:
+        return None
+    width = engine.module.encoder.embed_dim
+    probe = OnlineProbe(width, classes, config.probe.lr, config.run.seed, engine.device)
+    if state:
+        probe.load_state_dict(state)
+    return probe

@@ -1,0 +1,148 @@
+"""What happens between steps: each action alone, on a run that is made up."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+
+from lejepa_scale.checkpoint import Progress
+from lejepa_scale.config import BatchPlan, validate
+from lejepa_scale.data.faults import Fault
+from lejepa_scale.errors import UserError
+from lejepa_scale.training import actions, loop
+from lejepa_scale.training.run import Run
+from lejepa_scale.training.step import StepResult
+
+CPU = torch.device("cpu")
+
+
+def make_run(folder: Path, step: int = 0, **sections: dict[str, Any]) -> Run:
+    config = validate(small_config(folder, "s", **sections))
+    feed: Any = SimpleNamespace(keys=[f"key{i}" for i in range(10)], labels=[], faults=[], waited=lambda: 0.25)
+    plan = BatchPlan(micro_batch=16, ranks=1, accumulation=1)
+    return Run(config, plan, CPU, SimpleNamespace(), feed, Progress(step, "shards"))  # type: ignore[arg-type]
+
+
+def a_result(loss: float = 1.0, finite: bool = True, batches: int = 1) -> StepResult:
+    out = {
+        "loss": torch.tensor(loss),
+        "prediction": torch.tensor(0.5),
+        "sigreg": torch.tensor(2.0),
+        "features": torch.randn(4, 3),
+        "embeddings": torch.randn(64, 3),
+    }
+    norm = torch.tensor(3.0 if finite else torch.nan)
+    return StepResult([out] * batches, norm, torch.tensor(finite))
+
+
+def test_replaced_samples_are_named_counted_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(tmp_path, step=7)
+    caplog.set_level(logging.INFO)
+    actions.quarantine(run, a_result())
+    assert run.progress.skipped_images == 0
+    assert not (tmp_path / "quarantine.jsonl").exists()
+    run.feed.faults = [Fault("a.tar", "x", 512, "no image"), Fault("b.tar", "y", 1024, "cut")]
+    actions.quarantine(run, a_result())
+    assert run.progress.skipped_images == 2
+    assert "step 7: replaced a.tar, sample x at byte 512: no image" in caplog.text
+    lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["shard"], line["key"]) for line in lines] == [(7, "a.tar", "x"), (7, "b.tar", "y")]
+
+
+def test_steps_that_are_not_finite_are_counted_and_too_many_in_a_row_stop_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, guard = make_run(tmp_path, step=5, train={"max_nonfinite": 3}), actions.Guard()
+    caplog.set_level(logging.INFO)
+    for finite in (False, False, True, False, False):
+        guard(run, a_result(finite=finite))
+    assert run.progress.nonfinite == 4
+    assert "Samples here: key0, key1, key2, key3, key4, key5, key6, key7, ..." in caplog.text
+    with pytest.raises(
+        UserError, match=r"3 non-finite steps in a row up to step 5 \(train.max_nonfinite = 3\)"
+    ) as error:
+        guard(run, a_result(finite=False))
+    assert error.value.everywhere
+
+
+def test_a_record_holds_means_since_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([100.0, 104.0, 104.0, 106.0, 106.0])
+    monkeypatch.setattr(actions.time, "monotonic", lambda: next(clock))
+    run = make_run(tmp_path, log={"every": 2}, objective={"lambda": 0.05})
+    logged: list[dict[str, float]] = []
+    reporter: Any = SimpleNamespace(advance=lambda: None, log=logged.append)
+    report = actions.Report(run, reporter, gauges=[lambda: {"extra": 9.0}])
+    run.lr = 0.125
+    for step, loss in enumerate((1.0, 3.0, 5.0, 7.0), start=1):
+        run.progress.step = step
+        report(run, a_result(loss))
+    assert [record["step"] for record in logged] == [2, 4]
+    first, second = logged
+    assert (first["loss"], second["loss"]) == (2.0, 6.0)
+    assert first["loss_normalized"] == pytest.approx(2.0 / 0.05**0.4)
+    assert (first["loss_prediction"], first["loss_sigreg"], first["grad_norm"]) == (0.5, 2.0, 3.0)
+    assert (first["samples"], first["lr"], first["extra"]) == (32, 0.125, 9.0)
+    assert first["images_per_second"] == 2 * 16 / 4  # two steps of 16 in four seconds
+    assert second["images_per_second"] == 2 * 16 / 2
+    assert first["data_wait_fraction"] == 0.25 / 4
+
+
+def test_the_last_step_is_reported_and_saved_whenever_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(actions.Save, "_save", lambda self, run: saved.append(run.progress.step))
+    run = make_run(tmp_path, train={"steps": 7}, checkpoint={"every": 3})
+    save = actions.Save(run, SimpleNamespace())  # type: ignore[arg-type]
+    for step in range(1, 8):
+        run.progress.step = step
+        save(run, a_result())
+    assert saved == [3, 6, 7]
+
+
+def test_a_signal_ends_the_loop_after_the_step_and_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the order in which `train` hands actions to the loop; a signal in the last step stops nothing that is not over."""
+    taken: list[int] = []
+    monkeypatch.setattr(loop, "train_step", lambda *_, number, **__: taken.append(number) or a_result())
+    saved: list[tuple[int, bool]] = []
+    monkeypatch.setattr(actions.Save, "_save", lambda self, run: saved.append((run.progress.step, run.stopping)))
+    run = make_run(tmp_path, train={"steps": 5}, checkpoint={"every": 100})
+    run.feed.of_step = lambda number: iter(())  # type: ignore[method-assign]
+    signal: Any = SimpleNamespace(asked=False)
+
+    def ask(run: Run, result: StepResult) -> None:
+        signal.asked = run.progress.step >= 2
+
+    save = actions.Save(run, SimpleNamespace())  # type: ignore[arg-type]
+    loop.loop(run, [ask, actions.Stop(signal), save])
+    assert taken == [0, 1]
+    assert saved == [(2, True)]
+    signal.asked = False
+    run.stopping = False
+    loop.loop(run, [actions.Stop(signal), save])
+    assert taken == [0, 1, 2, 3, 4]
+    signal.asked = True
+    actions.Stop(signal)(run, a_result())
+    assert not run.stopping
+
+
+def test_the_probe_learns_from_every_micro_batch_and_is_read_once(tmp_path: Path) -> None:
+    run, seen = make_run(tmp_path), []
+
+    def learn(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append((features.shape, labels.tolist()))
+        return torch.tensor([3.0, 4.0], dtype=torch.float64)
+
+    run.probe = SimpleNamespace(step=learn)  # type: ignore[assignment]
+    run.feed.labels = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])]
+    probe = actions.Probe(CPU)
+    assert probe.reading() == {}
+    probe(run, a_result(batches=2))
+    assert [labels for _, labels in seen] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert probe.reading() == {"probe_accuracy": 6 / 8}
+    assert probe.reading() == {}

@@ -1,0 +1,81 @@
+"""A start does things once: how often a module is built and an encoder run, and who words the summary."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+from ranks import run_ranks
+
+from lejepa_scale.config import check_world, validate
+from lejepa_scale.data import open_mixture
+from lejepa_scale.errors import UserError
+from lejepa_scale.model import Encoder, check
+from lejepa_scale.parallel import process_group
+from lejepa_scale.training import loop, summary
+
+
+def _counted(engine: str, shards: Path, run: Path) -> Counter[str]:
+    """What this rank does until the first step begins."""
+    counts: Counter[str] = Counter()
+
+    def build(self: Encoder, *arguments: Any, init: Any = Encoder.__init__, **more: Any) -> None:
+        init(self, *arguments, **more)
+        empty = {p.is_meta or not p.numel() for p in self.parameters()}  # ZeRO-3 empties what it has cut
+        counts["without memory" if True in empty else "with weights"] += 1
+
+    def forward(self: Encoder, images: Any, run: Any = Encoder.forward) -> Any:
+        counts["encoder runs"] += 1
+        return run(self, images)
+
+    class Words(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if "M parameters" in record.getMessage():
+                counts["summaries"] += 1
+
+    logging.getLogger("lejepa_scale").addHandler(Words())
+    logging.getLogger("lejepa_scale").setLevel(logging.INFO)
+    Encoder.__init__, Encoder.forward = build, forward  # type: ignore[method-assign]
+    loop.loop = lambda run, actions: None
+    process_group.joined = lambda timeout: nullcontext(torch.device("cpu"))  # type: ignore[assignment]
+    loop.train(validate(small_config(run, shards, engine={"name": engine}, checkpoint={"every": 1000})))
+    return counts
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_a_start_builds_and_checks_once(engine: str, scenes: Path, tmp_path: Path) -> None:
+    """On every rank one module for the check, which alone runs the encoder, once for all sizes, and one for the engine; the
+    weights are drawn by the first rank."""
+    first, second = run_ranks(_counted, 2, engine, scenes, tmp_path / "run")
+    assert second == {"without memory": 2, "encoder runs": 1}
+    assert first == {"without memory": 2, "with weights": 1, "encoder runs": 1, "summaries": 1}
+
+
+def test_sizes_that_cannot_be_processed_are_refused_whatever_the_order() -> None:
+    with torch.device("meta"):
+        encoder = Encoder("vit_nano", image_size=32)
+        network = Encoder("resnet10t")
+    encoder.check_sizes([32, 16, 32])
+    network.check_sizes([32, 16])
+    for sizes in ([32, 30], [30, 32]):
+        with pytest.raises(UserError, match=r"30 px .* use 32 px"):
+            encoder.check_sizes(sizes)
+
+
+def test_the_summary_says_what_there_is(scenes: Path, tmp_path: Path) -> None:
+    config = validate(
+        small_config(tmp_path, scenes, train={"global_batch": 16, "micro_batch": 2}, engine={"name": "fsdp"})
+    )
+    plan, shapes = check_world(config, 4), check(config)
+    text = summary.summary(config, plan, open_mixture(config.data), shapes, torch.device("cpu"), 3)
+    parameters = sum(p.numel() for p in shapes.parameters()) / 1e6
+    assert f"vit_nano: {parameters:.1f} M parameters (with projector), fsdp fp32 on 4 x cpu" in text
+    assert "batch 16 = 2 x 4 ranks x 2; 96 images in 3 shards; steps 3 to 4." in text
+    assert "tokens of 8 views in a row" in text  # 2 images, 2 + 2 views
+    assert "micro-batches of 8 images, not of all 16; objective.accumulation=exact" in text
