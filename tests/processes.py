@@ -7,6 +7,7 @@ import os
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -59,6 +60,57 @@ class Program:
     def gone(self, seconds: float) -> bool:
         """Whether nobody of the family is left within that time."""
         return eventually(lambda: not self.family(), seconds)
+
+
+_FORKS = """
+import os, sys
+{preamble}
+for line in sys.stdin:
+    if pid := os.fork():
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        continue
+    os.setsid()  # its family is its session
+    exec(eval(line))
+    break
+"""
+
+
+class Forks:
+    """A program that does `preamble` (imports) once, and then every piece of code in a fork of its own, which ends as any
+    Python program does: with the interpreter's own exit."""
+
+    def __init__(self, running: Program) -> None:
+        self._running = running
+
+    def start(self, code: str) -> int:
+        """The process that runs `code`."""
+        self._running.say(repr(code))
+        return int(self._running.line())
+
+    def status(self, seconds: float) -> int:
+        """How it ended; raises queue.Empty where it does not."""
+        return int(self._running.line(seconds))
+
+
+@contextmanager
+def forks(preamble: str, environment: dict[str, str]) -> Iterator[Forks]:
+    with program([sys.executable, "-u", "-c", _FORKS.format(preamble=preamble)], environment) as running:
+        yield Forks(running)
+
+
+def session(leader: int) -> list[int]:
+    """Processes of a session, but for those that have ended and wait to be reaped."""
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return [pid for pid in pids if (found := stat(pid)) and found[3] == str(leader) and found[0] != "Z"]
+
+
+def stat(pid: int) -> list[str]:
+    """State, parent, process group, session; nothing where there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
+    except OSError:
+        return []
 
 
 @contextmanager

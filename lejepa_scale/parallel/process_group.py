@@ -57,7 +57,11 @@ def leave(*, failed: bool = False) -> None:
         _keep_for_ever()
         return
     if dist.get_world_size() > 1:
-        dist.barrier()  # no rank has work under way; at most `timeout`
+        try:
+            dist.barrier()  # no rank has work under way; at most `timeout`
+        except Exception:
+            _keep_for_ever()
+            raise
     # The destructor joins the group's threads, and one of them may be about to release a tensor, for which it needs the
     # interpreter. The last reference must therefore be Python's, which releases the interpreter first. DDP's reducer, as
     # the last, does not: hence the callbacks above.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import ROOT, Command, small_config
-from processes import Program, eventually, program
+from processes import Forks, Program, eventually, forks, program, session, stat
 from ranks import free_port
 
 from lejepa_scale.config import Data
@@ -30,12 +30,10 @@ DOING = {
     "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
     "idle": "return read(self, url, *where, **options)",
 }
-# Imports once, then forks for every case: a line "what workers do, how the trainer ends, folder, shards". Reads hang from
-# the fifth of each worker on.
-SERVER = """
+# Reads hang from the fifth of each worker on.
+PREAMBLE = """
 import ctypes, itertools, os, signal, sys, threading, time
 from pathlib import Path
-from typing import Any
 from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.io.reader import Reader
@@ -48,26 +46,21 @@ def hanging(self, url, *where, **options):
     while not Path(folder, "go").exists():  # the trainer has its batch
         time.sleep(0.02)
     Path(folder, f"{os.getpid()}.flag").touch()
-    exec(f"def act(self, url, *where, **options): {doing}", globals())
     return act(self, url, *where, **options)
 
 Reader.read = hanging
-for line in sys.stdin:
-    doing, end, folder, shards = eval(line)
-    if pid := os.fork():
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-        continue
-    os.setsid()  # its family is its session
-    data = Data(shards=shards, workers=2)
-    loader = Loader(open_mixture(data), data, BatchPlan(micro_batch=4), seed=0)
-    batches = iter(loader)
-    next(batches)
-    Path(folder, "go").touch()
-    while len(list(Path(folder).glob("*.flag"))) < 2:
-        time.sleep(0.02)
-    exec(end)
-    break
+"""
+CASE = """
+folder = {folder!r}
+def act(self, url, *where, **options): {doing}
+data = Data(shards={shards!r}, workers=2)
+loader = Loader(open_mixture(data), data, BatchPlan(micro_batch=4), seed=0)
+batches = iter(loader)
+next(batches)
+Path(folder, "go").touch()
+while len(list(Path(folder).glob("*.flag"))) < 2:
+    time.sleep(0.02)
+{end}
 """
 # How the trainer ends, and its exit status.
 ENDS: dict[str, tuple[str, int]] = {
@@ -93,8 +86,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Program]:
-    with program([sys.executable, "-u", "-c", SERVER], environment()) as running:
+def server() -> Iterator[Forks]:
+    with forks(PREAMBLE, environment()) as running:
         yield running
 
 
@@ -102,21 +95,13 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
-def session(leader: int) -> list[int]:
-    """Processes of a session, but for those that have ended and wait to be reaped."""
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return [pid for pid in pids if (found := stat(pid)) and found[3] == str(leader) and found[0] != "Z"]
-
-
 @pytest.mark.parametrize(("doing", "end"), CASES)
-def test_no_worker_outlives_its_trainer(server: Program, scenes: Path, tmp_path: Path, doing: str, end: str) -> None:
+def test_no_worker_outlives_its_trainer(server: Forks, scenes: Path, tmp_path: Path, doing: str, end: str) -> None:
     code, status = ENDS[end]
     open_mixture(Data(shards=str(scenes)))  # indexed
-    asked = (DOING[doing], code, str(tmp_path), str(scenes))
-    server.say(repr(asked))
-    leader = int(server.line())
+    leader = server.start(CASE.format(folder=str(tmp_path), shards=str(scenes), doing=DOING[doing], end=code))
     assert eventually(lambda: len(list(tmp_path.glob("*.flag"))) == 2, 60)
-    assert int(server.line(SECONDS)) == status
+    assert server.status(SECONDS) == status
     assert eventually(lambda: not session(leader), SECONDS), f"left: {session(leader)}"
 
 
@@ -187,11 +172,3 @@ def sleeping(running: Program) -> list[int]:
 def ranks_of(running: Program) -> list[int]:
     """The launcher's own children; their workers, forks of them, have the same command line."""
     return [pid for pid in running.family() if stat(pid)[1:2] == [str(running.process.pid)]]
-
-
-def stat(pid: int) -> list[str]:
-    """State, parent, process group, session."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
-    except OSError:
-        return []
