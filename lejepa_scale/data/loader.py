@@ -3,9 +3,12 @@ number of the next step, advanced by the trainer."""
 
 from __future__ import annotations
 
-import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
+from multiprocessing.util import Finalize
+from types import TracebackType
 
 import cv2
 import numpy as np
@@ -14,6 +17,7 @@ from jaxtyping import Float, UInt8
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lejepa_scale.config import BatchPlan, Data
+from lejepa_scale.data import workers
 from lejepa_scale.data.batch import Batch
 from lejepa_scale.data.faults import Fault, SampleFault
 from lejepa_scale.data.images import photometric, views
@@ -23,6 +27,8 @@ from lejepa_scale.data.mixture import Mixture, reader_of
 from lejepa_scale.data.order import Location, Order, positions
 from lejepa_scale.data.samples import read_ahead, read_image
 from lejepa_scale.errors import UserError
+
+_SHOWN = 5  # shards that an error lists
 
 
 class _Samples(Dataset[Batch]):
@@ -102,8 +108,11 @@ class _Names(_Samples):
 class Loader:
     """This rank's micro-batches from `first_step` on, for ever, `plan.accumulation` of them per step: a pure function of the
     arguments. `mixture` is what `open_mixture(data)` found. `decode=False`: batches name their samples and hold no views.
+    `timeout`: seconds that a batch of the workers is waited for.
 
-    Raises UserError where `plan` has no such rank, and from iteration where a shard is lost."""
+    Used as a context manager, or closed, it leaves no process behind. Raises UserError where `plan` has no such rank; when
+    iterated, where a shard is lost or no batch comes.
+    """
 
     def __init__(
         self,
@@ -116,31 +125,77 @@ class Loader:
         first_step: int = 0,
         pin_memory: bool = False,
         decode: bool = True,
+        timeout: float = 600.0,
     ) -> None:
         if not 0 <= rank < plan.ranks:
             raise UserError(
                 f"rank = {rank} of a plan for {plan.ranks} rank(s): ranks count from 0 to {plan.ranks - 1}."
             )
-        self.plan, self.rank, self.first_step = plan, rank, first_step
-        workers = data.workers
+        self.plan, self.rank, self.first_step, self.timeout = plan, rank, first_step, timeout
+        self._workers, self._prefetch, self._pin_memory = data.workers, data.prefetch, pin_memory
+        self._samples = (_Samples if decode else _Names)(mixture, data, seed)
+        self._running: list[Finalize] = []
         cv2.setNumThreads(1)  # workers and ranks are the parallelism
-        self._loader: DataLoader[Batch] = DataLoader(
-            (_Samples if decode else _Names)(mixture, data, seed),
-            batch_sampler=_Positions(plan, rank, first_step),  # type: ignore[arg-type]
-            collate_fn=_same,  # type: ignore[arg-type]
-            num_workers=workers,
-            prefetch_factor=data.prefetch if workers else None,
-            persistent_workers=False,
-            worker_init_fn=_start_worker,
-            pin_memory=pin_memory,
-        )
 
     def __iter__(self) -> Iterator[Batch]:
-        """This rank's micro-batches, `accumulation` of them per step."""
+        """This rank's micro-batches, `accumulation` of them per step. The workers start with the first one."""
+        batches = iter(self._dataloader())
+        end = workers.ending(batches)
+        self._running.append(end)
+        taken = 0
         try:
-            yield from self._loader
+            for batch in batches:
+                yield batch
+                if not end.still_active():
+                    return
+                taken += 1
         except UserError as error:  # a worker's error arrives with its traceback; the last line is the message
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
+        except RuntimeError as error:
+            if "DataLoader timed out" not in str(error):
+                raise
+            raise UserError(self._late(taken)) from None
+        finally:
+            end()
+            self._running.remove(end)
+
+    def close(self) -> None:
+        """End every worker, whatever it is doing, within seconds; iterators that are under way end with it."""
+        for end in list(self._running):
+            end()
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def _dataloader(self) -> DataLoader[Batch]:
+        from_main_thread = threading.current_thread() is threading.main_thread()
+        return DataLoader(
+            self._samples,
+            batch_sampler=_Positions(self.plan, self.rank, self.first_step),  # type: ignore[arg-type]
+            collate_fn=_same,  # type: ignore[arg-type]
+            num_workers=self._workers,
+            prefetch_factor=self._prefetch if self._workers else None,
+            persistent_workers=False,
+            worker_init_fn=partial(workers.started, from_main_thread),
+            pin_memory=self._pin_memory,
+            timeout=self.timeout if self._workers else 0,
+        )
+
+    def _late(self, taken: int) -> str:
+        """What a batch that does not come was to be read from."""
+        step, micro = divmod(taken, self.plan.accumulation)
+        step += self.first_step
+        where = self._samples.order.locate(list(positions(step, micro, self.rank, self.plan)))
+        shards = list(dict.fromkeys(self._samples.mixture.shards[x.source].urls[x.shard] for x in where))
+        more = f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else ""
+        return (
+            f"no batch came within {self.timeout:g} s: a worker of rank {self.rank} still reads for step {step}, from "
+            f"{', '.join(shards[:_SHOWN])}{more}. Check that the disk or server that holds them answers; the same command "
+            "goes on from the last checkpoint."
+        )
 
 
 class _Positions:
@@ -157,10 +212,3 @@ class _Positions:
 
 def _same(batch: Batch) -> Batch:
     return batch
-
-
-def _start_worker(_: int) -> None:
-    # The trainer decides when to stop: a signal to the process group must not take the workers away before it has saved.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    cv2.setNumThreads(1)

@@ -26,7 +26,10 @@ def read_image(reader: Reader, shard: ShardIndex, member: int, ahead: Future[byt
         raise SampleFault("the shard holds other members of this key, but no image")
     expected = int(shard.checksums[member])
     where = {"nbytes": shard.nbytes, "digest": shard.digest}
-    data = ahead.result() if ahead is not None else reader.read(shard.url, offset, size, **where)  # type: ignore[arg-type]
+    if ahead is not None:
+        data = reader.awaited(ahead, shard.url, size, shard.nbytes)
+    else:
+        data = reader.read(shard.url, offset, size, **where)  # type: ignore[arg-type]
     found = zlib.crc32(data)
     if found != expected and is_remote(shard.url):  # altered on its way, or in the cache?
         data = reader.read(shard.url, offset, size, fresh=True, **where)  # type: ignore[arg-type]

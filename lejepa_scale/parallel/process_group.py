@@ -1,7 +1,10 @@
-"""The process group of all ranks: joining and leaving it."""
+"""The process group of all ranks: joining and leaving it. Leaving is bounded, and no thread of the group is waited for while
+the interpreter is held."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +12,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from lejepa_scale.parallel import launch
 
@@ -40,12 +44,35 @@ def join(timeout: timedelta) -> torch.device:
     return device
 
 
-def leave() -> None:
-    """Leave the group, after what holds on to it has let go. Does nothing where there is none."""
+def leave(*, failed: bool = False) -> None:
+    """Leave the group, after what holds on to it has let go and all ranks have come here. Does nothing where there is none.
+
+    On errors, `failed`, no other rank is waited for: it may be gone, or wait itself for what will never come."""
     while _before_leaving:
         _before_leaving.pop()()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    gc.collect()  # what is left of it in circles of references
+    if not dist.is_initialized():
+        return
+    if failed and dist.get_world_size() > 1:
+        _keep_for_ever()
+        return
+    if dist.get_world_size() > 1:
+        try:
+            dist.barrier()  # no rank has work under way; at most `timeout`
+        except Exception:
+            _keep_for_ever()
+            raise
+    # The destructor joins the group's threads, and one of them may be about to release a tensor, for which it needs the
+    # interpreter. The last reference must therefore be Python's, which releases the interpreter first. DDP's reducer, as
+    # the last, does not: hence the callbacks above.
+    dist.destroy_process_group()
+
+
+def _keep_for_ever() -> None:
+    """Nobody's reference to a group is the last one from now on, so that its end, which waits for the work under way, never
+    comes: not even at the exit, where the system takes it all."""
+    for group in distributed_c10d._world.pg_map:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
 
 
 @contextmanager
@@ -54,8 +81,10 @@ def joined(timeout: timedelta) -> Iterator[torch.device]:
     device = join(timeout)
     try:
         yield device
-    finally:
-        leave()
+    except BaseException:
+        leave(failed=True)
+        raise
+    leave()
 
 
 def before_leaving(release: Callable[[], None]) -> None:

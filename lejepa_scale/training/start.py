@@ -4,7 +4,7 @@ before anything starts, rank 0 fetches and indexes the shards and reads the newe
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 from torch import Tensor
@@ -73,18 +73,25 @@ def started(
     """A run at its next step; its loader and engine are let go of at the end, whatever ends it."""
     rank, device = process_group.rank(), engine.device
     seed, pin = config.run.seed, device.type == "cuda"
-    loader = Loader(mixture, config.data, plan, seed=seed, rank=rank, first_step=progress.step, pin_memory=pin)
     key_log = None
     if config.data.log_keys:
         header = mixture.key_log_header(config.data, seed=seed, global_batch=plan.global_batch, decoded=True)
         key_log = KeyLog(config.run.dir, rank, header)
-    batches = iter(loader)
-    if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
-        batches = ahead(batches, device)
-    try:
+    loader = Loader(
+        mixture,
+        config.data,
+        plan,
+        seed=seed,
+        rank=rank,
+        first_step=progress.step,
+        pin_memory=pin,
+        timeout=50.0 * config.engine.timeout_minutes,  # an error of ours, before the other ranks give up on this one
+    )
+    with closing(engine), loader:
+        batches = iter(loader)
+        if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
+            batches = ahead(batches, device)
         yield Run(config, plan, device, engine, Feed(batches, plan, device, key_log), progress, probe)
-    finally:
-        engine.close()
 
 
 def start_probe(config: Config, engine: Engine, classes: int, state: dict[str, Tensor]) -> OnlineProbe | None:

@@ -27,9 +27,9 @@ def order_of_steps(
     `data.workers` processes as in training, put together."""
     taken: dict[int, list[Record]] = defaultdict(list)
     for rank in tqdm(range(plan.ranks), desc="reading the order", unit="rank", delay=2.0):
-        batches = iter(Loader(sources, data, plan, seed=seed, rank=rank, first_step=first, decode=False))
-        for number, batch in enumerate(islice(batches, (last - first) * plan.accumulation)):
-            taken[first + number // plan.accumulation] += batch.records
+        with Loader(sources, data, plan, seed=seed, rank=rank, first_step=first, decode=False) as loader:
+            for number, batch in enumerate(islice(loader, (last - first) * plan.accumulation)):
+                taken[first + number // plan.accumulation] += batch.records
     for step in sorted(taken):
         yield step, sorted(taken[step])
 

@@ -7,9 +7,8 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +20,7 @@ from lejepa_scale.config import is_remote
 from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
 from lejepa_scale.data.index.scan import ShardIndex, scan
 from lejepa_scale.data.io.reader import Reader, shard_name
+from lejepa_scale.data.io.threads import Pool
 from lejepa_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -244,8 +244,15 @@ def _fits(url: str, row: np.ndarray) -> bool:
 
 
 def _each(workers: int, work: Callable[..., T], arguments: list[tuple]) -> Iterator[T]:
-    with ThreadPoolExecutor(workers) as pool:
-        yield from pool.map(lambda a: work(*a), arguments)
+    pool = Pool(workers)
+    futures = [pool.submit(partial(work, *a)) for a in arguments]
+    try:
+        for future in futures:
+            yield future.result()  # a read ends by itself: transport.py has deadlines
+    finally:
+        for future in futures:
+            future.cancel()
+        pool.close()
 
 
 def _progress(results: Iterable[T], total: int, what: str) -> Iterator[T]:

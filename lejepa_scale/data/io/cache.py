@@ -9,8 +9,9 @@ import hashlib
 import os
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from lejepa_scale.errors import UserError
 
@@ -19,10 +20,10 @@ _POLL_SECONDS = 0.1
 
 class Cache:
     """Files of one folder, `cap` bytes at most with those being fetched. A file in use may be evicted: POSIX keeps its
-    bytes for whoever has it open."""
+    bytes for whoever has it open. `patience`: seconds that another process may hold us up without a sign of life."""
 
-    def __init__(self, folder: Path, cap: int | None) -> None:
-        self.folder, self.cap = folder, cap
+    def __init__(self, folder: Path, cap: int | None, patience: float) -> None:
+        self.folder, self.cap, self.patience = folder, cap, patience
 
     def open(self, url: str, nbytes: int, digest: str, chunks: Iterator[bytes], *, wait: bool) -> BinaryIO | None:
         """The copy of a shard, made from `chunks` if there is none. While another process makes it, or while all room
@@ -34,6 +35,7 @@ class Cache:
                 f"shard {url} has {nbytes / 1e9:.3g} GB, more than data.cache_gb = {self.cap / 1e9:g}. Raise it."
             )
         target = self._target(url, digest)
+        life, since = 0, time.monotonic()
         while True:
             try:
                 file = target.open("rb", buffering=0)
@@ -53,6 +55,9 @@ class Cache:
                 raise UserError(f"cannot keep a copy of shard {url} in {self.folder}: {error}. {advice}") from error
             if not wait:
                 return None
+            if (now := self._last_write()) != life:
+                life, since = now, time.monotonic()
+            self._refuse_to_wait(since, f"other copies in {self.folder} to be written, for shard {url}")
             time.sleep(_POLL_SECONDS)
 
     def drop(self, url: str, digest: str) -> None:
@@ -61,6 +66,22 @@ class Cache:
 
     def _target(self, url: str, digest: str) -> Path:
         return self.folder / (hashlib.blake2b(f"{url} {digest}".encode(), digest_size=12).hexdigest() + ".tar")
+
+    def _last_write(self) -> int:
+        """When any copy in the making, which are what one waits for, was last written to."""
+        times = [0]
+        for path in self.folder.glob("*.partial"):
+            with suppress(FileNotFoundError):
+                state = path.stat()
+                times.append(state.st_mtime_ns if state.st_size else 0)  # without a size it waits for room itself
+        return max(times)
+
+    def _refuse_to_wait(self, since: float, what: str) -> None:
+        if time.monotonic() - since > self.patience:
+            raise UserError(
+                f"waited {self.patience:g} s for {what}, and nothing moved. Another process of this node holds the lock: "
+                f"find it (fuser -v {self.folder}/*) and end it, or choose another data.cache_dir."
+            )
 
     def _claim(self, target: Path) -> BinaryIO | None:
         """The locked partial file, or None while another process holds it. The lock goes with the process that dies."""
@@ -100,7 +121,7 @@ class Cache:
     def _reserve(self, partial: BinaryIO, nbytes: int) -> bool:
         """Give the partial file its final size, which others count, once that fits under the cap; evict for it."""
         with (self.folder / "lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            self._lock(lock)
             total, held = nbytes, []
             for path in self.folder.iterdir():
                 try:
@@ -121,6 +142,16 @@ class Cache:
             fits = self.cap is None or total <= self.cap
             os.ftruncate(partial.fileno(), nbytes if fits else 0)
             return fits
+
+    def _lock(self, file: IO[bytes]) -> None:
+        """Held for the time that it takes to list a folder, unless its process was stopped."""
+        since = time.monotonic()
+        while True:
+            try:
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self._refuse_to_wait(since, f"the lock {self.folder / 'lock'}")
+                time.sleep(_POLL_SECONDS / 10)
 
 
 def _partial(target: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,7 +19,8 @@ from lejepa_scale.config import is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.faults import SampleFault
 from lejepa_scale.data.io.cache import Cache
-from lejepa_scale.data.io.transport import THREADS, Refused, Transport, expect_size, settle
+from lejepa_scale.data.io.threads import Pool, result
+from lejepa_scale.data.io.transport import THREADS, Refused, Transport, expect_size
 from lejepa_scale.errors import UserError
 
 _OPEN_FILES = 128
@@ -73,8 +73,8 @@ class Reader:
     ) -> None:
         self._transport = Transport(read_timeout, retries, pause)
         cap = None if cache_gb is None else int(cache_gb * 1e9)
-        self.cache = Cache(cache_dir, cap) if cache_dir else None
-        self._pipes = self.cache or Cache(user_cache() / "shards", cap)
+        self.cache = Cache(cache_dir, cap, self._transport.patience()) if cache_dir else None
+        self._pipes = self.cache or Cache(user_cache() / "shards", cap, self._transport.patience())
         self._process: _Process | None = None
 
     def read(self, url: str, offset: int, size: int, *, nbytes: int, digest: str = "", fresh: bool = False) -> bytes:
@@ -99,9 +99,18 @@ class Reader:
         is raised here, but by the future."""
         if not is_remote(url):
             return None
-        future: Future[bytes] = Future()
-        self._live().tasks().put((future, lambda: self.read(url, offset, size, nbytes=nbytes, digest=digest)))
-        return future
+        return self._live().pool().submit(lambda: self.read(url, offset, size, nbytes=nbytes, digest=digest))
+
+    def awaited(self, future: Future[bytes], url: str, size: int, nbytes: int) -> bytes:
+        """What `ahead` reads, once all that was begun before has come. Raises what `read` does."""
+        seconds = self._transport.patience(nbytes if self._cache_of(url) else size)
+        try:
+            return result(future, seconds)
+        except TimeoutError as error:
+            raise UserError(
+                f"shard {url}: {size} bytes did not come in {seconds:g} s, and no error either. Check the network; the "
+                "same command goes on from the last checkpoint."
+            ) from error
 
     def stream(self, url: str) -> Iterator[bytes]:
         """A whole shard from front to back. Raises UserError where it is out of reach."""
@@ -190,20 +199,13 @@ class _Process:
     def __init__(self) -> None:
         self.pid, self.lock = os.getpid(), threading.Lock()
         self.files: OrderedDict[str, BinaryIO] = OrderedDict()
-        self._tasks: queue.SimpleQueue[Any] | None = None
+        self._pool: Pool | None = None
 
-    def tasks(self) -> queue.SimpleQueue[Any]:
-        """The queue of threads that read ahead: daemons, so that a stalled server cannot keep the process from ending."""
-        if self._tasks is None:
-            self._tasks = queue.SimpleQueue()
-            for _ in range(THREADS):
-                threading.Thread(target=_serve, args=(self._tasks,), daemon=True).start()
-        return self._tasks
-
-
-def _serve(tasks: queue.SimpleQueue[Any]) -> None:
-    while True:
-        settle(*tasks.get())
+    def pool(self) -> Pool:
+        """The threads that read ahead."""
+        if self._pool is None:
+            self._pool = Pool(THREADS)
+        return self._pool
 
 
 def _local(url: str) -> Iterator[bytes]:

@@ -8,25 +8,34 @@ import random
 import select
 import signal
 import subprocess
-import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import urllib3
 
+from lejepa_scale.data.io.threads import within
 from lejepa_scale.errors import UserError
 
-T = TypeVar("T")
 THREADS = 16  # range requests under way at once in a process
 _PIECE = 4 << 20  # bytes that the deadline is for, and that a retry may lose the count of failures for
+_LONGEST_PAUSE = 30.0  # seconds between two attempts
 _PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "az": "adlfs", "abfs": "adlfs"}
 _WORTH_A_RETRY = {408, 425, 429}  # and everything from 500 on
+
+
+# A command, whose process group is killed when standard input ends: when we close it, or are gone, however that went.
+_LEASHED = """
+exec 3<&0 </dev/null
+{ read -r _ <&3; kill -KILL -$$; } >/dev/null 2>&1 &
+exec 3<&-
+exec /bin/sh -c "$1"
+"""
 
 
 class Refused(Exception):
@@ -52,6 +61,11 @@ class Transport:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
+
+    def patience(self, nbytes: int = 0) -> float:
+        """Seconds after which `nbytes` have come, or been given up: each piece with all its attempts and pauses."""
+        a_piece = 2 * (self.retries + 1) * self.read_timeout + _LONGEST_PAUSE * self.retries
+        return (1 + nbytes // _PIECE) * a_piece
 
     def _connections(self) -> _Connections:
         if self._held is None or self._held.pid != os.getpid():
@@ -91,7 +105,7 @@ class Transport:
                         f"{failures} attempts of up to {self.read_timeout:g} s (data.retries = {self.retries}, "
                         "data.read_timeout). Check the network; the same command goes on from the last checkpoint."
                     ) from error
-                time.sleep(min(30.0, self.pause * 2 ** (failures - 1)) * random.uniform(0.75, 1.25))
+                time.sleep(min(_LONGEST_PAUSE, self.pause * 2 ** (failures - 1)) * random.uniform(0.75, 1.25))
 
     def _http(self, url: str, start: int, stop: int | None, nbytes: int | None) -> Iterator[bytes]:
         headers = {"Accept-Encoding": "identity"}
@@ -136,12 +150,12 @@ class Transport:
     def _object(self, url: str, start: int, stop: int | None, nbytes: int | None) -> Iterator[bytes]:
         filesystem, path = self.filesystem(url)
         try:
-            end = stop if stop is not None else nbytes
+            end = stop if stop is not None else nbytes  # object stores' clients have no deadline in common
             if end is None:
-                end = int(_within(self.read_timeout, lambda: filesystem.size(path)))
+                end = int(within(self.read_timeout, lambda: filesystem.size(path)))
             while start < end:
                 upto = min(start + _PIECE, end)
-                data = _within(self.read_timeout, partial(filesystem.cat_file, path, start=start, end=upto))
+                data = within(self.read_timeout, partial(filesystem.cat_file, path, start=start, end=upto))
                 if not data:
                     raise EOFError(f"no bytes after byte {start} of {end}")
                 yield data
@@ -167,8 +181,13 @@ class Transport:
     def _pipe(self, url: str, start: int, stop: int | None, nbytes: int | None) -> Iterator[bytes]:
         """Standard output of a command. It cannot seek: a retry runs it again and passes over what was read."""
         process = subprocess.Popen(
-            url.removeprefix("pipe:"), shell=True, stdout=subprocess.PIPE, bufsize=0, start_new_session=True
+            ["/bin/sh", "-c", _LEASHED, "sh", url.removeprefix("pipe:")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
         )
+        assert process.stdin is not None
         assert process.stdout is not None
         try:
             position = 0
@@ -186,15 +205,10 @@ class Transport:
         finally:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+                with suppress(subprocess.TimeoutExpired):  # in a call that a signal does not end
+                    process.wait(self.read_timeout)
+            process.stdin.close()
             process.stdout.close()
-
-
-def _within(seconds: float, call: Callable[[], T]) -> T:
-    """The result of `call`, or TimeoutError: object stores' clients have no deadline in common."""
-    future: Future[T] = Future()
-    threading.Thread(target=settle, args=(future, call), daemon=True).start()
-    return future.result(seconds)
 
 
 def _answered(response: Any, url: str, start: int, stop: int | None) -> int | None:
@@ -215,14 +229,6 @@ def _answered(response: Any, url: str, start: int, stop: int | None) -> int | No
     if status >= 500 or status in _WORTH_A_RETRY:
         raise OSError(f"HTTP status {status}")
     raise Refused(f"HTTP status {status}. Check the address and your credentials.")
-
-
-def settle(future: Future[Any], call: Callable[[], Any]) -> None:
-    """Run `call` for whoever waits for the future."""
-    try:
-        future.set_result(call())
-    except BaseException as error:
-        future.set_exception(error)
 
 
 def expect_size(url: str, size: int, nbytes: int) -> None:

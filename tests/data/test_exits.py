@@ -1,0 +1,174 @@
+"""Every exit is bounded, and leaves no process behind: however the trainer ends, whatever its workers are doing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import ROOT, Command, small_config
+from processes import Forks, Program, eventually, forks, program, session, stat
+from ranks import free_port
+
+from lejepa_scale.config import Data
+from lejepa_scale.data import open_mixture
+from lejepa_scale.data.order import Order
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+
+SECONDS = 30.0  # in which everything is to be over, on a machine that does much else
+
+# What a worker is doing when the trainer ends. `stuck` holds the interpreter too, so that no thread of it can run.
+DOING = {
+    "asleep": "time.sleep(1e6)",
+    "stuck": "ctypes.PyDLL(None).sleep(1000)",
+    "stopped": "os.kill(os.getpid(), signal.SIGSTOP)",
+    "idle": "return read(self, url, *where, **options)",
+}
+# Reads hang from the fifth of each worker on.
+PREAMBLE = """
+import ctypes, itertools, os, signal, sys, threading, time
+from pathlib import Path
+from lejepa_scale.config import BatchPlan, Data
+from lejepa_scale.data import Loader, open_mixture
+from lejepa_scale.data.io.reader import Reader
+
+read, count = Reader.read, itertools.count()
+
+def hanging(self, url, *where, **options):
+    if next(count) < 4:
+        return read(self, url, *where, **options)
+    while not Path(folder, "go").exists():  # the trainer has its batch
+        time.sleep(0.02)
+    Path(folder, f"{os.getpid()}.flag").touch()
+    return act(self, url, *where, **options)
+
+Reader.read = hanging
+"""
+CASE = """
+folder = {folder!r}
+def act(self, url, *where, **options): {doing}
+data = Data(shards={shards!r}, workers=2)
+loader = Loader(open_mixture(data), data, BatchPlan(micro_batch=4), seed=0)
+batches = iter(loader)
+next(batches)
+Path(folder, "go").touch()
+while len(list(Path(folder).glob("*.flag"))) < 2:
+    time.sleep(0.02)
+{end}
+"""
+# How the trainer ends, and its exit status.
+ENDS: dict[str, tuple[str, int]] = {
+    "returns": ("pass", 0),
+    "closes": ("loader.close(); assert next(batches, None) is None", 0),
+    "raises": ("raise ValueError", 1),
+    "raises inside a context": ("with loader: raise ValueError", 1),
+    "leaves at once": ("os._exit(3)", 3),
+    "is killed": ("os.kill(os.getpid(), signal.SIGKILL)", -signal.SIGKILL),
+    "is told to": ("os.kill(os.getpid(), signal.SIGTERM)", -signal.SIGTERM),
+    "iterates in a thread that ends": (
+        "thread = threading.Thread(target=lambda: [more.append(iter(loader)), next(more[0])]); more = []; thread.start(); "
+        "thread.join(); time.sleep(0.5); assert len(next(more[0]).keys) == 4; os.kill(os.getpid(), signal.SIGKILL)",
+        -signal.SIGKILL,
+    ),
+}
+CASES = [
+    *(("asleep", end) for end in ENDS if "thread" not in end),
+    *(("idle", end) for end in ("raises", "is killed", "iterates in a thread that ends")),
+    *(("stopped", end) for end in ("returns", "is killed")),
+    *(("stuck", end) for end in ("closes", "is killed")),
+]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Forks]:
+    with forks(PREAMBLE, environment()) as running:
+        yield running
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(("doing", "end"), CASES)
+def test_no_worker_outlives_its_trainer(server: Forks, scenes: Path, tmp_path: Path, doing: str, end: str) -> None:
+    code, status = ENDS[end]
+    open_mixture(Data(shards=str(scenes)))  # indexed
+    leader = server.start(CASE.format(folder=str(tmp_path), shards=str(scenes), doing=DOING[doing], end=code))
+    assert eventually(lambda: len(list(tmp_path.glob("*.flag"))) == 2, 60)
+    assert server.status(SECONDS) == status
+    assert eventually(lambda: not session(leader), SECONDS), f"left: {session(leader)}"
+
+
+# -- the trainer itself, and what its workers have started
+
+
+def stalling(scenes: Path, tmp_path: Path) -> dict[str, Any]:
+    """Data whose first 32 samples are a file's, and the next a command's that gives them once, to be indexed, and then no
+    more: each rank's only worker sits in that read before the last of two steps is done."""
+    shards, flag = sorted(scenes.glob("*.tar")), tmp_path / "indexed"
+    command = f"pipe:test -e {flag} && sleep 100000 | cat; cat {shards[1]}"
+    data = {"shards": [str(shards[0]), command], "shuffle_block": 1, "workers": 1, "read_timeout": 250, "retries": 0}
+    for seed in range(100):
+        order = Order([np.array([32, 32])], [1.0], seed, 1)
+        if [x.shard for x in order.locate(range(64))] == [0] * 32 + [1] * 32:
+            break
+    open_mixture(Data(**data))
+    flag.touch()
+    return small_config(
+        tmp_path / "run", [], data=data, run={"dir": str(tmp_path / "run"), "seed": seed}, train={"steps": 2}
+    )
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(("ranks", "killed"), [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)])
+def test_a_run_ends_while_a_read_never_returns(
+    scenes: Path, tmp_path: Path, command: Command, ranks: int, killed: bool
+) -> None:
+    """The run is over after its last step; the command that its workers read, and the command's own children, with it."""
+    tree = stalling(scenes, tmp_path)
+    if ranks > 1:
+        tree["engine"]["name"] = "ddp"
+    if killed:
+        tree["train"]["steps"] = 3  # which waits for the command
+    path, port = command.config(tree), free_port()
+    launcher = (
+        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"] if ranks > 1 else []
+    )
+    arguments = [sys.executable, *launcher, str(ROOT / "launchers/train.py"), "--config", str(path)]
+    with program(arguments, environment()) as running:
+        if killed:
+            assert eventually(lambda: len(sleeping(running)) == 1, 120)  # one process of the node reads a command
+            for pid in ranks_of(running):
+                os.kill(pid, signal.SIGKILL)
+            assert running.process.wait(SECONDS) != 0
+        else:
+            assert running.process.wait(120) == 0
+            assert '"step": 2' in (tmp_path / "run/metrics.jsonl").read_text()
+        assert running.gone(SECONDS), f"left: {[command_line(pid) for pid in running.family()]}"
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def sleeping(running: Program) -> list[int]:
+    return [pid for pid in running.family() if command_line(pid).startswith("sleep ")]
+
+
+def ranks_of(running: Program) -> list[int]:
+    """The launcher's own children; their workers, forks of them, have the same command line."""
+    return [pid for pid in running.family() if stat(pid)[1:2] == [str(running.process.pid)]]

@@ -1,0 +1,225 @@
+"""Every wait has a bound, and says what was waited for."""
+
+from __future__ import annotations
+
+import fcntl
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import small_views
+from processes import eventually
+from shardserver import Server, serve
+
+from lejepa_scale.config import BatchPlan, Data
+from lejepa_scale.data import Loader, open_mixture
+from lejepa_scale.data.index.shards import index_shards
+from lejepa_scale.data.io.cache import Cache
+from lejepa_scale.data.io.reader import Reader
+from lejepa_scale.data.io.threads import Pool, within
+from lejepa_scale.data.io.transport import Transport
+from lejepa_scale.data.samples import read_ahead, read_image
+from lejepa_scale.errors import UserError
+from lejepa_scale.parallel.parent import end_with_parent
+
+
+def for_ever(*_: Any, **__: Any) -> bytes:
+    time.sleep(1e6)
+    return b""
+
+
+def test_a_batch_that_does_not_come_names_its_step_and_shards(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Data(shards=str(scenes), workers=1, views=small_views(), shuffle_block=1)
+    mixture = open_mixture(data)
+    first = next(iter(Loader(mixture, data, BatchPlan(micro_batch=4, accumulation=2), seed=0, first_step=7)))
+    monkeypatch.setattr(Reader, "read", for_ever)
+    with (
+        Loader(mixture, data, BatchPlan(micro_batch=4, accumulation=2), seed=0, first_step=7, timeout=1.0) as loader,
+        pytest.raises(
+            UserError, match=r"no batch came within 1 s: .* rank 0 .* for step 7, from \S*shard-0000"
+        ) as caught,
+    ):
+        next(iter(loader))
+    named = {record.shard for record in first.records}
+    assert all((f"shard-{number:06d}.tar" in str(caught.value)) == (number in named) for number in range(3))
+    assert not multiprocessing.active_children()
+
+
+def test_closing_does_not_wait_for_a_worker_that_cannot_be_killed(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a call that a signal does not end: it is left to itself, and nobody joins it at the exit."""
+    data = Data(shards=str(scenes), workers=1, views=small_views())
+    monkeypatch.setattr("lejepa_scale.data.workers._REAP_SECONDS", 0.2)
+    loader = Loader(open_mixture(data), data, BatchPlan(micro_batch=4), seed=0)
+    batches = iter(loader)
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    monkeypatch.setattr(type(worker), "kill", lambda _: None)
+    began = time.monotonic()
+    loader.close()
+    assert time.monotonic() - began < 3
+    assert worker.is_alive()
+    assert worker not in multiprocessing.active_children()
+    assert next(batches, None) is None
+    os.kill(worker.pid, signal.SIGKILL)
+    assert eventually(lambda: not worker.is_alive(), 10)
+
+
+# -- processes
+
+
+def _mourns(by_kernel: bool, pids: Any) -> None:
+    child = multiprocessing.get_context("fork").Process(target=_waits, args=(by_kernel, pids), daemon=True)
+    child.start()
+    signal.pause()
+
+
+def _waits(by_kernel: bool, pids: Any) -> None:
+    end_with_parent(by_kernel=by_kernel)
+    pids.put(os.getpid())
+    if by_kernel:
+        os.kill(os.getpid(), signal.SIGSTOP)  # the kernel's way needs nothing of the process
+    for_ever()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("by_kernel", [True, False])
+def test_a_process_ends_with_its_parent(by_kernel: bool) -> None:
+    context = multiprocessing.get_context("fork")
+    pids = context.SimpleQueue()
+    parent = context.Process(target=_mourns, args=(by_kernel, pids))
+    parent.start()
+    child = Path("/proc", str(pids.get()))
+    assert child.exists()
+    parent.kill()
+    parent.join(10)
+    assert eventually(lambda: not child.exists(), 10)
+
+
+def test_who_has_no_parent_cannot_end_with_it() -> None:
+    with pytest.raises(RuntimeError, match="multiprocessing did not start this process"):
+        end_with_parent()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+@pytest.mark.parametrize("command", ["sleep 98765", "echo x; sleep 98765 | cat", "sleep 98765 & sleep 98765"])
+def test_a_command_ends_with_whoever_reads_it(command: str) -> None:
+    """SIGKILL leaves no time to end it; its own children end with it."""
+    mine = str(10**6 + os.getpid())  # other tests may run beside this one
+    chunks = Reader(read_timeout=60).stream("pipe:" + command.replace("98765", mine))
+    process = multiprocessing.get_context("fork").Process(target=list, args=(chunks,))
+    process.start()
+    assert eventually(lambda: len(commands(mine)) == command.count("sleep"), 20)
+    process.kill()
+    process.join(10)
+    assert eventually(lambda: not commands(mine), 10)
+
+
+def commands(argument: str) -> list[str]:
+    """Running programs that were given it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if line[0] == b"sleep" and argument.encode() in line:
+            found.append(path.parent.name)
+    return found
+
+
+def test_a_command_keeps_its_status_input_and_output() -> None:
+    by = Reader(read_timeout=5, retries=0)
+    assert b"".join(by.stream("pipe:cat; echo \"$0 a 'b'\"; exec printf %s $((1 + 1))")) == b"/bin/sh a 'b'\n2"
+    with pytest.raises(UserError, match="status 7 after 2 bytes"):
+        list(by.stream("pipe:echo x; wait; exit 7"))
+
+
+# -- threads
+
+
+def test_calls_in_the_background_have_deadlines() -> None:
+    assert within(5, lambda: 3) == 3
+    with pytest.raises(TimeoutError, match=r"nothing in 0\.1 s"):
+        within(0.1, for_ever)
+    with pytest.raises(TimeoutError, match="its own"):
+        within(5, _raises)
+    pool = Pool(2)
+    assert [f.result(5) for f in [pool.submit(lambda i=i: i * i) for i in range(20)]] == [i * i for i in range(20)]
+    before = threading.active_count()
+    pool.close()
+    assert eventually(lambda: threading.active_count() == before - 2, 5)
+
+
+def _raises() -> None:
+    raise TimeoutError("its own")
+
+
+def test_a_read_ahead_that_says_nothing_is_named(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serve() as server:
+        _serve_scenes(server, scenes)
+        by = Reader()
+        (shard,) = index_shards([server.url("set/one.tar")], reader=by)
+        monkeypatch.setattr(Transport, "patience", lambda self, nbytes=0: 0.2)
+        monkeypatch.setattr(by, "read", for_ever)
+        with pytest.raises(UserError, match=r"set/one\.tar: \d+ bytes did not come in 0\.2 s, and no error either"):
+            read_image(by, shard, 0, read_ahead(by, shard, 0))
+
+
+def _serve_scenes(server: Server, scenes: Path) -> None:
+    server.files["set/one.tar"] = min(scenes.glob("*.tar")).read_bytes()
+
+
+def test_patience_covers_every_attempt_and_pause() -> None:
+    """What config refuses beyond engine.timeout_minutes; and so much for every 4 MiB."""
+    assert Transport(30.0, 5, 0.5).patience() == 2 * 6 * 30 + 5 * 30
+    assert Transport(1.0, 0, 0.5).patience(10 << 20) == 3 * 2.0
+
+
+# -- the cache: another process may have been stopped while it holds a lock
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Cache:
+    (tmp_path / "cache").mkdir()
+    return Cache(tmp_path / "cache", None, patience=0.5)
+
+
+def test_a_lock_that_is_never_released_is_named(cache: Cache) -> None:
+    with (cache.folder / "lock").open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"waited 0\.5 s for the lock \S*/cache/lock, and nothing moved.*fuser -v"):
+            cache.open("http://a", 3, "", iter([b"abc"]), wait=False)
+    assert cache.open("http://a", 3, "", iter([b"abc"]), wait=False).read() == b"abc"
+
+
+def test_a_copy_that_another_process_never_ends_is_named(cache: Cache) -> None:
+    partial = cache._target("pipe:a", "").with_suffix(".partial")
+    with partial.open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.truncate(3)
+        began = time.monotonic()
+        thread = threading.Timer(0.4, lambda: os.utime(partial))  # a sign of life: waited for anew
+        thread.start()
+        with pytest.raises(UserError, match=r"for other copies in \S*/cache to be written, for shard pipe:a"):
+            cache.open("pipe:a", 3, "", iter([b"abc"]), wait=True)
+        assert 0.9 <= time.monotonic() - began < 10
+        assert cache.open("pipe:a", 3, "", iter([b"abc"]), wait=False) is None
+    assert cache.open("pipe:a", 3, "", iter([b"abc"]), wait=True).read() == b"abc"
+
+
+def test_room_that_is_never_made_is_named(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, 5, patience=0.5)
+    with cache._target("pipe:other", "").with_suffix(".partial").open("wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.truncate(3)
+        with pytest.raises(UserError, match=r"for other copies in .* for shard pipe:a"):
+            cache.open("pipe:a", 3, "", iter([b"abc"]), wait=True)
+    assert cache.open("pipe:a", 3, "", iter([b"abc"]), wait=True).read() == b"abc"
