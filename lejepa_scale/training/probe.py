@@ -36,9 +36,11 @@ class OnlineProbe:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors, for safetensors."""
-        out = {f"head.{name}": t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()}
+        out = {
+            f"head.{name}": t.detach().to("cpu", copy=True).contiguous() for name, t in self.head.state_dict().items()
+        }
         for i, state in self.optimizer.state_dict()["state"].items():
-            out |= {f"optimizer.{i}.{key}": t.detach().cpu().contiguous() for key, t in state.items()}
+            out |= {f"optimizer.{i}.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in state.items()}
         return out
 
     def load_state_dict(self, flat: dict[str, Tensor]) -> None:

@@ -38,11 +38,14 @@ def test_the_probe_survives_features_that_are_not_finite() -> None:
     features, labels = torch.randn(8, 4), torch.arange(8) % 3
     probe.step(features, labels)
     before = probe.state_dict()
+    probe.step(features, labels)
+    assert not torch.equal(before["head.1.weight"], probe.state_dict()["head.1.weight"])  # a copy, not the live weights
+    before = probe.state_dict()
     hits = probe.step(features * torch.nan, labels)
     assert hits[1] == 8
     for name, tensor in probe.state_dict().items():
-        if name.startswith("head"):  # no weight moves by more than an ordinary update
-            torch.testing.assert_close(tensor, before[name], rtol=0, atol=1.01e-2)
+        if "exp_avg" in name:  # nothing is learned: moments stay as they are, or fade
+            assert (tensor.abs() <= before[name].abs()).all(), name
         assert tensor.isfinite().all()
     other = OnlineProbe(4, 3, 1e-2, 1, torch.device("cpu"))
     other.load_state_dict(before)
