@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import shape_checks
 import torch
@@ -23,6 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("wrong_types"):
                 item.add_marker(pytest.mark.skip(reason="wrong types on purpose, which the check refuses first"))
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_where_traced(request: pytest.FixtureRequest) -> Iterator[None]:
+    traced = request.node.get_closest_marker("traced") is not None
+    if traced:
+        jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    if traced:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(autouse=True)

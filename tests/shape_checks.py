@@ -31,21 +31,19 @@ def install() -> None:
     hook: Any = jaxtyping.install_import_hook("lejepa_scale", "shape_checks.checked").hook
     chosen = hook.should_instrument
     hook.should_instrument = lambda name: name not in UNCHECKED and chosen(name)
-    paths = [str(_TESTS / "checked_start"), str(_TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [
+        str(_TESTS / "checked_start"),
+        str(_TESTS),
+        str(_TESTS.parent),
+        *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+    ]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
 
 
 def checked(function: Any) -> Any:
-    """beartype; as for mypy, an int will do where a float is asked for. Silent inside torch.compile, which traces Python and
-    must not find beartype's there."""
-    from beartype import BeartypeConf, beartype
+    """beartype; as for mypy, an int will do where a float is asked for."""
+    from beartype import BeartypeConf, BeartypeHintOverrides, beartype
+    from pydantic import ValidationInfo  # a protocol that Python cannot ask an object for
 
-    typed = beartype(conf=BeartypeConf(is_pep484_tower=True))(function)
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return typed
-
-    def unless_traced(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs) if torch.compiler.is_compiling() else typed(*args, **kwargs)
-
-    return unless_traced
+    overrides = BeartypeHintOverrides({ValidationInfo: Any})
+    return beartype(conf=BeartypeConf(is_pep484_tower=True, hint_overrides=overrides))(function)

@@ -87,6 +87,7 @@ def test_selective_keeps_products_and_attention_alone() -> None:
     assert {name for name, policy in policies.items() if policy == wrap.CheckpointPolicy.MUST_SAVE} == kept
 
 
+@pytest.mark.traced
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["none", "selective", "budget"])
 def test_compiled_blocks_give_the_same_step(kind: str) -> None:

@@ -67,7 +67,7 @@ def _one_by_one(images: UInt8[Tensor, "b 3 h w"], parameters: Float32[np.ndarray
     out = torch.empty(images.shape, dtype=torch.float32)
     scale = np.array([[*row, -m / s] for row, m, s in zip(np.diag(_FACTORS), MEAN, STD, strict=True)], np.float32)
     for image, target, row in zip(images.numpy(), out.numpy(), parameters.tolist(), strict=True):
-        order = _ORDERS[int(row[ORDER])] if row[ORDER] >= 0 else ()
+        order = _ORDERS[int(row[ORDER])].tolist() if row[ORDER] >= 0 else []
         photometric_cpu.augment(
             image,
             flip=row[FLIP] > 0,

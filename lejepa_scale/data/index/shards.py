@@ -150,7 +150,7 @@ def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: 
 
 def _index(
     urls: list[str],
-    rows: np.ndarray,
+    rows: Shaped[np.ndarray, " shards"],
     lacking: list[int],
     homes: dict[str, IndexLocation],
     reader: Reader,
@@ -219,13 +219,13 @@ def _folder(url: str) -> str:
     return folder or slash or "."
 
 
-def _fill(rows: np.ndarray, number: int, row: np.ndarray | None) -> bool:
+def _fill(rows: Shaped[np.ndarray, " shards"], number: int, row: np.void | None) -> bool:
     if row is not None:
         rows[number] = row
     return row is not None
 
 
-def _changed(urls: list[str], rows: np.ndarray, workers: int) -> list[int]:
+def _changed(urls: list[str], rows: Shaped[np.ndarray, " shards"], workers: int) -> list[int]:
     """Local shards whose size is not the recorded one."""
     local = [number for number, url in enumerate(urls) if not is_remote(url)]
     parts = [(local[i : i + 500],) for i in range(0, len(local), 500)]
@@ -233,7 +233,7 @@ def _changed(urls: list[str], rows: np.ndarray, workers: int) -> list[int]:
     return [number for part in misfits for number in part]
 
 
-def _fits(url: str, row: np.ndarray) -> bool:
+def _fits(url: str, row: np.void) -> bool:
     """Whether a local shard has the size that was recorded; a missing one is left to the scan to name."""
     if is_remote(url):
         return True
