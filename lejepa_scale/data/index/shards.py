@@ -238,7 +238,7 @@ def _fits(url: str, row: np.void) -> bool:
     if is_remote(url):
         return True
     try:
-        return Path(url).stat().st_size == row["nbytes"]
+        return bool(Path(url).stat().st_size == row["nbytes"])
     except OSError:
         return False
 
