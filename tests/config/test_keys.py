@@ -203,6 +203,8 @@ def test_all_keys_of_one_condition_are_named_together(tmp_path: Path) -> None:
         "set the defaults again (objective.sigreg.num_slices=1024 objective.sigreg.scale=n "
         "objective.sigreg.reference_n=256)."
     ) in message
+    path = written(tmp_path, {**BARE, "objective": {"regularizer": "weak_sigreg", "sigreg": {"reference_n": 9}}})
+    assert error_of(path).count("has no effect") == 1  # nothing is said of scale, which has none either
 
 
 def test_an_engine_given_on_the_command_line_meets_the_keys_of_the_file(tmp_path: Path) -> None:
