@@ -14,6 +14,11 @@ from lejepa_scale.config import Config, ViewGroup, Views
 ROOT = Path(__file__).parents[1]
 
 
+def photographs(name: str) -> Path:
+    """A file of the test data, which is not part of the repository: under $LEJEPA_TEST_DATA, or shared/data beside it."""
+    return Path(os.environ.get("LEJEPA_TEST_DATA") or ROOT.parent / "shared/data") / name
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
