@@ -37,6 +37,11 @@ def _unchecked_where_traced(request: pytest.FixtureRequest) -> Iterator[None]:
         jaxtyping.config.update("jaxtyping_disable", False)
 
 
+def photographs(name: str) -> Path:
+    """A file of the test data, which is not part of the repository: under $LEJEPA_TEST_DATA, or shared/data beside it."""
+    return Path(os.environ.get("LEJEPA_TEST_DATA") or ROOT.parent / "shared/data") / name
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -45,7 +45,8 @@ _STEP = """The step is the trainer's own, on any recipe, engine and launcher:
   ... --profile trace.json             phases of a step; a Chrome trace for chrome://tracing or ui.perfetto.dev
 
 Features: """ + ", ".join(FEATURES)
-_PHOTOS = Path(__file__).parents[2] / "shared/data/imagenet_sample.tar"
+_TEST_DATA = Path(os.environ.get("LEJEPA_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
+_PHOTOS = _TEST_DATA / "imagenet_sample.tar"
 
 
 def main() -> int:
@@ -78,7 +79,12 @@ def main() -> int:
     kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     kind.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
     kind = kinds.add_parser("input", parents=[options], help="decoding, crops and colours on one core, loader memory")
-    kind.add_argument("--photos", type=Path, default=_PHOTOS, help="a plain tar of photographs; default: %(default)s")
+    kind.add_argument(
+        "--photos",
+        type=Path,
+        default=_PHOTOS,
+        help="a plain tar of photographs; default: imagenet_sample.tar in $LEJEPA_TEST_DATA: %(default)s",
+    )
     kind = kinds.add_parser("isotropy", parents=[options], help="does SIGReg reach isotropy from far away?")
     kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG of every direction's statistic over the steps")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")

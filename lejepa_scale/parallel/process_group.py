@@ -6,18 +6,21 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # before there is a group: its functions keep the group of their import for ever
 from torch.distributed import distributed_c10d
 
 from lejepa_scale.parallel import launch
 
 Group = dist.ProcessGroup | None
 
+_SETTLE_SECONDS = 0.05  # for the group's threads to release what the last collectives held
 _timeout = timedelta(minutes=10)
 _before_leaving: list[Callable[[], None]] = []
 
@@ -62,9 +65,10 @@ def leave(*, failed: bool = False) -> None:
         except Exception:
             _keep_for_ever()
             raise
+        time.sleep(_SETTLE_SECONDS)
     # The destructor joins the group's threads, and one of them may be about to release a tensor, for which it needs the
-    # interpreter. The last reference must therefore be Python's, which releases the interpreter first. DDP's reducer, as
-    # the last, does not: hence the callbacks above.
+    # interpreter. The last reference must therefore be Python's, which gives the interpreter away meanwhile. DDP's reducer,
+    # as the last, does not: engines are closed before.
     dist.destroy_process_group()
 
 

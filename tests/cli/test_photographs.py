@@ -6,13 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Command
+from conftest import ROOT, Command, photographs
 
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.evaluation import knn_accuracy, raw_pixels
 
-PHOTOGRAPHS = ROOT.parent / "shared/data/cifar10_subset.tar"
-pytestmark = pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason=f"no {PHOTOGRAPHS.name} beside the project")
+PHOTOGRAPHS = photographs("cifar10_subset.tar")
+pytestmark = pytest.mark.skipif(
+    not PHOTOGRAPHS.exists(), reason=f"no {PHOTOGRAPHS}: set LEJEPA_TEST_DATA to the folder that has {PHOTOGRAPHS.name}"
+)
 
 
 @pytest.fixture
