@@ -31,7 +31,12 @@ def install() -> None:
     hook: Any = jaxtyping.install_import_hook("lejepa_scale", "shape_checks.checked").hook
     chosen = hook.should_instrument
     hook.should_instrument = lambda name: name not in UNCHECKED and chosen(name)
-    paths = [str(_TESTS / "checked_start"), str(_TESTS), str(_TESTS.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    paths = [
+        str(_TESTS / "checked_start"),
+        str(_TESTS),
+        str(_TESTS.parent),
+        *os.environ.get("PYTHONPATH", "").split(os.pathsep),
+    ]
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(path for path in paths if path))
 
 

@@ -48,7 +48,9 @@ def test_a_wrong_kind_of_number_is_refused() -> None:
 @checked
 def test_a_wrong_result_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     module = importlib.import_module("lejepa_scale.objective.sigreg")
-    monkeypatch.setattr(module, "_draw", lambda seed, step, rows, columns, device, dtype: torch.zeros(rows, columns + 1))
+    monkeypatch.setattr(
+        module, "_draw", lambda seed, step, rows, columns, device, dtype: torch.zeros(rows, columns + 1)
+    )
     with pytest.raises(TypeCheckError, match=r"return value of lejepa_scale\.objective\.sigreg\.normal"):
         module.normal(0, 0, 3, 5, torch.device("cpu"), torch.float32)
 
@@ -86,7 +88,9 @@ def _modules() -> Iterator[ModuleType]:
 
 def _functions(holder: Any, module: str) -> Iterator[Any]:
     for value in vars(holder).values():
-        if getattr(value, "__module__", None) != module and not isinstance(value, (staticmethod, classmethod, property)):
+        if getattr(value, "__module__", None) != module and not isinstance(
+            value, (staticmethod, classmethod, property)
+        ):
             continue
         if inspect.isclass(value):
             yield from _functions(value, module)
