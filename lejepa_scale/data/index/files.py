@@ -26,9 +26,9 @@ MANIFEST_ROW = np.dtype(
 def row_of(index: ShardIndex) -> np.void:
     """What a manifest says of a shard, a MANIFEST_ROW."""
     labels = index.labels
-    row = np.zeros((), MANIFEST_ROW)
-    row[()] = (len(index), int((labels >= 0).sum()), int(labels.max()) + 1, index.nbytes, index.digest.encode())
-    return row[()]
+    rows = np.zeros(1, MANIFEST_ROW)
+    rows[0] = (len(index), int((labels >= 0).sum()), int(labels.max()) + 1, index.nbytes, index.digest.encode())
+    return rows[0]
 
 
 class IndexLocation:
