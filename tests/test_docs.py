@@ -69,6 +69,15 @@ def named_paths(text: str, suffixes: str = "py|cpp|md|yaml") -> Iterator[str]:
     yield from re.findall(r"(?<![\w./{-])(?:lejepa_scale|tests)/[\w/]+(?![\w./])", text)
 
 
+def of_today(text: str) -> str:
+    """Without the first column of tables of what was and what is."""
+    lines, past = [], False
+    for line in text.splitlines():
+        past = line.startswith("|") and (past or re.match(r"\| (was|before)\b", line) is not None)
+        lines.append(line.split("|", 2)[2] if past else line)
+    return "\n".join(lines)
+
+
 def missing(name: str, *folders: Path) -> str | None:
     """What of a named file is not there, in any of the folders."""
     file, _, test = name.partition("::")
@@ -80,13 +89,12 @@ def missing(name: str, *folders: Path) -> str | None:
 
 @pytest.mark.parametrize("page", [*PAGES, *sorted((ROOT / "configs").glob("*.yaml"))], ids=_id)
 def test_pages_name_files_that_exist(page: Path) -> None:
-    text = page.read_text()
-    if page.name == "CHANGELOG.md":  # its tables name what was, too
-        text = "\n".join(line.rpartition(" | ")[2] for line in text.splitlines() if line.startswith("|"))
-    for name in named_paths(text):
-        if Path(name).name in _NOT_HERE or (name.endswith(".yaml") and "/" not in name):  # of a run directory
+    for name in named_paths(of_today(page.read_text())):
+        if Path(name.partition("::")[0]).name in _NOT_HERE or (
+            name.endswith(".yaml") and "/" not in name
+        ):  # of a run directory
             continue
-        absent = missing(name, ROOT, PACKAGE, ROOT / "tools", page.parent)
+        absent = missing(name, ROOT, PACKAGE, ROOT / "tools", ROOT / "tests", page.parent)
         assert absent is None, f"{page.name} names {name}, and {absent} is not there"
 
 
@@ -98,6 +106,8 @@ def test_sources_name_files_that_exist(path: Path) -> None:
 
 
 def test_a_path_that_is_not_there_is_found() -> None:
+    table = "train.py\n| was | is |\n|---|---|\n| a.py | b.py |\n\nc.py\n| is | was |\n| d.py |"
+    assert list(named_paths(of_today(table))) == ["train.py", "b.py", "c.py", "d.py"]
     text = "see `data/decode.py`, lejepa_scale/planning and `tests/test_docs.py::test_nothing`; not https://x.org/a.py"
     absent = [missing(name, ROOT, PACKAGE) for name in named_paths(text)]
     assert absent == ["data/decode.py", "test_nothing", "lejepa_scale/planning"]
@@ -223,3 +233,12 @@ def test_the_site_is_built_without_a_warning(tmp_path: Path) -> None:
     names = (tmp_path / "site" / "api.html").read_text()
     assert 'id="lejepa_scale.objective.SIGReg"' in names
     assert "T_U = N sum_k w_k [ (C_k - phi_k)^2 + S_k^2 - (1 - C_k^2 - S_k^2) / (N - 1) ]" in names  # not mangled
+
+
+def test_commit_hooks_need_no_network() -> None:
+    repositories = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repository["repo"] for repository in repositories] == ["local"]
+    for hook in repositories[0]["hooks"]:
+        program = Path(hook["entry"].split()[0])
+        assert (hook["language"], str(program.parent)) == ("system", ".venv/bin")
+        assert (Path(sys.executable).parent / program.name).exists(), program

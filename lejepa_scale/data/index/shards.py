@@ -248,7 +248,7 @@ def _each(workers: int, work: Callable[..., T], arguments: list[tuple]) -> Itera
     futures = [pool.submit(partial(work, *a)) for a in arguments]
     try:
         for future in futures:
-            yield future.result()  # a read ends by itself: transport.py has deadlines
+            yield future.result()  # a read ends by itself: data/io/transport.py has deadlines
     finally:
         for future in futures:
             future.cancel()
