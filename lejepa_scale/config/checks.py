@@ -129,13 +129,7 @@ def ignored_keys(config: Config) -> list[str]:
 
 def contradictions(config: Config) -> list[str]:
     """One sentence for each pair of keys that cannot both hold."""
-    return [fault for check in (_steps, _engine_options, _waiting, _accumulation) if (fault := check(config))]
-
-
-def _steps(config: Config) -> str | None:
-    if config.optim.warmup_steps > config.train.steps:
-        return f"optim.warmup_steps = {config.optim.warmup_steps} exceeds train.steps = {config.train.steps}"
-    return None
+    return [fault for check in (_engine_options, _waiting, _accumulation) if (fault := check(config))]
 
 
 def _engine_options(config: Config) -> str | None:

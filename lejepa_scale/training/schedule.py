@@ -6,7 +6,9 @@ from lejepa_scale.config import Optim
 
 
 def learning_rate(step: int, total: int, optim: Optim) -> float:
-    """Linear warm-up over `warmup_steps`, then cosine to `lr * final_lr_ratio` at the last step (0-based `step`)."""
+    """Linear warm-up over `warmup_steps`, then cosine to `lr * final_lr_ratio` at the last step (0-based `step`).
+
+    A run that is cut short inside its warm-up (`train.steps=20` over a recipe) takes the same steps as the whole one."""
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     progress = (step - optim.warmup_steps) / max(1, total - 1 - optim.warmup_steps)

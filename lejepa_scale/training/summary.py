@@ -21,8 +21,20 @@ def summary(
         f"{config.engine.precision} on {plan.ranks} x {device.type}; batch {config.train.global_batch} = "
         f"{plan.micro_batch} x {plan.ranks} ranks x {plan.accumulation}; {mixture.num_samples:,} images in "
         f"{sum(len(s) for s in mixture.shards):,} shards; steps {first_step} to {config.train.steps}."
+        + _warmup_notice(config)
         + _blocks_notice(config, plan, shapes, device)
         + _objective_notice(config, plan, shapes)
+    )
+
+
+def _warmup_notice(config: Config) -> str:
+    steps, warmup = config.train.steps, config.optim.warmup_steps
+    if warmup <= steps:
+        return ""
+    reached = config.optim.lr * steps / warmup
+    return (
+        f"\nThe run ends inside its warm-up of {warmup} steps (optim.warmup_steps): the learning rate reaches {reached:.3g}, "
+        f"not optim.lr = {config.optim.lr:g}."
     )
 
 

@@ -19,6 +19,7 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder, check
 from lejepa_scale.parallel import process_group
 from lejepa_scale.training import loop, summary
+from lejepa_scale.training.schedule import learning_rate
 
 
 def _counted(engine: str, shards: Path, run: Path) -> Counter[str]:
@@ -78,4 +79,12 @@ def test_the_summary_says_what_there_is(scenes: Path, tmp_path: Path) -> None:
     assert f"vit_nano: {parameters:.1f} M parameters (with projector), fsdp fp32 on 4 x cpu" in text
     assert "batch 16 = 2 x 4 ranks x 2; 96 images in 3 shards; steps 3 to 4." in text
     assert "tokens of 8 views in a row" in text  # 2 images, 2 + 2 views
+    assert "warm-up" not in text
     assert "micro-batches of 8 images, not of all 16; objective.accumulation=exact" in text
+
+
+def test_a_run_that_ends_inside_its_warmup_says_so(tmp_path: Path) -> None:
+    """A recipe cut short to try it out: the rate that is reached is that of its last step."""
+    config = validate(small_config(tmp_path, "s", train={"steps": 20}, optim={"warmup_steps": 60, "lr": 0.3}))
+    assert learning_rate(19, 20, config.optim) == pytest.approx(0.1)
+    assert "reaches 0.1, not optim.lr = 0.3" in summary._warmup_notice(config)
