@@ -33,8 +33,8 @@ def _warmup_notice(config: Config) -> str:
         return ""
     reached = config.optim.lr * steps / warmup
     return (
-        f"\nThe run ends inside its warm-up of {warmup} steps (optim.warmup_steps): the learning rate reaches {reached:.3g}, "
-        f"not optim.lr = {config.optim.lr:g}."
+        f"\nThe run ends inside its warm-up of {warmup} steps (optim.warmup_steps): the learning rate reaches "
+        f"{reached:.3g}, not optim.lr = {config.optim.lr:g}."
     )
 
 
