@@ -1,5 +1,6 @@
 # make quickstart: train and evaluate an encoder on rendered scenes, on two CPU processes.
-# make test: lint, types and the fast tests. make test-all: the slow ones too.
+# make test: lint, types and the fast tests. make test-all: the slow ones too. make shapes: the fast tests of the library again,
+# with every annotation and shape checked at each call. make docs: the site, into build/docs.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 SCENES := data/scenes
 RUN := runs/quickstart
 
-.PHONY: install quickstart test test-all check clean
+.PHONY: install quickstart test test-all shapes check docs clean
 
 install: $(INSTALLED)
 
@@ -37,6 +38,13 @@ test: check
 
 test-all: check
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+shapes: install
+	CHECK_SHAPES=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow' --ignore tests/cli
+
+docs: install
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "site: build/docs/index.html"
 
 clean:
 	rm -rf build *.egg-info $(RUN) $(SCENES)

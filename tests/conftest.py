@@ -3,15 +3,38 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
+import shape_checks
 import torch
+
+if shape_checks.wanted():  # before anything of the package is imported
+    shape_checks.install()
 
 from lejepa_scale.config import Config, ViewGroup, Views
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if shape_checks.wanted():
+        for item in items:
+            if item.get_closest_marker("wrong_types"):
+                item.add_marker(pytest.mark.skip(reason="wrong types on purpose, which the check refuses first"))
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_where_traced(request: pytest.FixtureRequest) -> Iterator[None]:
+    traced = request.node.get_closest_marker("traced") is not None
+    if traced:
+        jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    if traced:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def photographs(name: str) -> Path:
@@ -106,7 +129,8 @@ class Command:
         elif ranks:
             head = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}"]
             head += [f"--master_port={free_port()}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
         environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
         return subprocess.run(
             [*head, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout

@@ -1,4 +1,4 @@
-"""Small configurations of every kind of encoder, for the formulas of planning."""
+"""Small configurations of every kind of encoder, for the formulas of lejepa_scale/cost."""
 
 from __future__ import annotations
 

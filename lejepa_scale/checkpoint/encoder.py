@@ -35,7 +35,7 @@ def load_encoder(path: Path, *, trained: bool = True) -> tuple[Encoder, Config]:
 
 
 def encoder_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The encoder's tensors under timm's own names."""
+    """The encoder's tensors under timm's own names. Raises UserError where the file cannot be read."""
     try:
         with safe_open(checkpoint / "model.safetensors", "pt") as file:
             return {k.removeprefix(_PREFIX): file.get_tensor(k) for k in file.keys() if k.startswith(_PREFIX)}

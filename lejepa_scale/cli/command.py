@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import logging
 import os
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from lejepa_scale import logs
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import launch
 
@@ -96,7 +96,7 @@ def _run(command: Command, words: Sequence[str], program: str) -> int:
     command.add_arguments(parser)
     try:
         arguments = parser.parse_intermixed_args(words)
-        logging.basicConfig(level=logging.INFO if launch.rank() == 0 else logging.WARNING, format="%(message)s")
+        logs.to_stderr()
         status = command.run(arguments)
         sys.stdout.flush()
     except UserError as error:

@@ -20,7 +20,7 @@ class BatchPlan(Section):
 
 
 def plan_batches(config: Config, ranks: int) -> BatchPlan:
-    """Split the global batch over `ranks`; refuses what does not divide, with the arithmetic shown."""
+    """Split the global batch over `ranks`. Raises UserError, with the arithmetic shown, where it does not divide."""
     total, micro = config.train.global_batch, config.train.micro_batch
     if micro is None:
         if total % ranks:

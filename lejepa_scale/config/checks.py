@@ -128,6 +128,7 @@ def ignored_keys(config: Config) -> list[str]:
 
 
 def contradictions(config: Config) -> list[str]:
+    """One sentence for each pair of keys that cannot both hold."""
     return [fault for check in (_steps, _engine_options, _waiting, _accumulation) if (fault := check(config))]
 
 

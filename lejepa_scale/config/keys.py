@@ -11,6 +11,8 @@ from pydantic.fields import FieldInfo
 
 
 class Key(NamedTuple):
+    """One key of a configuration."""
+
     path: str
     field: FieldInfo
     default: Any  # PydanticUndefined where the key is required

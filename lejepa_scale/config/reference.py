@@ -50,6 +50,7 @@ _NAMES = {int: "integer", float: "number", bool: "true, false", str: "text", Pat
 
 
 def render() -> str:
+    """The page, in Markdown."""
     keys = list(keys_of(Config))
     parts = [_HEAD, *(_section(key, keys) for key in keys if key.section is not None)]
     parts.append(_USES + "".join(f"| {', '.join(f'`{k}`' for k in use.keys)} | {use.condition} |\n" for use in USES))

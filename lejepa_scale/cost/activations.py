@@ -28,10 +28,12 @@ class Precision(NamedTuple):
 
     @property
     def autocast(self) -> bool:
+        """Whether layers compute in another precision than the residual stream has."""
         return self.compute != self.residual
 
     @classmethod
     def of(cls, config: Config) -> Precision:
+        """That of a configured run."""
         if config.engine.precision == "fp32":
             return cls(_FP32, _FP32)
         # autocast leaves sums and normalization in fp32; fsdp and zero cast the parameters, so that everything is bf16
@@ -39,7 +41,7 @@ class Precision(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """Bytes."""
+    """Bytes, of one micro-batch on one rank."""
 
     kept: float  # at the end of the forward pass, for the backward pass
     peak: float  # the most that there is at once, kept or in flight, in either pass

@@ -9,6 +9,8 @@ import torch
 
 
 class Chip(NamedTuple):
+    """A row of the table; rates in FLOP/s."""
+
     bf16: float
     fp8: float | None  # None: no float8 products
 

@@ -45,6 +45,7 @@ class Kernels:
         return self._loaded[dtype]
 
     def call(self, name: str, dtype: torch.dtype, *arguments: float) -> None:
+        """Run a function on pointers and numbers, with torch's number of threads. `library` must have found it."""
         getattr(self.library(dtype), name)(*arguments, torch.get_num_threads())
 
     def _load(self, real: str, ctype: type) -> ctypes.CDLL | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from lejepa_scale.data.audit.keylog import Record
@@ -14,21 +15,22 @@ from lejepa_scale.data.images import photometric
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's micro-batch. Views as cut: uint8 [V, B, 3, S, S] per resolution, with their colour parameters."""
+    """One rank's micro-batch. Views as cut, one tensor per resolution, with their colour parameters."""
 
-    views: list[Tensor]
-    parameters: list[Tensor]  # [V, B, P] per resolution; stay on the CPU
-    labels: Tensor  # int64 [B], -1 where unknown
+    views: list[UInt8[Tensor, "_v b 3 _s _s"]]
+    parameters: list[Float[Tensor, "_v b p"]]  # stay on the CPU
+    labels: Int[Tensor, " b"]  # -1 where unknown
     keys: list[str]
     skipped: list[Fault]  # samples that could not be used and were replaced; `keys` has what took their place
     records: list[Record]  # what was drawn, for the key log
-    ready: list[Tensor] | None = None  # augmented views, where they were made ahead
+    ready: list[Float[Tensor, "_v b 3 _s _s"]] | None = None  # augmented views, where they were made ahead
 
     def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory, as a DataLoader asks of what it hands over."""
         return replace(self, views=[v.pin_memory() for v in self.views], labels=self.labels.pin_memory())
 
-    def augmented(self, device: torch.device) -> list[Tensor]:
-        """Float views [V, B, 3, S, S] on `device`, augmented and normalized there."""
+    def augmented(self, device: torch.device) -> list[Float[Tensor, "_v b 3 _s _s"]]:
+        """Float views on `device`, augmented and normalized there."""
         if self.ready is not None:
             return self.ready
         out = []

@@ -13,6 +13,7 @@ from types import TracebackType
 import cv2
 import numpy as np
 import torch
+from jaxtyping import Float, UInt8
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lejepa_scale.config import BatchPlan, Data
@@ -60,7 +61,7 @@ class _Samples(Dataset[Batch]):
         parameters = [torch.from_numpy(d).view(*x.shape[:2], -1) for d, x in zip(drawn, colours, strict=True)]
         return Batch(cut, parameters, torch.tensor(labels), keys, skipped, records)
 
-    def _draws(self, location: Location) -> Iterator[np.ndarray]:
+    def _draws(self, location: Location) -> Iterator[Float[np.ndarray, "_views draws"]]:
         """Uniform numbers of each group, for crops and then for colours, a row per view: a function of (seed, epoch,
         sample, group, view), so that a further view, or a group without any, changes no other."""
         key = np.random.SeedSequence((self.seed, 2, *location)).generate_state(2, np.uint64)
@@ -73,7 +74,7 @@ class _Samples(Dataset[Batch]):
 
     def _image(
         self, location: Location, ahead: Future[bytes] | None, faults: list[Fault]
-    ) -> tuple[np.ndarray, ShardIndex, int]:
+    ) -> tuple[UInt8[np.ndarray, "h w 3"], ShardIndex, int]:
         """The image at `location`; where it cannot be used, the next of its shard that can (so the replacement does
         not depend on ranks or workers)."""
         shard = self._shard(location)

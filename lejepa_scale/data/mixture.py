@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-import sys
+import logging
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int64
 
 from lejepa_scale.config import Data
 from lejepa_scale.data.audit.keylog import Header, Record
 from lejepa_scale.data.index.shards import Shards, index_shards
 from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.data.order import Location
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,18 @@ class Mixture:
     weights: list[float]
 
     @property
-    def counts(self) -> list[np.ndarray]:
-        """Samples of each shard, for each source: int64 [shards]."""
+    def counts(self) -> list[Int64[np.ndarray, " _shards"]]:
+        """Samples of each shard, for each source."""
         return [source.counts for source in self.shards]
 
     @property
     def num_samples(self) -> int:
+        """Of all sources, in one epoch of each."""
         return sum(int(counts.sum()) for counts in self.counts)
 
     @property
     def num_labelled(self) -> int:
+        """Samples that have a class number."""
         return sum(int(source.rows["labelled"].sum()) for source in self.shards)
 
     @property
@@ -76,11 +81,12 @@ def open_mixture(data: Data, *, build: bool = True) -> Mixture:
     mixture = Mixture(shards, [source.weight for source in data.shards])
     if build and 0 < mixture.num_labelled < mixture.num_samples:
         missing = mixture.num_samples - mixture.num_labelled
-        print(f"{missing} of {mixture.num_samples} samples have no label: the online probe is off.", file=sys.stderr)
+        logger.warning("%d of %d samples have no label: the online probe is off.", missing, mixture.num_samples)
     return mixture
 
 
 def reader_of(data: Data) -> Reader:
+    """A reader by the settings of the data section."""
     return Reader(
         read_timeout=data.read_timeout, retries=data.retries, cache_dir=data.cache_dir, cache_gb=data.cache_gb
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64, UInt64
 
 from lejepa_scale.config import BatchPlan
 from lejepa_scale.seeds import GAMMA, splitmix64
@@ -19,6 +20,8 @@ _GAMMA = np.uint64(GAMMA)
 
 
 class Location(NamedTuple):
+    """A sample by numbers: the source, the epoch of that source, the shard in it and the sample in that."""
+
     source: int
     epoch: int  # of this source
     shard: int  # in the order of the configuration
@@ -33,15 +36,19 @@ class SourceOrder:
     epochs asked for; the first question about an epoch permutes its shards.
     """
 
-    def __init__(self, counts: Sequence[int] | np.ndarray, seed: int, block: int, source: int = 0) -> None:
+    def __init__(
+        self, counts: Sequence[int] | Int64[np.ndarray, " shards"], seed: int, block: int, source: int = 0
+    ) -> None:
         self.counts = np.asarray(counts, np.int64)  # samples of each shard
         self.total = int(self.counts.sum())
         self.block = min(block, self.total)
         self._seed = np.random.SeedSequence((seed, source)).generate_state(1, np.uint64)
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
 
-    def locate(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """int64 [n], counting samples ever drawn from this source -> (epoch, shard, member), int64 [n] each."""
+    def locate(
+        self, indices: Int64[np.ndarray, " n"]
+    ) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """(epoch, shard, member) of each index, which counts the samples ever drawn from this source."""
         epoch, place = np.divmod(indices, self.total)
         block, offset = np.divmod(place, self.block)
         start = block * self.block
@@ -55,7 +62,7 @@ class SourceOrder:
             member[here] = place[here] - starts[slot]
         return epoch, shard, member
 
-    def _permuted_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _permuted_shards(self, epoch: int) -> tuple[Int64[np.ndarray, " shards"], Int64[np.ndarray, " shards"]]:
         """The shards in this epoch's order, and at which place of the epoch each begins."""
         if epoch not in self._epochs:
             if len(self._epochs) == _EPOCHS_HELD:
@@ -65,8 +72,8 @@ class SourceOrder:
             self._epochs[epoch] = shards, np.cumsum(self.counts[shards]) - self.counts[shards]
         return self._epochs[epoch]
 
-    def _keys(self, epoch: np.ndarray, part: np.ndarray | int) -> np.ndarray:
-        """uint64 [n]: what chooses the permutation of an epoch's shards (part 0) or of one of its blocks (1 + block)."""
+    def _keys(self, epoch: Int64[np.ndarray, " n"], part: Int64[np.ndarray, " n"] | int) -> UInt64[np.ndarray, " n"]:
+        """What chooses the permutation of an epoch's shards (part 0) or of one of its blocks (1 + block)."""
         return splitmix64(
             splitmix64(self._seed + epoch.astype(np.uint64) * _GAMMA) + np.asarray(part).astype(np.uint64) * _GAMMA
         )
@@ -76,12 +83,16 @@ class Order:
     """A weighted mixture of sources, each with its own epochs, interleaved evenly."""
 
     def __init__(
-        self, counts: Sequence[Sequence[int] | np.ndarray], weights: list[float], seed: int, block: int
+        self,
+        counts: Sequence[Sequence[int] | Int64[np.ndarray, " _shards"]],
+        weights: list[float],
+        seed: int,
+        block: int,
     ) -> None:
         self.sources = [SourceOrder(shards, seed, block, source) for source, shards in enumerate(counts)]
         self._shares = [max(1, round(weight / sum(weights) * _SHARES)) for weight in weights]
 
-    def locate(self, positions: Sequence[int] | np.ndarray) -> list[Location]:
+    def locate(self, positions: Sequence[int] | Int64[np.ndarray, " n"]) -> list[Location]:
         """Where the samples at these positions of the global stream lie."""
         source, index = interleave(np.asarray(positions, np.int64), self._shares)
         found = np.empty((len(source), 4), np.int64)
@@ -91,8 +102,10 @@ class Order:
         return [Location(*row) for row in found.tolist()]
 
 
-def interleave(positions: np.ndarray, shares: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [n] -> (source, how many samples of that source came before), int64 [n] each.
+def interleave(
+    positions: Int64[np.ndarray, " n"], shares: list[int]
+) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+    """(source, how many samples of that source came before) at each position.
 
     The first source takes its share of all positions at even distances, the second its share of those that are left, and so
     on: at every position each source has had what its weight promises to within 1 + ln(sources) samples.
@@ -108,14 +121,16 @@ def interleave(positions: np.ndarray, shares: list[int]) -> tuple[np.ndarray, np
     return source, index
 
 
-def _taken(n: np.ndarray, share: int, rest: int) -> np.ndarray:
+def _taken(n: Int64[np.ndarray, " n"], share: int, rest: int) -> Int64[np.ndarray, " n"]:
     """ceil(n share / rest), without overflow."""
     periods, n = np.divmod(n, rest)
     return periods * share - (-n * share) // rest
 
 
-def permute(x: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Element x of the permutation of range(n) that `key` chooses, elementwise: int64, int64, uint64 [m] -> int64 [m].
+def permute(
+    x: Int64[np.ndarray, " m"], n: Int64[np.ndarray, " m"], key: UInt64[np.ndarray, " m"]
+) -> Int64[np.ndarray, " m"]:
+    """Element x of the permutation of range(n) that `key` chooses, elementwise.
 
     A Feistel network over pairs in range(a) x range(b), a b just above n, walked on until it falls into range(n).
     """
@@ -126,7 +141,9 @@ def permute(x: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
     return out.astype(np.int64)
 
 
-def _feistel(x: np.ndarray, n: np.ndarray, key: np.ndarray) -> np.ndarray:
+def _feistel(
+    x: UInt64[np.ndarray, " m"], n: UInt64[np.ndarray, " m"], key: UInt64[np.ndarray, " m"]
+) -> UInt64[np.ndarray, " m"]:
     a = np.ceil(np.sqrt(n)).astype(np.uint64)
     b = (n + a - np.uint64(1)) // a
     left, right = np.divmod(x, b)

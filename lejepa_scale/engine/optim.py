@@ -1,6 +1,7 @@
 """Parameter groups by rule, and the optimizer. Learning rates are set by the engine at each step."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,7 +30,8 @@ def adamw(named: Iterable[tuple[str, nn.Parameter]], config: Optim) -> torch.opt
     )
 
 
-def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+def set_hyperparameters(optimizer: Any, lr: float, weight_decay: float) -> None:
+    """Of torch's optimizer or of DeepSpeed's, which is no torch.optim.Optimizer but has its `param_groups`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0

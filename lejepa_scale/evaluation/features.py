@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 from tqdm import tqdm
 
@@ -15,11 +15,13 @@ from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder
 
-Batches = Iterable[tuple[Tensor, Tensor]]  # uint8 [B, 3, S, S], int64 [B]
+Batches = Iterable[tuple[UInt8[Tensor, "_b 3 _s _s"], Int[Tensor, " _b"]]]
 
 
 @dataclass(frozen=True)
 class Features:
+    """Frozen features of labelled images. Raises UserError where a label is missing."""
+
     rows: Float[Tensor, "n e"]  # float32, CPU
     labels: Int[Tensor, " n"]
 
@@ -33,7 +35,7 @@ class Features:
 
 @torch.no_grad()
 def extract(encoder: Encoder, batches: Batches, device: torch.device, name: str = "features") -> Features:
-    """Pooled features of every image, at the size the batches have."""
+    """Pooled features of every image, at the size the batches have. Raises UserError where an image has no label."""
     encoder = encoder.to(device).eval()
     rows, labels = [], []
     for images, label in tqdm(batches, desc=name, unit="batch", leave=False, mininterval=1.0):
@@ -44,7 +46,7 @@ def extract(encoder: Encoder, batches: Batches, device: torch.device, name: str 
 
 def raw_pixels(batches: Batches, side: int = 32) -> Features:
     """The baseline without an encoder: what the encoder is given (normalized pixels, so that a cosine does not measure
-    brightness), averaged down to at most side x side, flattened."""
+    brightness), averaged down to at most side x side, flattened. Raises UserError where an image has no label."""
     rows, labels = [], []
     for images, label in batches:
         x = normalize(images)

@@ -45,8 +45,9 @@ def watson(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
 
 
 def shapiro_wilk(x: Float[Tensor, "n m"]) -> Float[Tensor, " m"]:
-    """W = (sum_i a_i x_i)^2 / sum_i (x_i - mean)^2, x sorted, for N >= 12: 1 for a normal sample of any mean and scale,
-    less for others. Coefficients by Royston's approximation (Applied Statistics 44, 1995, algorithm AS R94)."""
+    """W = (sum_i a_i x_i)^2 / sum_i (x_i - mean)^2, x sorted: 1 for a normal sample of any mean and scale, less for
+    others. Coefficients by Royston's approximation (Applied Statistics 44, 1995, algorithm AS R94). Raises
+    ValueError for N < 12."""
     n = len(x)
     if n < 12:
         raise ValueError(f"shapiro_wilk needs at least 12 samples; got {n}.")
@@ -126,6 +127,7 @@ def isotropy(rows: Float[Tensor, "n d"], *, directions: int = 256, seed: int = 0
 
 
 def isotropy_table(found: list[Isotropy]) -> str:
+    """The tests as lines of text, a header first."""
     lines = [f"{'test of normality':<20}{'mean':>12}{'worst':>12}{'Gaussian':>12}{'its worst':>12}"]
     for row in found:
         numbers = (row.mean, row.worst, row.gaussian_mean, row.gaussian_worst)

@@ -31,12 +31,12 @@ def linear_accuracy(train: Features, test: Features, *, iterations: int = 50) ->
 
 
 def _fit(
-    x: Float[Tensor, "n e"], y: Int[Tensor, " n"], start: Float[Tensor, "e1 c"], penalty: float, iterations: int
-) -> Float[Tensor, "e1 c"]:
+    x: Float[Tensor, "n e"], y: Int[Tensor, " n"], start: Float[Tensor, "e+1 c"], penalty: float, iterations: int
+) -> Float[Tensor, "e+1 c"]:
     weight = start.clone().requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe")
 
-    def closure() -> Tensor:
+    def closure() -> Float[Tensor, ""]:
         optimizer.zero_grad()
         loss = F.cross_entropy(_logits(x, weight), y) + penalty * weight[:-1].square().sum()
         loss.backward()
@@ -46,9 +46,9 @@ def _fit(
     return weight.detach()
 
 
-def _logits(x: Tensor, weight: Tensor) -> Tensor:
+def _logits(x: Float[Tensor, "n e"], weight: Float[Tensor, "e+1 c"]) -> Float[Tensor, "n c"]:
     return x @ weight[:-1] + weight[-1]  # the last row is the bias
 
 
-def _accuracy(x: Tensor, y: Tensor, weight: Tensor) -> float:
+def _accuracy(x: Float[Tensor, "n e"], y: Int[Tensor, " n"], weight: Float[Tensor, "e+1 c"]) -> float:
     return float((_logits(x, weight).argmax(1) == y).float().mean())

@@ -23,11 +23,13 @@ class Scores:
 
 
 def score(name: str, train: Features, test: Features, k: int = 20) -> Scores:
+    """k-NN with `k` neighbours, linear accuracy and effective rank of one kind of features, trained on `train`."""
     linear, penalty = linear_accuracy(train, test)
     return Scores(name, knn_accuracy(train, test, k=k), linear, penalty, effective_rank(test.rows), train.rows.shape[1])
 
 
 def as_table(rows: list[Scores]) -> str:
+    """The rows as lines of text, a header first; accuracies in percent."""
     lines = [f"{'features':<20}{'k-NN':>9}{'linear':>9}{'eff. rank':>11}{'width':>8}"]
     for row in rows:
         rank = f"{row.effective_rank:.1f}"

@@ -26,14 +26,17 @@ class Packing:
 
     @property
     def lengths(self) -> list[int]:
+        """Tokens of every sequence, in order."""
         return [length for count, length in self.groups for _ in range(count)]
 
     @property
     def sequences(self) -> int:
+        """How many there are in the row."""
         return sum(count for count, _ in self.groups)
 
     @property
     def tokens(self) -> int:
+        """How many there are in the row."""
         return sum(count * length for count, length in self.groups)
 
     @property
@@ -41,7 +44,7 @@ class Packing:
         """(query, key) pairs of tokens that attention scores."""
         return sum(count * length**2 for count, length in self.groups)
 
-    def split(self, tokens: Float[Tensor, " t *rest"]) -> list[Tensor]:
+    def split(self, tokens: Float[Tensor, " t *rest"]) -> list[Float[Tensor, "_b _l *rest"]]:
         """[T, ...] -> one [B_i, L_i, ...] per group (views, no copies)."""
         parts = tokens.split([count * length for count, length in self.groups])
         return [part.unflatten(0, group) for part, group in zip(parts, self.groups, strict=True)]
@@ -51,8 +54,9 @@ class Packing:
         return Packing(tuple((max(1, round(n * (1 - rate))), length) for n, length in self.groups))
 
 
+Heads = Float[Tensor, "t h d"]  # queries, keys, values or what attention makes of them, over a row of tokens
 Offsets = Int[Tensor, " sequences_plus_one"]
-AttentionFunction = Callable[[Tensor, Tensor, Tensor, Packing, Tensor], Tensor]
+AttentionFunction = Callable[[Heads, Heads, Heads, Packing, Offsets], Heads]
 
 
 @lru_cache(maxsize=256)
@@ -62,7 +66,7 @@ def offsets(packing: Packing, device: torch.device) -> Offsets:
     return lengths.cumsum(0, dtype=torch.int32).to(device)
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> Tensor:
+def sdpa(q: Heads, k: Heads, v: Heads, packing: Packing, starts: Offsets) -> Heads:
     """One dense scaled-dot-product attention per group; [T, H, D] in and out. Runs everywhere."""
     out = []
     for qi, ki, vi in zip(packing.split(q), packing.split(k), packing.split(v), strict=True):  # [B, L, H, D]
@@ -72,8 +76,9 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> 
 
 
 @torch.compiler.disable
-def xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> Tensor:
-    """xformers memory-efficient attention under a block-diagonal mask. CUDA only."""
+def xformers(q: Heads, k: Heads, v: Heads, packing: Packing, starts: Offsets) -> Heads:
+    """xformers memory-efficient attention under a block-diagonal mask. CUDA only. [T, H, D] in and out. Raises
+    UserError where the package is missing."""
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError as error:
@@ -81,8 +86,9 @@ def xformers(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets)
     return memory_efficient_attention(q[None], k[None], v[None], attn_bias=_block_diagonal(packing, q.device))[0]
 
 
-def varlen(q: Tensor, k: Tensor, v: Tensor, packing: Packing, starts: Offsets) -> Tensor:
-    """torch's own variable-length flash attention (torch >= 2.10, fp16/bf16). CUDA only."""
+def varlen(q: Heads, k: Heads, v: Heads, packing: Packing, starts: Offsets) -> Heads:
+    """torch's own variable-length flash attention (torch >= 2.10, fp16/bf16). CUDA only. [T, H, D] in and out.
+    Raises UserError where torch is older."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError as error:
@@ -107,7 +113,8 @@ def choose_backend(
     name: str, packing: Packing, *, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
 ) -> str:
     """The fastest backend for `auto`: those whose forward and backward run here and agree with sdpa are timed on tokens
-    laid out like `packing`. A backend asked for by name is tried too, and refused with the reason if it cannot run.
+    laid out like `packing`. A backend asked for by name is tried too. Raises UserError, with the reasons, where none
+    can run.
 
     The choice is kept for the process. Draws from a generator of its own.
     """
@@ -166,13 +173,17 @@ def _seconds(name: str, packing: Packing, heads: int, head_dim: int, device: tor
     return median(times[1:])
 
 
-def _draw(packing: Packing, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Queries, keys, values and an output's gradient, [4, T, H, D]."""
+def _draw(
+    packing: Packing, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "4 {packing.tokens} {heads} {head_dim}"]:
+    """Queries, keys, values and an output's gradient."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(4, packing.tokens, heads, head_dim, generator=generator, device=device, dtype=dtype)
 
 
-def _forward_backward(name: str, inputs: Float[Tensor, "4 t h d"], packing: Packing) -> Sequence[Tensor]:
+def _forward_backward(
+    name: str, inputs: Float[Tensor, "4 t h d"], packing: Packing
+) -> Sequence[Float[Tensor, "t h d"]]:
     """Output and the gradients of queries, keys and values."""
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast(inputs.device.type, enabled=False):
         q, k, v = (x.clone().requires_grad_() for x in inputs[:3])

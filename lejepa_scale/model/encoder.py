@@ -83,7 +83,8 @@ class Encoder(nn.Module):
         return list(getattr(self.backbone, "blocks", []))
 
     def check_sizes(self, sizes: Sequence[int]) -> None:
-        """Refuse image sides that this encoder cannot process. Meant for an encoder built on the meta device."""
+        """Refuse image sides that this encoder cannot process. Meant for an encoder built on the meta device.
+        Raises UserError with the nearest side that will do."""
         sizes = list(dict.fromkeys(sizes))
         for size in sizes:
             if self.patch_size and size % self.patch_size:
@@ -100,12 +101,13 @@ class Encoder(nn.Module):
                 shown = ", ".join(str(image.shape[-1]) for image in together)
                 raise UserError(f"{self.name} cannot process views of {shown} px: {error}") from error
 
-    def forward(self, images: Sequence[Float[Tensor, "b 3 h w"]]) -> list[Float[Tensor, "b e"]]:
+    def forward(self, images: Sequence[Float[Tensor, "_b 3 _h _w"]]) -> list[Float[Tensor, "_b e"]]:
+        """Pooled features of every resolution, in the order given."""
         if not self.packed:
             return [self.backbone(x.contiguous(memory_format=torch.channels_last)) for x in images]
         return [self.backbone.forward_head(tokens, pre_logits=True) for tokens in self._packed_tokens(images)]
 
-    def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b h w e"]:
+    def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b rows columns e"]:
         """Normalized features of the patches (or of the last feature map) in their place."""
         features = self._packed_tokens([images])[0] if self.packed else self.backbone.forward_features(images)
         if features.ndim == 4:
@@ -120,14 +122,15 @@ class Encoder(nn.Module):
         return Packing(tuple((count, (side // patch) ** 2 + prefix) for count, side in images))
 
     def backend(self, packing: Packing, device: torch.device, dtype: torch.dtype) -> str:
-        """The attention backend for tokens of `dtype`; measured where `attention` is auto and there is a choice."""
+        """The attention backend for tokens of `dtype`; measured where `attention` is auto and there is a choice.
+        Raises UserError where the one asked for cannot run here."""
         attn = self.backbone.blocks[0].attn
         return choose_backend(
             self.attention, packing, heads=attn.num_heads, head_dim=attn.head_dim, device=device, dtype=dtype
         )
 
-    def _packed_tokens(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Embed each resolution, run the blocks once over all tokens, split again: [B_i, L_i, E] each."""
+    def _packed_tokens(self, images: Sequence[Float[Tensor, "_b 3 _h _w"]]) -> list[Float[Tensor, "_b _l e"]]:
+        """Embed each resolution, run the blocks once over all tokens, split again."""
         vit = self.backbone
         embedded, ropes = zip(*(packed.embed(vit, x) for x in images), strict=True)
         packing = Packing(tuple((x.shape[0], x.shape[1]) for x in embedded))
@@ -136,7 +139,7 @@ class Encoder(nn.Module):
         if device.type != "meta" and torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         backend = self.backend(packing, device, dtype)
-        for block, row in zip(vit.blocks, packed.rows(vit.blocks, packing, ropes, device, backend), strict=True):
+        for block, row in zip(vit.blocks, packed.rows(list(vit.blocks), packing, ropes, device, backend), strict=True):
             tokens = block(tokens, row)
         return packing.split(vit.norm(tokens))
 

@@ -33,6 +33,7 @@ class Replay:
     index: int
 
     def joined(self, own: Float[Tensor, "v b e"]) -> Float[Tensor, "v all_b e"]:
+        """All micro-batches' features, this one's with the graph of `own`."""
         if own.requires_grad:
             own.register_hook(lambda gradient: gradient * len(self.features))
         return torch.cat([*self.features[: self.index], own, *self.features[self.index + 1 :]], 1)
@@ -46,8 +47,8 @@ class LeJEPA(nn.Module):
         self.encoder, self.projector, self.predictor, self.loss = encoder, projector, predictor, loss
 
     def forward(
-        self, views: Sequence[Float[Tensor, "v b 3 h w"]], step: int | None, replay: Replay | None = None
-    ) -> dict[str, Tensor]:
+        self, views: Sequence[Float[Tensor, "_v b 3 _h _w"]], step: int | None, replay: Replay | None = None
+    ) -> dict[str, Float[Tensor, "..."]]:
         """views: one tensor per resolution, the global views first; this rank's samples, as many as every rank's.
 
         Returns the scalars `loss`, `prediction`, `sigreg` (of the global batch, equal on all ranks) and, detached, the
@@ -75,6 +76,7 @@ class LeJEPA(nn.Module):
 
 
 def build_encoder(config: Config) -> Encoder:
+    """The encoder of the model section. Raises UserError for a name or arguments that timm refuses."""
     model = config.model
     return Encoder(
         model.encoder,
@@ -122,7 +124,8 @@ def _refuse_what_needs_blocks(config: Config, encoder: Encoder) -> None:
 
 
 def build(config: Config) -> LeJEPA:
-    """The whole module for a configuration, at weights drawn from torch's current generator."""
+    """The whole module for a configuration, at weights drawn from torch's current generator. Raises UserError as
+    `build_encoder` does."""
     encoder = build_encoder(config)
     head = config.model.projector
     predictor = config.model.predictor
@@ -135,6 +138,7 @@ def build(config: Config) -> LeJEPA:
 
 
 def build_loss(config: Config) -> LeJEPALoss:
+    """The objective section's loss, and its regularizer."""
     objective, sigreg = config.objective, config.objective.sigreg
     regularizer: Regularizer
     if objective.regularizer == "weak_sigreg":

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lejepa_scale.model import norm_cpu
@@ -22,9 +22,9 @@ class BatchNorm(nn.Module):
     batch statistics are always used and there is no buffer to go stale. `act` follows, as in timm's BatchNormAct2d.
     """
 
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
+    running_mean: Float[Tensor, " c"]
+    running_var: Float[Tensor, " c"]
+    num_batches_tracked: Int[Tensor, ""]
 
     def __init__(
         self, width: int, eps: float = 1e-5, momentum: float = 0.1, track: bool = False, act: nn.Module | None = None
@@ -52,7 +52,7 @@ class BatchNorm(nn.Module):
         return self.act(y.to(x.dtype))
 
     @torch.no_grad()
-    def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+    def _update(self, mean: Float[Tensor, " c"], var: Float[Tensor, " c"], count: Float[Tensor, ""]) -> None:
         unbiased = var * (count / (count - 1).clamp_min(1))
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
@@ -63,7 +63,9 @@ class _Normalize(torch.autograd.Function):
     """Each half of the work in few passes over memory, with the ranks' statistics exchanged between the halves."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Float[Tensor, "b c *rest"], weight: Float[Tensor, " c"], bias: Float[Tensor, " c"], eps: float
+    ) -> tuple[Float[Tensor, "b c *rest"], Float[Tensor, " c"], Float[Tensor, " c"], Float[Tensor, ""]]:
         ctx.kernels = norm_cpu.usable(x)
         # Chan's combination of (count, mean, M2) per rank: no cancellation when the mean is large
         parts = gather_statistics(norm_cpu.statistics(x) if ctx.kernels else _statistics(x))  # [W, 1 + 2C]
@@ -79,7 +81,9 @@ class _Normalize(torch.autograd.Function):
         return F.batch_norm(x, mean, var, weight, bias, eps=eps), mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Float[Tensor, "b c *rest"], *_: Tensor
+    ) -> tuple[Float[Tensor, "b c *rest"], Float[Tensor, " c"], Float[Tensor, " c"], None]:
         """dx = weight / sigma (grad - sum(grad) / N - y sum(grad y) / N), with y = (x - mean) / sigma."""
         x, weight, mean, var, count = ctx.saved_tensors
         inverse = (var + ctx.eps).rsqrt()

@@ -18,7 +18,7 @@ KERNELS = Kernels(
 )
 
 
-def usable(x: Tensor) -> bool:
+def usable(x: Float[Tensor, "b c *rest"]) -> bool:
     """Whether `x` is rows of channels in memory, and the kernels could be built."""
     if x.device.type != "cpu" or not x.numel() or torch.compiler.is_compiling():
         return False
@@ -32,7 +32,9 @@ def statistics(x: Float[Tensor, "b c *rest"]) -> Float[Tensor, " 1+2*c"]:
     return out
 
 
-def normalize(x: Float[Tensor, "b c *rest"], mean: Tensor, scale: Tensor, bias: Tensor) -> Float[Tensor, "b c *rest"]:
+def normalize(
+    x: Float[Tensor, "b c *rest"], mean: Float[Tensor, " c"], scale: Float[Tensor, " c"], bias: Float[Tensor, " c"]
+) -> Float[Tensor, "b c *rest"]:
     """(x - mean) scale + bias"""
     y = torch.empty_like(x)
     _call("normalize", x, x, mean, scale, bias.contiguous(), y)
@@ -40,7 +42,7 @@ def normalize(x: Float[Tensor, "b c *rest"], mean: Tensor, scale: Tensor, bias: 
 
 
 def gradient_sums(
-    grad: Float[Tensor, "b c *rest"], x: Float[Tensor, "b c *rest"], mean: Tensor
+    grad: Float[Tensor, "b c *rest"], x: Float[Tensor, "b c *rest"], mean: Float[Tensor, " c"]
 ) -> Float[Tensor, "2 c"]:
     """Sums of grad (x - mean) and of grad."""
     out = x.new_empty(2, x.shape[1])
@@ -51,10 +53,10 @@ def gradient_sums(
 def gradient(
     grad: Float[Tensor, "b c *rest"],
     x: Float[Tensor, "b c *rest"],
-    mean: Tensor,
-    slope: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    mean: Float[Tensor, " c"],
+    slope: Float[Tensor, " c"],
+    scale: Float[Tensor, " c"],
+    shift: Float[Tensor, " c"],
 ) -> Float[Tensor, "b c *rest"]:
     """(x - mean) slope + grad scale - shift"""
     dx = torch.empty_like(x)
@@ -66,7 +68,7 @@ def _channels_last(x: Tensor) -> bool:
     return x.is_contiguous() if x.ndim == 2 else x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _like(grad: Tensor, x: Tensor) -> Tensor:
+def _like(grad: Float[Tensor, "b c *rest"], x: Float[Tensor, "b c *rest"]) -> Float[Tensor, "b c *rest"]:
     return grad.contiguous(memory_format=torch.contiguous_format if x.ndim == 2 else torch.channels_last)
 
 

@@ -19,7 +19,7 @@ _MODELS = (VisionTransformer, Eva)
 _PRE_NORM, _POST_NORM = (Block, EvaBlock), (ResPostBlock, EvaBlockPostNorm)
 _ATTENTIONS = (Attention, EvaAttention, AttentionRope)
 
-Kept = tuple[Int[Tensor, " k"], ...]  # of every group, the sequences that a branch processes
+Kept = tuple[Int[Tensor, " _k"], ...]  # of every group, the sequences that a branch processes
 
 
 class PackedRow(NamedTuple):
@@ -29,7 +29,7 @@ class PackedRow(NamedTuple):
     branch: Packing  # what of it each residual branch processes: all, or a subset of every group
     starts: Offsets  # of the sequences of `branch`
     kept: tuple[Kept, Kept] | None  # for the attention and for the MLP branch; None: everything
-    rope: tuple[Float[Tensor, "l h d2"], ...] | None  # sines and cosines of every group, by position (and head)
+    rope: tuple[Float[Tensor, "_l _h _two_d"], ...] | None  # sines and cosines of every group, by position (and head)
     backend: str
 
 
@@ -62,7 +62,7 @@ class PackedBlock(nn.Module):
         own = self.norm2(self.mlp(own)) if self.post_norm else self.mlp(self.norm2(own))
         return _add(x, self._scale(own, "ls2", "gamma_2"), row, for_mlp)
 
-    def _scale(self, x: Tensor, module: str, parameter: str) -> Tensor:
+    def _scale(self, x: Float[Tensor, "t e"], module: str, parameter: str) -> Float[Tensor, "t e"]:
         """Layer scale, which timm's two families of blocks spell differently; none where the block has none."""
         if (gamma := getattr(self, parameter, None)) is not None:
             return x * gamma
@@ -82,9 +82,9 @@ class PackedAttention(nn.Module):
     norm: nn.Module
     proj: nn.Module
     proj_drop: nn.Module
-    q_bias: Tensor
-    k_bias: Tensor
-    v_bias: Tensor
+    q_bias: Float[Tensor, " e"]
+    k_bias: Float[Tensor, " e"]
+    v_bias: Float[Tensor, " e"]
 
     def __init__(self, attn: Any) -> None:
         super().__init__()
@@ -105,8 +105,10 @@ class PackedAttention(nn.Module):
         out = self.norm(BACKENDS[row.backend](q, k, v, row.branch, row.starts).flatten(1))
         return self.proj_drop(self.proj(out))
 
-    def _project(self, x: Float[Tensor, "t e"]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries [T, H, D], keys and values [T, G, D] with G <= H."""
+    def _project(
+        self, x: Float[Tensor, "t e"]
+    ) -> tuple[Float[Tensor, "t h d"], Float[Tensor, "t g d"], Float[Tensor, "t g d"]]:
+        """Queries, and keys and values of g <= h heads."""
         if self.qkv is None:
             parts = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         else:
@@ -117,7 +119,9 @@ class PackedAttention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in parts)
         return q, k, v
 
-    def _rotate(self, x: Float[Tensor, "t h d"], packing: Packing, tables: Sequence[Tensor]) -> Tensor:
+    def _rotate(
+        self, x: Float[Tensor, "t h d"], packing: Packing, tables: Sequence[Float[Tensor, "_l _h 2*d"]]
+    ) -> Float[Tensor, "t h d"]:
         parts = zip(packing.split(x), tables, strict=True)
         return torch.cat([apply_rot_embed_cat(part, table, self.rotate_half).flatten(0, 1) for part, table in parts])
 
@@ -135,7 +139,9 @@ def packable(backbone: Any) -> bool:
     )
 
 
-def embed(backbone: Any, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b l e"], Tensor | None]:
+def embed(
+    backbone: Any, images: Float[Tensor, "b 3 h w"]
+) -> tuple[Float[Tensor, "b l e"], Float[Tensor, "_depth l _heads _two_d"] | None]:
     """Tokens that enter the blocks, and the sines and cosines of rotary positions, [depth or 1, L, H or 1, 2 D]."""
     patches = backbone.patch_embed(images)
     if not isinstance(backbone, Eva):
@@ -150,7 +156,11 @@ def embed(backbone: Any, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor
 
 
 def rows(
-    blocks: Sequence[PackedBlock], packing: Packing, ropes: Sequence[Tensor | None], device: torch.device, backend: str
+    blocks: Sequence[PackedBlock],
+    packing: Packing,
+    ropes: Sequence[Float[Tensor, "_depth _l _heads _two_d"] | None],
+    device: torch.device,
+    backend: str,
 ) -> Iterator[PackedRow]:
     """One row per block. In training the sequences that a branch leaves out are drawn here, for all blocks at once."""
     orders = None
@@ -189,13 +199,17 @@ class _AddRows(torch.autograd.Function):
     whole output, in every block."""
 
     @staticmethod
-    def forward(ctx: Any, x: Float[Tensor, "n l e"], rows: Tensor, own: Float[Tensor, "k l e"], scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Float[Tensor, "n l e"], rows: Int[Tensor, " k"], own: Float[Tensor, "k l e"], scale: float
+    ) -> Float[Tensor, "n l e"]:
         ctx.save_for_backward(rows)
         ctx.scale = scale
         return x.index_add(0, rows, own, alpha=scale)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Float[Tensor, "n l e"]
+    ) -> tuple[Float[Tensor, "n l e"], None, Float[Tensor, "k l e"], None]:
         (rows,) = ctx.saved_tensors
         return grad, None, grad.index_select(0, rows) * ctx.scale, None
 

@@ -23,7 +23,7 @@ _LONGEST_SUM = 8192  # a matrix product adds its terms one after another: in fp3
 
 def reference_sums(
     z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"], dt: float, knots: int
-) -> Float[Tensor, "2 k v m"]:
+) -> Float[Tensor, "2 {knots}-1 v m"]:
     """The textbook form: materializes [V, N, M, K-1]. Differentiable; the oracle of the fused one."""
     t = dt * torch.arange(1, knots, device=z.device, dtype=z.dtype)
     angles = (z @ a.mT).unsqueeze(-1) * t  # [V, N, M, K-1]
@@ -32,7 +32,7 @@ def reference_sums(
 
 def fused_sums(
     z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"], dt: float, knots: int, backend: str
-) -> Float[Tensor, "2 k v m"]:
+) -> Float[Tensor, "2 {knots}-1 v m"]:
     """sum_n cos(t_k p_n) and sum_n sin(t_k p_n) of the projections p = z a^T, for t_k = k dt, k = 1 .. knots-1 (k = 0 is
     constant and left out). Differentiable in z; the directions `a` are constants.
 
@@ -59,14 +59,18 @@ class _FusedSums(torch.autograd.Function):
     """Directions lie before samples ([V, M, N]), so that sums run over contiguous memory."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, a: Tensor, dt: float, knots: int, arithmetic: Arithmetic) -> Tensor:
+    def forward(
+        ctx: Any, z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"], dt: float, knots: int, arithmetic: Arithmetic
+    ) -> Float[Tensor, "2 {knots}-1 v m"]:
         p = torch.bmm(a.expand(len(z), -1, -1), z.mT)  # [V, M, N]
         ctx.save_for_backward(p, a)
         ctx.dt, ctx.arithmetic = dt, arithmetic
         return arithmetic.sums(p.flatten(0, 1), dt, knots).unflatten(-1, p.shape[:2])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Float[Tensor, "2 k v m"]
+    ) -> tuple[Float[Tensor, "v n d"], None, None, None, None]:
         p, a = ctx.saved_tensors
         t = ctx.dt * torch.arange(1, grad.shape[1] + 1, device=p.device, dtype=p.dtype)
         weights = grad * t[:, None, None]  # [2, K-1, V, M]
@@ -87,7 +91,7 @@ class _FusedSums(torch.autograd.Function):
 # one small matrix product per row combines them, so that a row is swept 2 sqrt(K) times rather than K times.
 
 
-def _blocked_sums(p: Tensor, dt: float, knots: int) -> Tensor:
+def _blocked_sums(p: Float[Tensor, "r n"], dt: float, knots: int) -> Float[Tensor, "2 {knots}-1 r"]:
     count = knots - 1
     out = p.new_zeros(count, len(p), dtype=p.dtype.to_complex())
     for rows, _samples, near, far in _powers(p, dt, count):
@@ -95,7 +99,7 @@ def _blocked_sums(p: Tensor, dt: float, knots: int) -> Tensor:
     return torch.stack([out.real, out.imag])
 
 
-def _blocked_gradient(p: Tensor, weights: Tensor, dt: float) -> Tensor:
+def _blocked_gradient(p: Float[Tensor, "r n"], weights: Float[Tensor, "2 k r"], dt: float) -> Float[Tensor, "r n"]:
     """Re sum_k (w_1k + i w_0k) exp(i k x)"""
     count = weights.shape[1]
     steps, strides = _grid(count)
@@ -148,7 +152,7 @@ def _blocks(p: Float[Tensor, "r n"]) -> Iterator[tuple[slice, slice]]:
 # --- Traced: plain tensor operations for torch.compile, which fuses them into the caller's graph.
 
 
-def _rotated_sums(p: Tensor, dt: float, knots: int) -> Tensor:
+def _rotated_sums(p: Float[Tensor, "r n"], dt: float, knots: int) -> Float[Tensor, "2 {knots}-1 r"]:
     angle = p * dt
     cos1, sin1 = angle.cos(), angle.sin()
     cos, sin = cos1, sin1
@@ -159,7 +163,7 @@ def _rotated_sums(p: Tensor, dt: float, knots: int) -> Tensor:
     return torch.stack([torch.stack(sums[0::2]), torch.stack(sums[1::2])])
 
 
-def _horner_gradient(p: Tensor, weights: Tensor, dt: float) -> Tensor:
+def _horner_gradient(p: Float[Tensor, "r n"], weights: Float[Tensor, "2 k r"], dt: float) -> Float[Tensor, "r n"]:
     """Re sum_k (w_1k + i w_0k) exp(i k x) by Horner's rule in exp(i x)."""
     angle = p * dt
     cos1, sin1 = angle.cos(), angle.sin()
@@ -190,4 +194,5 @@ def _triton() -> Arithmetic:
 
 
 def has_triton() -> bool:
+    """Whether the package is installed."""
     return find_spec("triton") is not None

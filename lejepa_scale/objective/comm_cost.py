@@ -35,7 +35,8 @@ class Traffic:
 
 
 def traffic(views: int, counts: Sequence[int], width: int, *, slices: int, knots: int, itemsize: int = 4) -> Traffic:
-    """counts: samples of each rank. itemsize: bytes of one embedding value as it is sent (fp64 statistics cost double)."""
+    """What each way sends for embeddings [views, counts[r], width] on rank r. itemsize: bytes of one embedding value
+    as it is sent (fp64 statistics cost double)."""
     world, longest = len(counts), max(counts)
     statistics = max(4, itemsize)
     sums = 2 * (world - 1) * statistics * (2 * views * slices * (knots - 1)) // world

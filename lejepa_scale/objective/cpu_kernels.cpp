@@ -1,5 +1,5 @@
 // The two inner loops of characteristic.py on a CPU: a tile of samples at a time, every knot of it in registers. Built by
-// native.py, once with REAL = float and once with REAL = double.
+// cpu_kernels.py, once with REAL = float and once with REAL = double.
 #include <math.h>
 #include <string.h>
 

@@ -17,7 +17,7 @@ KERNELS = Kernels(
 )
 
 
-def sums(p: Float[Tensor, "r n"], dt: float, knots: int) -> Float[Tensor, "2 k r"]:
+def sums(p: Float[Tensor, "r n"], dt: float, knots: int) -> Float[Tensor, "2 {knots}-1 r"]:
     """Cosine and sine sums of each row at angles k dt p, k = 1 .. knots-1."""
     p, out = p.contiguous(), p.new_empty(2, knots - 1, len(p))
     KERNELS.call("sums", p.dtype, p.data_ptr(), out.data_ptr(), dt, *p.shape, knots - 1)

@@ -14,6 +14,8 @@ from lejepa_scale.objective.visreg import scale_and_centre, scale_and_centre_sum
 
 
 class LossTerms(NamedTuple):
+    """Scalars of the global batch: the weighted sum, and its two terms before they are weighted."""
+
     loss: Float[Tensor, ""]
     prediction: Float[Tensor, ""]
     sigreg: Float[Tensor, ""]
@@ -32,6 +34,7 @@ class LeJEPALoss(nn.Module):
 
     No stop-gradient and no teacher. With `predicted` (the output of a JEPA predictor), predicted_vn replaces z_vn in
     L_pred. Values are those of the global batch on every rank; gradients follow Regularizer's convention (W times).
+    Raises ValueError for a weight or a name that has no meaning.
     """
 
     def __init__(
@@ -65,7 +68,8 @@ class LeJEPALoss(nn.Module):
         predicted: Float[Tensor, "v n d"] | None = None,
         counts: Sequence[int] | None = None,
     ) -> LossTerms:
-        """z: this rank's embeddings, the `num_global` global views first. counts: as for Regularizer."""
+        """z: this rank's embeddings, the `num_global` global views first. counts: as for Regularizer. Raises
+        ValueError where there are too few samples for the regularizer."""
         views, n, width = z.shape
         x = to_float32(z)
         target = x[:num_global].mean(0)  # [N, D]

@@ -16,11 +16,11 @@ from lejepa_scale.parallel.process_group import Group, world_size
 class Regularizer(nn.Module, ABC):
     """A scalar of the embeddings of all ranks, the same on every rank.
 
-    After `backward`, `z.grad` holds W times the gradient of that value, W being the ranks of `group`: what an engine that
-    averages gradients over ranks needs. Ranks may hold unequal numbers of samples, or none.
+    After `backward`, `z.grad` holds W times the gradient of that value, W being the ranks of `group`: what an engine
+    that averages gradients over ranks needs. Ranks may hold unequal numbers of samples, or none.
 
     With `joint` the views are pooled into one sample of V N; otherwise each view is a sample of N and the V values are
-    averaged. With fewer than `least` samples in all there is no value: ValueError, where the total is known.
+    averaged. Raises ValueError for fewer than `least` samples in all, which have no value, where the total is known.
     """
 
     def __init__(self, *, joint: bool, group: Group, seed: int, least: int) -> None:
@@ -28,11 +28,11 @@ class Regularizer(nn.Module, ABC):
         self.joint, self.group, self.seed, self.least = joint, group, seed, least
 
     @abstractmethod
-    def local_sums(self, z: Float[Tensor, "v n d"], step: int) -> Tensor:
+    def local_sums(self, z: Float[Tensor, "v n d"], step: int) -> Float[Tensor, "*sums"]:
         """This rank's part of the sums over samples that determine the value. z is in fp32 or fp64."""
 
     @abstractmethod
-    def statistic(self, sums: Tensor, count: Tensor, step: int) -> Float[Tensor, ""]:
+    def statistic(self, sums: Float[Tensor, "*sums"], count: Float[Tensor, ""], step: int) -> Float[Tensor, ""]:
         """The value from the sums over `count` samples in all."""
 
     def forward(
@@ -65,10 +65,10 @@ class Regularizer(nn.Module, ABC):
                 f"{samples}, embeddings of shape {list(z.shape)} here."
             )
 
-    def _sample(self, z: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
+    def _sample(self, z: Float[Tensor, "v n d"]) -> Float[Tensor, "samples rows d"]:
         return z.flatten(0, 1).unsqueeze(0) if self.joint else z
 
 
-def to_float32(x: Tensor) -> Tensor:
+def to_float32(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """fp32, or fp64 for fp64: the precision of every statistic."""
     return x if x.dtype == torch.float64 else x.float()

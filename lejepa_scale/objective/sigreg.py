@@ -36,7 +36,7 @@ class SIGReg(Regularizer):
     scale: the factor in front: "n" (the paper), "reference" (`reference_n`, so that lambda keeps its meaning when the global
     batch changes) or "none" (1). joint: see Regularizer; N is then V N.
 
-    communication: how ranks meet; the value is the same (communication.Traffic has the costs).
+    communication: how ranks meet; the value is the same (comm_cost.Traffic has the costs).
     - "sums": one all-reduce of 2 V M (knots - 1) + 1 numbers forward, none backward.
     - "embeddings": gather, and every rank does all the arithmetic. No collective backward.
     - "distinct": gather, and each rank takes its share of the M directions. A reduce-scatter backward.
@@ -82,7 +82,9 @@ class SIGReg(Regularizer):
         self.estimator, self.scale, self.reference_n = estimator, scale, reference_n
         self.backend, self.communication = backend, communication
 
-    def directions(self, step: int, width: int, device: torch.device, dtype: torch.dtype) -> Float[Tensor, "m d"]:
+    def directions(
+        self, step: int, width: int, device: torch.device, dtype: torch.dtype
+    ) -> Float[Tensor, "{self.num_slices} {width}"]:
         """Unit rows drawn from (seed, step) alone: the same on every rank, others at the next step, no hidden state."""
         a = normal(self.seed, step, self.num_slices, width, device, dtype)
         return a / a.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
@@ -125,11 +127,11 @@ class SIGReg(Regularizer):
             packed = sum_replicated(torch.cat([part[None], extra.to(part.dtype)]), self.group)
             return packed[0], packed[1:]
 
-    def local_sums(self, z: Float[Tensor, "v n d"], step: int) -> Float[Tensor, "2 k v m"]:
+    def local_sums(self, z: Float[Tensor, "v n d"], step: int) -> Float[Tensor, "2 {self.knots}-1 v {self.num_slices}"]:
         """Cosine and sine sums over this rank's samples."""
         return self._sums(z, self.directions(step, z.shape[-1], z.device, z.dtype))
 
-    def _sums(self, z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"]) -> Float[Tensor, "2 k v m"]:
+    def _sums(self, z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"]) -> Float[Tensor, "2 {self.knots}-1 v m"]:
         backend = self._backend(z)
         if backend == "reference":
             return characteristic.reference_sums(z, a, self.dt, self.knots)
@@ -144,11 +146,13 @@ class SIGReg(Regularizer):
             return "triton" if characteristic.has_triton() else "fused"
         return "native" if z.device.type == "cpu" and cpu_kernels.available() else "fused"
 
-    def statistic(self, sums: Float[Tensor, "2 k v m"], count: Tensor, step: int) -> Float[Tensor, ""]:
+    def statistic(
+        self, sums: Float[Tensor, "2 {self.knots}-1 v m"], count: Float[Tensor, ""], step: int
+    ) -> Float[Tensor, ""]:
         """Of M' <= num_slices directions, their share of the mean over directions."""
         return self.of_each(sums, count).sum() / (sums.shape[2] * self.num_slices)
 
-    def of_each(self, sums: Float[Tensor, "2 k v m"], count: Tensor) -> Float[Tensor, "v m"]:
+    def of_each(self, sums: Float[Tensor, "2 {self.knots}-1 v m"], count: Float[Tensor, ""]) -> Float[Tensor, "v m"]:
         """The scaled statistic of each view and direction."""
         cos, sin = sums / count
         t = self.dt * torch.arange(1, self.knots, device=sums.device, dtype=sums.dtype)
@@ -163,7 +167,9 @@ class SIGReg(Regularizer):
         return factor * (weight * error).sum(0)
 
 
-def normal(seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def normal(
+    seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "{rows} {columns}"]:
     """Standard normal [rows, columns] from (seed, step) alone."""
     # Under torch.compile as an opaque operator, lest the graph breaks; the first call of one imports a symbolic algebra
     # system, four seconds that an eager process need not spend.
@@ -176,7 +182,12 @@ def _draw(seed: int, step: int, rows: int, columns: int, device: torch.device, d
     return torch.randn(rows, columns, generator=generator, device=device, dtype=dtype)
 
 
-_opaque_draw = torch.library.custom_op("lejepa_scale::normal", _draw, mutates_args=())
+_opaque_draw = torch.library.custom_op(
+    "lejepa_scale::normal",
+    _draw,
+    mutates_args=(),
+    schema="(SymInt seed, SymInt step, SymInt rows, SymInt columns, Device device, ScalarType dtype) -> Tensor",
+)
 
 
 @_opaque_draw.register_fake

@@ -46,7 +46,7 @@ def _gradient_kernel(p, w, out, rows, samples, DT: tl.constexpr, KNOTS: tl.const
     tl.store(out + start + n, real, mask=inside)
 
 
-def sums(p: Float[Tensor, "r n"], dt: float, knots: int) -> Float[Tensor, "2 k r"]:
+def sums(p: Float[Tensor, "r n"], dt: float, knots: int) -> Float[Tensor, "2 {knots}-1 r"]:
     """Cosine and sine sums. Partial sums of the tiles are added in a fixed order: the result is reproducible."""
     rows, samples = p.shape
     tiles = triton.cdiv(samples, _TILE)

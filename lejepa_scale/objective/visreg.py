@@ -12,7 +12,7 @@ def scale_and_centre_sums(z: Float[Tensor, "v n d"]) -> Float[Tensor, "2 v d"]:
     return torch.stack([z.sum(1), z.square().sum(1)])
 
 
-def scale_and_centre(sums: Float[Tensor, "2 v d"], count: Tensor) -> Float[Tensor, ""]:
+def scale_and_centre(sums: Float[Tensor, "2 v d"], count: Float[Tensor, ""]) -> Float[Tensor, ""]:
     r"""mean over views and dimensions of (1 - sigma_j)^2 + mu_j^2: VISReg's scale and centre terms (arXiv 2606.02572).
 
     SIGReg's gradient vanishes linearly in the scale of the embeddings at collapse; that of (1 - sigma)^2 does not. sigma is

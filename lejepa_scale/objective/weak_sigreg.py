@@ -14,9 +14,10 @@ from lejepa_scale.parallel.process_group import Group
 class WeakSIGReg(Regularizer):
     r"""|| Cov(z S) - I ||_F, averaged over views (arXiv 2603.05924), over the global batch.
 
-    S [D, sketch] has independent entries N(0, 1/D), drawn from (seed, step); S = I where D <= sketch. Cov is the unbiased
-    covariance. Cheaper than SIGReg and blind to anything but second moments: it prevents collapse, not skew or tails.
-    Its scale is another than SIGReg's, and so is the lambda that suits it.
+    S [D, sketch] has independent entries N(0, 1/D), drawn from (seed, step); S = I where D <= sketch. Cov is the
+    unbiased covariance. Cheaper than SIGReg and blind to anything but second moments: it prevents collapse, not skew or
+    tails. Its scale is another than SIGReg's, and so is the lambda that suits it. Raises ValueError for a sketch below
+    1 and for fewer than 2 samples.
     """
 
     def __init__(self, sketch: int = 64, group: Group = None, *, joint: bool = False, seed: int = 0) -> None:
@@ -32,7 +33,8 @@ class WeakSIGReg(Regularizer):
             z = z @ normal(self.seed, step, width, self.sketch, z.device, z.dtype) / width**0.5
         return torch.cat([z.sum(1, keepdim=True), z.mT @ z], 1)
 
-    def statistic(self, sums: Float[Tensor, "v s1 s"], count: Tensor, step: int) -> Float[Tensor, ""]:
+    def statistic(self, sums: Float[Tensor, "v s1 s"], count: Float[Tensor, ""], step: int) -> Float[Tensor, ""]:
+        """|| Cov - I ||_F of each view, averaged, with the unbiased covariance of `count` samples."""
         mean = sums[:, :1] / count
         covariance = (sums[:, 1:] - count * mean.mT @ mean) / (count - 1)
         identity = torch.eye(sums.shape[2], device=sums.device, dtype=sums.dtype)

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,7 +20,7 @@ from lejepa_scale.parallel.shared_memory import SharedMemoryGather
 T = TypeVar("T")
 
 
-def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
+def all_reduce_sum(x: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tensor, "*shape"]:
     """Sum over ranks, no gradient."""
     x = x.detach().clone()
     if world_size(group) > 1:
@@ -28,7 +28,7 @@ def all_reduce_sum(x: Tensor, group: Group = None) -> Tensor:
     return x
 
 
-def all_gather(x: Tensor, group: Group = None) -> Tensor:
+def all_gather(x: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tensor, " ranks *shape"]:
     """[...] on each rank -> [W, ...] on every rank, no gradient; the same shape everywhere."""
     ranks = world_size(group)
     if ranks == 1:
@@ -41,7 +41,7 @@ def all_gather(x: Tensor, group: Group = None) -> Tensor:
 _shared: tuple[Group, SharedMemoryGather | None] = None, None  # the group it belongs to
 
 
-def gather_statistics(x: Tensor) -> Tensor:
+def gather_statistics(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " ranks *shape"]:
     """`all_gather` over all ranks for what is small and frequent: CPU ranks of one host exchange it in shared memory."""
     global _shared
     if world_size() == 1 or not shared_memory.fits(x):
@@ -59,16 +59,18 @@ def _forget_shared() -> None:
 
 class _SumReplicated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+    def forward(ctx: Any, x: Float[Tensor, "*shape"], group: Group) -> Float[Tensor, "*shape"]:
         ctx.world = world_size(group)
         return all_reduce_sum(x, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Float[Tensor, "*shape"]
+    ) -> tuple[Float[Tensor, "*shape"], None]:
         return grad * ctx.world, None
 
 
-def sum_replicated(x: Tensor, group: Group = None) -> Tensor:
+def sum_replicated(x: Float[Tensor, "*shape"], group: Group = None) -> Float[Tensor, "*shape"]:
     """Differentiable sum over ranks, for a quantity that every rank then uses *identically*.
 
     All ranks hold the same gradient of the same scalar, so the backward sum is a multiplication by the world size: no
@@ -79,14 +81,18 @@ def sum_replicated(x: Tensor, group: Group = None) -> Tensor:
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: Sequence[int], same_use: bool, group: Group) -> Tensor:
+    def forward(
+        ctx: Any, x: Float[Tensor, "v n d"], counts: Sequence[int], same_use: bool, group: Group
+    ) -> Float[Tensor, "v total d"]:
         ctx.counts, ctx.same_use, ctx.group, ctx.dtype = counts, same_use, group, x.dtype
         parts = all_gather(_padded(x, max(counts)), group)  # [W, V, longest, D]
         rows = torch.cat([part[:, :count] for part, count in zip(parts, counts, strict=True)], 1)
         return rows if x.dtype == torch.float64 else rows.float()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Float[Tensor, "v total d"]
+    ) -> tuple[Float[Tensor, "v n d"], None, None, None]:
         parts = grad.split(list(ctx.counts), 1)
         me, longest = rank(ctx.group), max(ctx.counts)
         if ctx.same_use:
@@ -98,7 +104,7 @@ class _GatherRows(torch.autograd.Function):
         return mine.to(ctx.dtype), None, None, None
 
 
-def _padded(x: Float[Tensor, "v n d"], rows: int) -> Float[Tensor, "v rows d"]:
+def _padded(x: Float[Tensor, "v n d"], rows: int) -> Float[Tensor, "v {rows} d"]:
     return torch.cat([x, x.new_zeros(len(x), rows - x.shape[1], x.shape[2])], 1)
 
 
@@ -178,5 +184,6 @@ def any_rank(flag: bool, device: torch.device) -> bool:
 
 
 def barrier() -> None:
+    """Wait until every rank has come here."""
     if world_size() > 1:
         dist.barrier()

@@ -102,8 +102,10 @@ def timeout() -> timedelta:
 
 
 def world_size(group: Group = None) -> int:
+    """Ranks of a group, of all by default; 1 outside a process group."""
     return dist.get_world_size(group) if dist.is_initialized() else 1
 
 
 def rank(group: Group = None) -> int:
+    """This process in a group, in that of all by default; 0 outside a process group."""
     return dist.get_rank(group) if dist.is_initialized() else 0

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Shaped
 from torch import Tensor
 
 _FOLDER = Path("/dev/shm")
@@ -35,8 +36,9 @@ class SharedMemoryGather:
         self.counters = view[: world * _LINE].cast("Q")
         self.slots = torch.frombuffer(memory, dtype=torch.uint8, offset=world * _LINE).view(2, world, _SLOT)
 
-    def gather(self, x: Tensor) -> Tensor:
-        """[...] on each rank -> [W, ...] on every rank; the same shape everywhere."""
+    def gather(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " {self.world} *shape"]:
+        """[...] on each rank -> [W, ...] on every rank; the same shape everywhere. Raises RuntimeError after
+        `timeout` seconds without the others."""
         self.turn += 1
         data = x.detach().contiguous()
         size, slots = data.numel() * data.element_size(), self.slots[self.turn % 2]
@@ -59,7 +61,8 @@ class SharedMemoryGather:
                     time.sleep(1e-4)
 
 
-def fits(x: Tensor) -> bool:
+def fits(x: Shaped[Tensor, "..."]) -> bool:
+    """Whether a tensor is on the CPU and small enough for a slot."""
     return x.device.type == "cpu" and 0 < x.numel() * x.element_size() <= _SLOT
 
 

@@ -21,8 +21,8 @@ class OnlineProbe:
         )
         self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=1e-4)
 
-    def step(self, features: Float[Tensor, "b e"], labels: Int[Tensor, " b"]) -> Tensor:
-        """One update; top-1 accuracy on this batch *before* it (so on images not yet seen by the probe), global."""
+    def step(self, features: Float[Tensor, "b e"], labels: Int[Tensor, " b"]) -> Float[Tensor, "2"]:
+        """One update; hits and images of this batch *before* it (so of images not yet seen by the probe), global."""
         logits = self.head(features.float())
         F.cross_entropy(logits, labels).backward()
         gradients = [all_reduce_sum(p.grad) / world_size() for p in self.head.parameters() if p.grad is not None]
@@ -36,9 +36,11 @@ class OnlineProbe:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors, for safetensors."""
-        out = {f"head.{name}": t.detach().cpu().contiguous() for name, t in self.head.state_dict().items()}
+        out = {
+            f"head.{name}": t.detach().to("cpu", copy=True).contiguous() for name, t in self.head.state_dict().items()
+        }
         for i, state in self.optimizer.state_dict()["state"].items():
-            out |= {f"optimizer.{i}.{key}": t.detach().cpu().contiguous() for key, t in state.items()}
+            out |= {f"optimizer.{i}.{key}": t.detach().to("cpu", copy=True).contiguous() for key, t in state.items()}
         return out
 
     def load_state_dict(self, flat: dict[str, Tensor]) -> None:

@@ -18,7 +18,8 @@ logger = logging.getLogger(__name__)
 
 
 def resume(config: Config, store: Store, mixture: Mixture) -> tuple[CanonicalState | None, dict[str, Tensor], Progress]:
-    """The newest complete checkpoint, read by rank 0 (its tensors stay there); a fresh start where there is none."""
+    """The newest complete checkpoint, read by rank 0 (its tensors stay there); a fresh start where there is none.
+    Raises UserError, on every rank, where it cannot be gone on from."""
     held: list[CanonicalState] = []
 
     def read() -> tuple[dict[str, Tensor], Progress]:

@@ -125,7 +125,7 @@ def test_corrupt_checkpoint_is_named_and_never_skipped_silently(command: Command
     (model.parent / "COMPLETE").unlink()  # what an interrupted save leaves: the one before is taken
     result = command(TRAIN, *more)
     assert result.returncode == 0, result.stderr
-    assert "step_00000002" in result.stdout
+    assert "step_00000002" in result.stderr
 
 
 def test_checkpoint_of_another_model_and_other_shards(command: Command, tmp_path: Path, scenes: Path) -> None:

@@ -203,6 +203,8 @@ def test_all_keys_of_one_condition_are_named_together(tmp_path: Path) -> None:
         "set the defaults again (objective.sigreg.num_slices=1024 objective.sigreg.scale=n "
         "objective.sigreg.reference_n=256)."
     ) in message
+    path = written(tmp_path, {**BARE, "objective": {"regularizer": "weak_sigreg", "sigreg": {"reference_n": 9}}})
+    assert error_of(path).count("has no effect") == 1  # nothing is said of scale, which has none either
 
 
 def test_an_engine_given_on_the_command_line_meets_the_keys_of_the_file(tmp_path: Path) -> None:
@@ -335,3 +337,20 @@ def test_build_loss_hands_every_key_to_the_objective() -> None:
     regularizer = build_loss(validate(weak)).regularizer
     assert isinstance(regularizer, WeakSIGReg)
     assert regularizer.sketch == 5
+
+
+@pytest.mark.parametrize(
+    "override", ["model.attention=sdpa", "engine.prefetch=2", "engine.compile=true", "engine.fp8=true"]
+)
+def test_keys_for_blocks_are_refused_for_an_encoder_without_any(tmp_path: Path, override: str) -> None:
+    """Known once the encoder is built, on the meta device."""
+    from lejepa_scale.model import check
+
+    tree = small_config("r", "s", engine={"name": "fsdp", "precision": "bf16"})
+    path = written(tmp_path, tree | {"model": {"encoder": "resnet10t"}})
+    check(load_config(path))
+    with pytest.raises(
+        UserError, match=f"{override} works on the blocks of a vision transformer, and resnet10t has none"
+    ):
+        check(load_config(path, [override]))
+    check(load_config(path, ["model.encoder=vit_nano", override]))

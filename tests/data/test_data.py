@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, small_views
+from PIL import Image
+from torchvision.transforms import Resize
 
 from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data import Loader, evaluation_batches, open_mixture
+from lejepa_scale.data.make import synthetic
 from lejepa_scale.errors import UserError
 
 
@@ -77,4 +80,6 @@ def test_evaluation_keeps_stored_order(scenes: Path) -> None:
     assert torch.cat(labels).tolist() == [i % 10 for i in range(50)]
     assert images[0].shape == (20, 3, 24, 24)
     assert images[0].dtype == torch.uint8
-    assert np.isfinite(images[0].float().mean())
+    scene = Image.fromarray(synthetic.render(7, 32, seed=0)[0])
+    difference = images[0][7].permute(1, 2, 0).int() - torch.from_numpy(np.array(Resize(24)(scene))).int()
+    assert difference.abs().max() <= 2

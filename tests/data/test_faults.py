@@ -242,19 +242,19 @@ def test_replacements_do_not_depend_on_ranks_or_workers(tmp_path: Path) -> None:
             assert whole.skipped == [fault for piece in pieces for fault in piece.skipped]
 
 
-def test_evaluation_names_what_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_names_what_it_leaves_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "one.tar").write_bytes(tar_of({**members(), "005.png": b"bad"}))
     (batch,) = evaluation_batches(str(tmp_path), image_size=24, batch_size=20)
     assert len(batch[0]) == COUNT - 1
-    assert "left out:" in (error := capsys.readouterr().err)
+    assert "left out:" in (error := caplog.text)
     assert "sample 005 at byte" in error
 
 
-def test_missing_labels_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_labels_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "one.tar").write_bytes(tar_of({k: v for k, v in members().items() if k != "005.cls"}))
     _, known = opened(tmp_path / "one.tar")
     assert known.num_classes == 0
-    assert f"1 of {COUNT} samples have no label" in capsys.readouterr().err
+    assert f"1 of {COUNT} samples have no label" in caplog.text
 
 
 def test_companions_of_no_image_are_no_samples(tmp_path: Path) -> None:

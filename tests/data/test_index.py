@@ -134,7 +134,7 @@ def test_a_damaged_sidecar_is_refused_by_training_and_mended_by_the_tool(
 
 @pytest.mark.parametrize("damage", [flip, halve])
 def test_a_damaged_manifest_is_named_and_made_anew(
-    folder: Path, scans: list[str], damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    folder: Path, scans: list[str], damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     before = indexed(folder)
     scans.clear()
@@ -142,7 +142,7 @@ def test_a_damaged_manifest_is_named_and_made_anew(
     sound = manifest.read_bytes()
     damage(manifest)
     after = indexed(folder)
-    assert "manifest of" in capsys.readouterr().err
+    assert "manifest of" in caplog.text
     assert scans == []  # from the sidecars
     assert after.fingerprint == before.fingerprint
     assert manifest.read_bytes() == sound

@@ -203,8 +203,8 @@ def ended(process: Any, seconds: float = 120) -> int | None:
 
 
 def consume(tree: dict[str, Any], ranks: int, kill_at: int | None) -> None:
-    """What train.py does with data, without a model: `ranks` loaders in step, the step number saved every third one. Dies of
-    SIGKILL after taking `kill_at` micro-batches, in the middle of the next line."""
+    """What the trainer does with data, without a model: `ranks` loaders in step, the step number saved every third one.
+    Dies of SIGKILL after taking `kill_at` micro-batches, in the middle of the next line."""
     config = validate(tree)
     sources, split = open_mixture(config.data), plan_batches(config, ranks)
     saved = config.run.dir / "saved"

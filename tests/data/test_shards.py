@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from conftest import ROOT, Command
+from torchvision.datasets import FakeData
 
 from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.make import sources, synthetic
@@ -119,9 +120,10 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
 def test_torchvision_dataset(tmp_path: Path) -> None:
     source = sources.torchvision("FakeData", tmp_path, None, False, "png", 90)
     first = next(source.samples)
-    image = cv2.imdecode(np.frombuffer(first.image, np.uint8), cv2.IMREAD_COLOR)
-    assert image.shape == (224, 224, 3)
-    assert first.label is not None
+    image = cv2.imdecode(np.frombuffer(first.image, np.uint8), cv2.IMREAD_COLOR_RGB)
+    theirs, label = FakeData()[0]
+    assert np.array_equal(image, np.array(theirs))
+    assert first.label == label
 
 
 def test_the_tool_writes_and_then_has_nothing_to_do(command: Command, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 
 from lejepa_scale.errors import UserError
@@ -14,16 +15,23 @@ from lejepa_scale.model.attention import Packing, choose_backend
 def test_other_models_run_unpacked(name: str) -> None:
     encoder = Encoder(name, image_size=64, options={"depth": 1} if "vit" in name else {})  # parallel blocks
     assert not encoder.packed
-    features = encoder([torch.randn(2, 3, 64, 64), torch.randn(3, 3, 32, 32)])
-    assert [tuple(f.shape) for f in features] == [(2, encoder.embed_dim), (3, encoder.embed_dim)]
-    assert encoder.patch_features(torch.randn(2, 3, 64, 64)).shape[-1] == encoder.embed_dim
+    plain = timm.create_model(**encoder.timm_arguments).eval()
+    plain.load_state_dict(encoder.backbone.state_dict())
+    images = [torch.randn(2, 3, 64, 64), torch.randn(3, 3, 32, 32)]
+    encoder.eval()
+    torch.testing.assert_close(encoder(images), [plain(x) for x in images], rtol=1e-4, atol=1e-5)
+    assert encoder.patch_features(images[0]).shape[-1] == encoder.embed_dim
 
 
 def test_patch_features_are_the_tokens_in_their_place() -> None:
     encoder = Encoder("vit_nano", image_size=32).eval()
     image = torch.randn(1, 3, 32, 32)
     tokens = encoder.patch_features(image)
-    assert tokens.shape == (1, 4, 4, 128)
+    plain = timm.create_model(**encoder.timm_arguments).eval()
+    plain.load_state_dict(encoder.backbone.state_dict())
+    expected = plain.forward_features(image)[0, 1:]  # row by row, after the class token
+    for place in range(16):
+        torch.testing.assert_close(tokens[0, place // 4, place % 4], expected[place], rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_names_and_impossible_sizes_are_refused() -> None:

@@ -121,6 +121,7 @@ def test_memory_is_two_projections_or_little_more() -> None:
     assert _peak("reference", samples // 8) > 30 * projections / 8
 
 
+@pytest.mark.traced
 def test_no_graph_break_under_compile() -> None:
     """fullgraph raises where torch.compile would break the graph; the directions still follow the step."""
     sigreg = SIGReg(num_slices=8)

@@ -1,4 +1,4 @@
-"""Steps on images: the loader alone, and from shards to updated weights, as train.py goes."""
+"""Steps on images: the loader alone, and from shards to updated weights, as the trainer goes."""
 
 from __future__ import annotations
 

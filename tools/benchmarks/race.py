@@ -1,5 +1,5 @@
-"""Whole training steps, from shards to updated weights: what train.py runs against the minimal recipe, in turns in one run,
-on all cores of this machine."""
+"""Whole training steps, from shards to updated weights: what the trainer runs against the minimal recipe, in turns in
+one run, on all cores of this machine."""
 
 from __future__ import annotations
 

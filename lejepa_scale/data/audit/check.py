@@ -46,6 +46,7 @@ class Log:
 
     @property
     def global_batch(self) -> int:
+        """Samples of a step, over all ranks."""
         return int(self.headers[0][1]["global_batch"])
 
     @property

@@ -41,6 +41,7 @@ class Record(NamedTuple):
 
     @property
     def sample(self) -> tuple[int, int, int]:
+        """(source, shard, member): the same in every epoch."""
         return self.source, self.shard, self.member
 
     def __str__(self) -> str:
@@ -49,10 +50,12 @@ class Record(NamedTuple):
 
 
 def header_line(header: Header) -> str:
+    """A header as a line of a log."""
     return f"# {json.dumps(header)}\n"
 
 
 def record_line(step: int, record: Record) -> str:
+    """What came at a position, as a line of a log."""
     *numbers, name, replacement = record
     names = [_printable(text) for text in (name, replacement) if text]
     return "\t".join([str(step), *map(str, numbers), *names]) + "\n"
@@ -73,6 +76,7 @@ class KeyLog:
         self._append(header_line(header))
 
     def write(self, step: int, records: Iterable[Record]) -> None:
+        """Append what the trainer took in a step."""
         self._append("".join(record_line(step, record) for record in records))
 
     def _append(self, text: str) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from lejepa_scale.config import Data
@@ -39,8 +40,10 @@ class MinResolution:
         return next(fits, 1)
 
 
-def decode(data: bytes, enough: MinResolution | None = None, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """uint8 [H, W, 3], RGB; grey and transparent images are converted, EXIF orientation is applied.
+def decode(
+    data: bytes, enough: MinResolution | None = None, max_pixels: int = MAX_PIXELS
+) -> UInt8[np.ndarray, "h w 3"]:
+    """RGB; grey and transparent images are converted, EXIF orientation is applied.
 
     A JPEG may come back smaller by a whole factor (libjpeg's scaled inverse transform) where `enough` allows it. Raises
     DecodeError, also for a JPEG that is cut short.
@@ -67,7 +70,8 @@ def decode(data: bytes, enough: MinResolution | None = None, max_pixels: int = M
 
 
 def dimensions(data: bytes) -> tuple[int, int] | None:
-    """(height, width) as stored, from the header alone; None where it is not understood."""
+    """(height, width) as stored, from the header alone; None where it is not understood. Raises DecodeError where
+    that says more pixels than Pillow would open."""
     if _is_jpeg(data):
         at = _frame_header(data)
         if at < 0:

@@ -12,7 +12,7 @@ from itertools import permutations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Float32, UInt8
 from torch import Tensor
 
 from lejepa_scale.config import Augment
@@ -27,8 +27,8 @@ FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, SIGMA, SOLARIZE, 
 DRAWS = 11  # uniform numbers per view
 
 
-def draw(draws: np.ndarray, augment: Augment) -> np.ndarray:
-    """Parameters of views, float32 [n, WIDTH], from uniform `draws` [n, DRAWS]. ORDER is -1 where there is no jitter,
+def draw(draws: Float[np.ndarray, "n draws"], augment: Augment) -> Float32[np.ndarray, "n width"]:
+    """WIDTH parameters of each view from DRAWS uniform numbers. ORDER is -1 where there is no jitter,
     SIGMA 0 without blur."""
     u = draws.T
     out = np.zeros((len(draws), WIDTH), np.float32)
@@ -63,11 +63,11 @@ def normalize(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     return x
 
 
-def _one_by_one(images: Tensor, parameters: np.ndarray) -> Tensor:
+def _one_by_one(images: UInt8[Tensor, "b 3 h w"], parameters: Float32[np.ndarray, "b p"]) -> Float32[Tensor, "b 3 h w"]:
     out = torch.empty(images.shape, dtype=torch.float32)
     scale = np.array([[*row, -m / s] for row, m, s in zip(np.diag(_FACTORS), MEAN, STD, strict=True)], np.float32)
     for image, target, row in zip(images.numpy(), out.numpy(), parameters.tolist(), strict=True):
-        order = _ORDERS[int(row[ORDER])] if row[ORDER] >= 0 else ()
+        order = _ORDERS[int(row[ORDER])].tolist() if row[ORDER] >= 0 else []
         photometric_cpu.augment(
             image,
             flip=row[FLIP] > 0,
@@ -83,7 +83,7 @@ def _one_by_one(images: Tensor, parameters: np.ndarray) -> Tensor:
     return out
 
 
-def _together(images: Tensor, parameters: np.ndarray) -> Tensor:
+def _together(images: UInt8[Tensor, "b 3 h w"], parameters: Float32[np.ndarray, "b p"]) -> Float32[Tensor, "b 3 h w"]:
     x = images.float()
     masks = _masks(parameters)
     active = [step for step in range(len(_STEPS)) if masks[:, step].any()]
@@ -103,43 +103,43 @@ def _together(images: Tensor, parameters: np.ndarray) -> Tensor:
     return x
 
 
-def _masks(rows: np.ndarray) -> np.ndarray:
-    """Which of _STEPS each image goes through, bool [n, steps]."""
+def _masks(rows: Float32[np.ndarray, "n p"]) -> Bool[np.ndarray, "n steps"]:
+    """Which of _STEPS each image goes through."""
     orders = np.where(rows[:, ORDER, None] >= 0, _ORDERS[np.maximum(rows[:, ORDER], 0).astype(int)], -1)  # [n, 4 slots]
     jitter = (orders[:, :, None] == np.arange(4)).reshape(len(rows), 16)
     others = rows[:, [FLIP, GRAYSCALE, SIGMA, SOLARIZE]] > 0
     return np.concatenate([others[:, :1], jitter, others[:, 1:]], 1)
 
 
-def _standardize(x: Tensor) -> None:
+def _standardize(x: Float[Tensor, "n 3 h w"]) -> None:
     for channel, (factor, mean, std) in enumerate(zip(_FACTORS, MEAN, STD, strict=True)):
         x[:, channel].mul_(factor).sub_(mean / std)
 
 
-def _luma(x: Tensor) -> Tensor:
+def _luma(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
     r, g, b = x.unbind(1)
     return (_GRAY[0] * r).add_(g, alpha=_GRAY[1]).add_(b, alpha=_GRAY[2]).unsqueeze(1)
 
 
-def _flip(x: Tensor, _: Tensor) -> None:
+def _flip(x: Float[Tensor, "n 3 h w"], _: Float[Tensor, "n 1 1 1"]) -> None:
     x.copy_(x.flip(-1))
 
 
-def _brightness(x: Tensor, factor: Tensor) -> None:
+def _brightness(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, "n 1 1 1"]) -> None:
     x.mul_(factor).clamp_(0, 255)
 
 
-def _contrast(x: Tensor, factor: Tensor) -> None:
+def _contrast(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, "n 1 1 1"]) -> None:
     mean = _luma(x.mean((2, 3), keepdim=True))
     x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
 
 
-def _saturation(x: Tensor, factor: Tensor) -> None:
+def _saturation(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, "n 1 1 1"]) -> None:
     gray = _luma(x)
     x.mul_(factor).add_(gray.mul_(1 - factor)).clamp_(0, 255)
 
 
-def _hue(x: Tensor, shift: Tensor) -> None:
+def _hue(x: Float[Tensor, "n 3 h w"], shift: Float[Tensor, "n 1 1 1"]) -> None:
     """Rotate hue by `shift` turns (within half of one), keeping value v and chroma c = v - m, m the least channel.
 
     In sixths of a turn, a pixel's angle from red is 1 + (g + b - r - m) / c, towards green where g > b. A channel whose
@@ -160,16 +160,16 @@ def _hue(x: Tensor, shift: Tensor) -> None:
         torch.addcmul(base, chroma, distance[:, channel], out=x[:, channel])
 
 
-def _grayscale(x: Tensor, _: Tensor) -> None:
+def _grayscale(x: Float[Tensor, "n 3 h w"], _: Float[Tensor, "n 1 1 1"]) -> None:
     x.copy_(_luma(x).expand_as(x))
 
 
-def _solarize(x: Tensor, _: Tensor) -> None:
+def _solarize(x: Float[Tensor, "n 3 h w"], _: Float[Tensor, "n 1 1 1"]) -> None:
     """Invert from 128 on. For whole numbers that is the smaller of x and 255 - x, which has no jump at the threshold."""
     torch.minimum(x, 255 - x, out=x)
 
 
-def _blur(x: Tensor, sigma: Tensor) -> None:
+def _blur(x: Float[Tensor, "n 3 h w"], sigma: Float[Tensor, "n 1 1 1"]) -> None:
     """Separable Gaussian of 7 taps with a standard deviation per image, reflected at the border."""
     radius = min(_RADIUS, x.shape[-1] - 1, x.shape[-2] - 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)

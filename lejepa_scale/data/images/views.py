@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from lejepa_scale.config import ViewGroup
@@ -19,10 +20,11 @@ DRAWS = 2 * _ATTEMPTS + 2  # uniform numbers per view
 _SPARE = 1.5  # a reduced image keeps this many pixels for each of a view's, along a side
 
 
-def crop_boxes(height: int, width: int, scale: tuple[float, float], draws: np.ndarray) -> np.ndarray:
-    """(top, left, height, width) of random resized crops, int64 [n, 4], from uniform `draws` [n, DRAWS]: area uniform in
-    `scale`, log-aspect uniform in [3/4, 4/3], ten attempts, then the centre. The distribution of torchvision's
-    RandomResizedCrop."""
+def crop_boxes(
+    height: int, width: int, scale: tuple[float, float], draws: Float[np.ndarray, "n draws"]
+) -> Int64[np.ndarray, "n 4"]:
+    """(top, left, height, width) of random resized crops, from DRAWS uniform numbers each: area uniform in `scale`,
+    log-aspect uniform in [3/4, 4/3], ten attempts, then the centre. The distribution of torchvision's RandomResizedCrop."""
     return np.array([_crop_box(height, width, scale, row) for row in draws.tolist()], np.int64)
 
 
@@ -40,8 +42,10 @@ def _crop_box(height: int, width: int, scale: tuple[float, float], draws: list[f
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def cut_views(image: np.ndarray, group: ViewGroup, draws: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] and uniform [count, DRAWS] -> uint8 [count, 3, size, size]."""
+def cut_views(
+    image: UInt8[np.ndarray, "h w 3"], group: ViewGroup, draws: Float[np.ndarray, "{group.count} draws"]
+) -> UInt8[Tensor, "{group.count} 3 {group.size} {group.size}"]:
+    """Crops of an image, each from DRAWS uniform numbers."""
     out = torch.empty(group.count, 3, group.size, group.size, dtype=torch.uint8)
     boxes = crop_boxes(image.shape[0], image.shape[1], group.scale, draws).tolist()
     for view, (top, left, h, w) in zip(out, boxes, strict=True):
@@ -58,8 +62,8 @@ def min_resolution(groups: Sequence[ViewGroup]) -> MinResolution:
     )
 
 
-def centre_square(image: np.ndarray, size: int) -> np.ndarray:
-    """Resize the short side to `size`, cut the middle: uint8 [size, size, 3], for evaluation."""
+def centre_square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Resize the short side to `size`, cut the middle, for evaluation."""
     h, w = image.shape[:2]
     ratio = size / min(h, w)
     h, w = max(size, round(h * ratio)), max(size, round(w * ratio))
@@ -67,7 +71,6 @@ def centre_square(image: np.ndarray, size: int) -> np.ndarray:
     return _resized(image, h, w)[:, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
-def _resized(image: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 [H, W, 3] -> [3, height, width]."""
+def _resized(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[Tensor, "3 {height} {width}"]:
     planes = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
     return torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True).squeeze(0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import sys
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from lejepa_scale.data.index.scan import ShardIndex
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 _VERSION = 2
 _MANIFEST = "manifest.index.npz"
 MANIFEST_ROW = np.dtype(
@@ -24,12 +26,12 @@ MANIFEST_ROW = np.dtype(
 )
 
 
-def row_of(index: ShardIndex) -> np.ndarray:
+def row_of(index: ShardIndex) -> np.void:
     """What a manifest says of a shard, a MANIFEST_ROW."""
     labels = index.labels
-    row = np.zeros((), MANIFEST_ROW)
-    row[()] = (len(index), int((labels >= 0).sum()), int(labels.max()) + 1, index.nbytes, index.digest.encode())
-    return row
+    rows = np.zeros(1, MANIFEST_ROW)
+    rows[0] = (len(index), int((labels >= 0).sum()), int(labels.max()) + 1, index.nbytes, index.digest.encode())
+    return rows[0]
 
 
 class IndexLocation:
@@ -59,7 +61,7 @@ class IndexLocation:
                 "Set data.index_dir (`lejepa shards index --out`) to a folder that can be written and every node sees."
             )
 
-    def sidecar(self, url: str, row: np.ndarray | None = None) -> ShardIndex | None:
+    def sidecar(self, url: str, row: np.void | None = None) -> ShardIndex | None:
         """The sound sidecar of a shard, the one that `row` of the manifest describes where it is given."""
         for data in self._candidates(f"{shard_name(url)}.index.npz"):
             try:
@@ -74,9 +76,10 @@ class IndexLocation:
         return None
 
     def write_sidecar(self, index: ShardIndex) -> None:
+        """Write the index of one shard. Raises UserError where no folder for it can be written."""
         self._write(f"{shard_name(index.url)}.index.npz", _packed(_sidecar_arrays(index)))
 
-    def manifest(self) -> dict[str, np.ndarray]:
+    def manifest(self) -> dict[str, np.void]:
         """The row of every shard by its name; none where there is no sound manifest."""
         damaged = False
         for data in self._candidates(_MANIFEST):
@@ -87,14 +90,15 @@ class IndexLocation:
             except Exception:  # as above; the zip format has a checksum of each array
                 damaged = True
         if damaged:
-            print(
-                f"the manifest of {self.folder} is damaged or of another version: made anew from the shards' own index "
-                "files.",
-                file=sys.stderr,
+            logger.warning(
+                "the manifest of %s is damaged or of another version: made anew from the shards' own index files.",
+                self.folder,
             )
         return {}
 
-    def write_manifest(self, rows: dict[str, np.ndarray]) -> None:
+    def write_manifest(self, rows: dict[str, np.void]) -> None:
+        """Write the rows of all shards of the folder, by name. Raises UserError where no folder for them can be
+        written."""
         self._write(_MANIFEST, _packed(_manifest_arrays(rows)))
 
 
@@ -110,7 +114,7 @@ def _sidecar_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
     }
 
 
-def _manifest_arrays(rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _manifest_arrays(rows: dict[str, np.void]) -> dict[str, np.ndarray]:
     order = sorted(rows)
     names = np.frombuffer("\n".join(order).encode(), np.uint8)
     table = np.array([rows[name] for name in order], MANIFEST_ROW).view(np.uint8)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from jaxtyping import Int64, Shaped, UInt32
 
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
@@ -27,11 +28,11 @@ class ShardIndex:
     is missing the size is NO_IMAGE, and the offset that of the sample's first other member."""
 
     url: str
-    keys: np.ndarray  # bytes [n], UTF-8
-    offsets: np.ndarray  # int64 [n]
-    sizes: np.ndarray  # int64 [n]
-    labels: np.ndarray  # int64 [n], -1 where the sample has no .cls member
-    checksums: np.ndarray  # uint32 [n], CRC-32 of the image's bytes
+    keys: Shaped[np.ndarray, " n"]  # bytes, UTF-8
+    offsets: Int64[np.ndarray, " n"]
+    sizes: Int64[np.ndarray, " n"]
+    labels: Int64[np.ndarray, " n"]  # -1 where the sample has no .cls member
+    checksums: UInt32[np.ndarray, " n"]  # CRC-32 of the image's bytes
     nbytes: int  # of the tar
 
     def __len__(self) -> int:
@@ -39,9 +40,11 @@ class ShardIndex:
 
     @property
     def name(self) -> str:
+        """The shard's file name."""
         return shard_name(self.url)
 
     def key(self, member: int) -> str:
+        """The name that the members of a sample share."""
         return self.keys[member].decode("utf-8", "surrogateescape")
 
     @cached_property

@@ -1,10 +1,10 @@
 """What is in the shards. A sidecar per shard says where each image lies, and its checksum; a manifest per folder of shards
-says how many images each shard holds, so that a run reads one file at its start (indexfiles.py)."""
+says how many images each shard holds, so that a run reads one file at its start (files.py)."""
 
 from __future__ import annotations
 
 import hashlib
-import sys
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
+from jaxtyping import Int64, Shaped
 from tqdm import tqdm
 
 from lejepa_scale.config import is_remote
@@ -21,6 +22,8 @@ from lejepa_scale.data.index.scan import ShardIndex, scan
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.data.io.threads import Pool
 from lejepa_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _HELD_SAMPLES = 1 << 20  # of the sidecars that a process keeps in memory, about 60 bytes each
@@ -33,7 +36,7 @@ class Shards:
     of a shard when it is asked for. 100,000 shards take about 20 MB."""
 
     urls: list[str]
-    rows: np.ndarray  # MANIFEST_ROW [shards]
+    rows: Shaped[np.ndarray, " shards"]  # of MANIFEST_ROW
     homes: dict[str, IndexLocation]
 
     def __post_init__(self) -> None:
@@ -46,8 +49,8 @@ class Shards:
         return (self[number] for number in range(len(self)))
 
     @property
-    def counts(self) -> np.ndarray:
-        """int64 [shards]: samples, those without an image included."""
+    def counts(self) -> Int64[np.ndarray, " shards"]:
+        """Samples of each shard, those without an image included."""
         return self.rows["count"]
 
     @cached_property
@@ -123,7 +126,8 @@ def index_shards(
 
 
 def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: int) -> list[str]:
-    """Read every shard again and compare it with its sidecar; the differences, one sentence per shard."""
+    """Read every shard again and compare it with its sidecar; the differences, one sentence per shard. A shard that
+    cannot be read is one too."""
     homes = {folder: IndexLocation(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
 
     def compare(url: str) -> str | None:
@@ -146,7 +150,7 @@ def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: 
 
 def _index(
     urls: list[str],
-    rows: np.ndarray,
+    rows: Shaped[np.ndarray, " shards"],
     lacking: list[int],
     homes: dict[str, IndexLocation],
     reader: Reader,
@@ -177,10 +181,11 @@ def _index(
     missing = [number for number, index in zip(lacking, found, strict=True) if index is None]
     if not missing:
         return
-    print(
-        f"{len(missing)} of {len(urls)} shards have no index that fits them: reading them once. "
+    logger.info(
+        "%d of %d shards have no index that fits them: reading them once. "
         "`lejepa shards index` does this beforehand, on as many machines as you like.",
-        file=sys.stderr,
+        len(missing),
+        len(urls),
     )
     faults: list[str] = []
     results = _progress(_each(workers, scanned, [(number,) for number in missing]), len(missing), "indexing")
@@ -214,13 +219,13 @@ def _folder(url: str) -> str:
     return folder or slash or "."
 
 
-def _fill(rows: np.ndarray, number: int, row: np.ndarray | None) -> bool:
+def _fill(rows: Shaped[np.ndarray, " shards"], number: int, row: np.void | None) -> bool:
     if row is not None:
         rows[number] = row
     return row is not None
 
 
-def _changed(urls: list[str], rows: np.ndarray, workers: int) -> list[int]:
+def _changed(urls: list[str], rows: Shaped[np.ndarray, " shards"], workers: int) -> list[int]:
     """Local shards whose size is not the recorded one."""
     local = [number for number, url in enumerate(urls) if not is_remote(url)]
     parts = [(local[i : i + 500],) for i in range(0, len(local), 500)]
@@ -228,12 +233,12 @@ def _changed(urls: list[str], rows: np.ndarray, workers: int) -> list[int]:
     return [number for part in misfits for number in part]
 
 
-def _fits(url: str, row: np.ndarray) -> bool:
+def _fits(url: str, row: np.void) -> bool:
     """Whether a local shard has the size that was recorded; a missing one is left to the scan to name."""
     if is_remote(url):
         return True
     try:
-        return Path(url).stat().st_size == row["nbytes"]
+        return bool(Path(url).stat().st_size == row["nbytes"])
     except OSError:
         return False
 
@@ -243,7 +248,7 @@ def _each(workers: int, work: Callable[..., T], arguments: list[tuple]) -> Itera
     futures = [pool.submit(partial(work, *a)) for a in arguments]
     try:
         for future in futures:
-            yield future.result()  # a read ends by itself: transport.py has deadlines
+            yield future.result()  # a read ends by itself: data/io/transport.py has deadlines
     finally:
         for future in futures:
             future.cancel()

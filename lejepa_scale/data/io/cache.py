@@ -28,7 +28,8 @@ class Cache:
     def open(self, url: str, nbytes: int, digest: str, chunks: Iterator[bytes], *, wait: bool) -> BinaryIO | None:
         """The copy of a shard, made from `chunks` if there is none. While another process makes it, or while all room
         is taken by copies in the making: None, or with `wait` the copy once it is there. The digest of the index is
-        part of the name, so that a shard that was written anew is fetched anew."""
+        part of the name, so that a shard that was written anew is fetched anew. Raises UserError where the shard is
+        larger than the cache may be, or cannot be written."""
         if self.cap is not None and nbytes > self.cap:
             raise UserError(
                 f"shard {url} has {nbytes / 1e9:.3g} GB, more than data.cache_gb = {self.cap / 1e9:g}. Raise it."

@@ -27,7 +27,8 @@ _OPEN_FILES = 128
 
 
 def expand(patterns: list[str]) -> list[str]:
-    """Brace patterns, and folders of tars, to a list of shard paths or URLs. Refuses an empty outcome."""
+    """Brace patterns, and folders of tars, to a list of shard paths or URLs, in the order given. Raises UserError
+    where there is no shard among them."""
     urls: list[str] = []
     for pattern in patterns:
         expanded = expand_urls(pattern) if pattern else []
@@ -94,7 +95,8 @@ class Reader:
         return data
 
     def ahead(self, url: str, offset: int, size: int, *, nbytes: int, digest: str) -> Future[bytes] | None:
-        """Start reading a sample of a remote shard in the background; None where that would gain nothing."""
+        """Start reading a sample of a remote shard in the background; None where that would gain nothing. Nothing
+        is raised here, but by the future."""
         if not is_remote(url):
             return None
         return self._live().pool().submit(lambda: self.read(url, offset, size, nbytes=nbytes, digest=digest))
@@ -111,7 +113,7 @@ class Reader:
             ) from error
 
     def stream(self, url: str) -> Iterator[bytes]:
-        """A whole shard from front to back."""
+        """A whole shard from front to back. Raises UserError where it is out of reach."""
         return self._chunks(url, 0, None, None)
 
     def get(self, url: str) -> bytes | None:

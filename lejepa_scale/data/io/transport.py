@@ -164,6 +164,8 @@ class Transport:
             raise Refused(f"{_reason(error)}. Check the address and your credentials.") from error
 
     def filesystem(self, url: str) -> tuple[Any, str]:
+        """fsspec's filesystem for an address, and the path in it. Raises UserError where its package is not
+        installed."""
         scheme = url.partition("://")[0]
         try:
             import fsspec
@@ -230,7 +232,7 @@ def _answered(response: Any, url: str, start: int, stop: int | None) -> int | No
 
 
 def expect_size(url: str, size: int, nbytes: int) -> None:
-    """Refuse a shard that is not as long as its index says."""
+    """Raises UserError for a shard that is not as long, in bytes, as its index says."""
     if size != nbytes:
         raise UserError(
             f"shard {url} has {size} bytes, but its index says {nbytes}. It changed: restore it, or run "

@@ -28,6 +28,8 @@ class Source:
 
 
 def scenes(count: int, size: int, seed: int, image_format: str, quality: int) -> Source:
+    """`count` rendered scenes of `size` px, with their classes (see synthetic.py). quality: of JPEG, 1 to 100."""
+
     def samples() -> Iterator[Sample]:
         for i in range(count):
             image, label = synthetic.render(i, size, seed)
@@ -37,7 +39,8 @@ def scenes(count: int, size: int, seed: int, image_format: str, quality: int) ->
 
 
 def folder(root: Path, shuffle: int | None, labelled: bool) -> Source:
-    """Every image below `root`; its class is the first folder of its path, where all images lie in folders."""
+    """Every image below `root`; its class is the first folder of its path, where all images lie in folders.
+    shuffle: the seed of their order; None: sorted. Raises UserError where there is no image."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder.")
     paths = sorted(p for p in root.rglob("*") if p.is_file() and _extension(p.name) in IMAGE_EXTENSIONS)
@@ -53,7 +56,8 @@ def folder(root: Path, shuffle: int | None, labelled: bool) -> Source:
 
 
 def tar(path: Path, prefix: str, shuffle: int | None, labelled: bool) -> Source:
-    """A plain tar of an image folder; `prefix` selects members and is cut off their names."""
+    """A plain tar of an image folder; `prefix` selects members and is cut off their names. shuffle: as for
+    `folder`. Raises UserError where it is no tar or holds no image."""
     if not path.is_file():
         raise UserError(f"{path} is not a file.")
     try:
@@ -79,7 +83,8 @@ def tar(path: Path, prefix: str, shuffle: int | None, labelled: bool) -> Source:
 
 
 def torchvision(name: str, root: Path, split: str | None, download: bool, image_format: str, quality: int) -> Source:
-    """Any torchvision dataset of (PIL image, int)."""
+    """Any torchvision dataset of (PIL image, int). Raises UserError where torchvision has no such dataset, or
+    refuses to open it."""
     import torchvision.datasets as datasets
 
     kind = getattr(datasets, name, None)
@@ -111,7 +116,8 @@ def torchvision(name: str, root: Path, split: str | None, download: bool, image_
 def huggingface(
     name: str, split: str, image_key: str, label_key: str | None, image_format: str, quality: int
 ) -> Source:
-    """A Hugging Face dataset, streamed; encoded images are kept as they are where the dataset holds them."""
+    """A Hugging Face dataset, streamed; encoded images are kept as they are where the dataset holds them. Raises
+    UserError where the package is missing, the dataset cannot be opened or has no such column."""
     try:
         import datasets
     except ImportError as error:

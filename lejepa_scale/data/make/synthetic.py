@@ -8,29 +8,31 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
+from jaxtyping import Float, Float32, UInt8
 
 _OVERSAMPLE = 2
 Rng = np.random.Generator
+Outline = Float[np.ndarray, "corners 2"]
 
 
-def _regular(corners: int, phase: float = 0.0) -> np.ndarray:
+def _regular(corners: int, phase: float = 0.0) -> Outline:
     angle = np.arange(corners) * 2 * math.pi / corners + phase
     return np.stack([np.cos(angle), np.sin(angle)], 1)
 
 
-def _star(points: int, inner: float) -> np.ndarray:
+def _star(points: int, inner: float) -> Outline:
     radius = np.where(np.arange(2 * points) % 2 == 0, 1.0, inner)
     return _regular(2 * points, -math.pi / 2) * radius[:, None]
 
 
-def _heart() -> np.ndarray:
+def _heart() -> Outline:
     t = np.linspace(0, 2 * math.pi, 48, endpoint=False)
     x = 16 * np.sin(t) ** 3
     y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
     return np.stack([x, y], 1) / 17
 
 
-def _crescent() -> np.ndarray:
+def _crescent() -> Outline:
     outer = np.linspace(math.radians(40), math.radians(320), 32)
     inner = outer[::-1]
     return np.concatenate(
@@ -38,23 +40,23 @@ def _crescent() -> np.ndarray:
     )
 
 
-def _cross(arm: float = 0.33) -> np.ndarray:
+def _cross(arm: float = 0.33) -> Outline:
     a = arm
     return np.array(
         [(-a, -1), (a, -1), (a, -a), (1, -a), (1, a), (a, a), (a, 1), (-a, 1), (-a, a), (-1, a), (-1, -a), (-a, -a)]
     )
 
 
-def _arrow() -> np.ndarray:
+def _arrow() -> Outline:
     return np.array([(0, -1), (0.85, 0), (0.3, 0), (0.3, 1), (-0.3, 1), (-0.3, 0), (-0.85, 0)])
 
 
-def _hourglass() -> np.ndarray:
+def _hourglass() -> Outline:
     return np.array([(-0.8, -1), (0.8, -1), (0.12, 0), (0.8, 1), (-0.8, 1), (-0.12, 0)])
 
 
 # Each outline lies in the unit disc or just beyond; a second outline is a hole.
-_OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
+_OUTLINES: dict[str, tuple[Outline, ...]] = {
     "disc": (_regular(48),),
     "square": (_regular(4, math.pi / 4) * 1.15,),
     "triangle": (_regular(3, -math.pi / 2) * 1.15,),
@@ -69,8 +71,8 @@ _OUTLINES: dict[str, tuple[np.ndarray, ...]] = {
 CLASSES: tuple[str, ...] = tuple(_OUTLINES)
 
 
-def render(index: int, size: int, seed: int) -> tuple[np.ndarray, int]:
-    """Scene `index`: (uint8 RGB [size, size, 3], class). Classes take turns."""
+def render(index: int, size: int, seed: int) -> tuple[UInt8[np.ndarray, "{size} {size} 3"], int]:
+    """Scene `index`: (RGB, class). Classes take turns."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index))))
     label = index % len(CLASSES)
     object_colour, ground_colour = _contrasting(rng)
@@ -82,7 +84,7 @@ def render(index: int, size: int, seed: int) -> tuple[np.ndarray, int]:
     return image.clip(0, 255).astype(np.uint8), label
 
 
-def _contrasting(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
+def _contrasting(rng: Rng) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
     """Two colours whose brightness differs enough for the outline to be seen; either may be the lighter."""
     while True:
         a, b = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
@@ -90,8 +92,8 @@ def _contrasting(rng: Rng) -> tuple[np.ndarray, np.ndarray]:
             return a, b
 
 
-def _mask(name: str, size: int, rng: Rng) -> np.ndarray:
-    """Anti-aliased silhouette, float32 [size, size] in 0..1."""
+def _mask(name: str, size: int, rng: Rng) -> Float32[np.ndarray, "{size} {size}"]:
+    """Anti-aliased silhouette, in 0..1."""
     fine = size * _OVERSAMPLE
     radius = fine * rng.uniform(0.22, 0.36)
     angle = math.radians(rng.uniform(-25, 25))
@@ -106,46 +108,46 @@ def _mask(name: str, size: int, rng: Rng) -> np.ndarray:
     return cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
-def _textured(size: int, colour: np.ndarray, rng: Rng) -> np.ndarray:
-    """float32 [size, size, 3] around `colour`; its mean stays near it, so that contrast survives."""
+def _textured(size: int, colour: Float[np.ndarray, "3"], rng: Rng) -> Float32[np.ndarray, "{size} {size} 3"]:
+    """Colours around `colour`; their mean stays near it, so that contrast survives."""
     pattern = _PATTERNS[rng.integers(len(_PATTERNS))](size, rng)  # [size, size] in -1..1
     tint = rng.uniform(-1, 1, 3) * rng.uniform(10, 40)
     return (colour + pattern[:, :, None] * tint).astype(np.float32)
 
 
-def _waves(size: int, rng: Rng) -> tuple[np.ndarray, np.ndarray]:
+def _waves(size: int, rng: Rng) -> tuple[Float[np.ndarray, "{size} {size}"], Float[np.ndarray, "{size} {size}"]]:
     """Coordinates along and across a random direction, in periods of a random length."""
     angle, periods = rng.uniform(0, math.pi), rng.uniform(3, 8)
     y, x = np.mgrid[0:size, 0:size] * (periods / size)
     return x * math.cos(angle) + y * math.sin(angle) + rng.random(), y * math.cos(angle) - x * math.sin(angle)
 
 
-def _plain(size: int, rng: Rng) -> np.ndarray:
+def _plain(size: int, rng: Rng) -> Float[np.ndarray, "{size} {size}"]:
     return np.zeros((size, size))
 
 
-def _gradient(size: int, rng: Rng) -> np.ndarray:
+def _gradient(size: int, rng: Rng) -> Float[np.ndarray, "{size} {size}"]:
     along, _ = _waves(size, rng)
     span = along - along.min()
     return 2 * span / max(float(span.max()), 1e-6) - 1
 
 
-def _stripes(size: int, rng: Rng) -> np.ndarray:
+def _stripes(size: int, rng: Rng) -> Float[np.ndarray, "{size} {size}"]:
     along, _ = _waves(size, rng)
     return np.sin(2 * math.pi * along)
 
 
-def _checks(size: int, rng: Rng) -> np.ndarray:
+def _checks(size: int, rng: Rng) -> Float[np.ndarray, "{size} {size}"]:
     along, across = _waves(size, rng)
     return np.where((np.floor(along) + np.floor(across)) % 2 == 0, 1.0, -1.0)
 
 
-def _dots(size: int, rng: Rng) -> np.ndarray:
+def _dots(size: int, rng: Rng) -> Float[np.ndarray, "{size} {size}"]:
     along, across = _waves(size, rng)
     return np.where((along % 1 - 0.5) ** 2 + (across % 1 - 0.5) ** 2 < 0.09, 1.0, -1.0)
 
 
-def _blobs(size: int, rng: Rng) -> np.ndarray:
+def _blobs(size: int, rng: Rng) -> Float[np.ndarray, "{size} {size}"]:
     cells = int(rng.integers(3, 8))
     return cv2.resize(rng.uniform(-1, 1, (cells, cells)), (size, size), interpolation=cv2.INTER_CUBIC)
 

@@ -27,7 +27,7 @@ class Sample:
 
 
 def is_written(out: Path, description: dict[str, Any], overwrite: bool) -> bool:
-    """Whether `out` already holds this dataset. Refuses one that holds another, unless `overwrite`."""
+    """Whether `out` already holds this dataset. Raises UserError where it holds another, unless `overwrite`."""
     marker = out / _MARKER
     if overwrite or not marker.exists():
         if not overwrite and any(out.glob("*.tar")) and not (out / ".writing").exists():

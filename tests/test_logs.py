@@ -1,0 +1,147 @@
+"""What the library has to say goes through `logging`; who shows it is the program's business."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import copytree
+
+import pytest
+from conftest import ROOT
+from tqdm import tqdm
+
+from lejepa_scale import logs
+from lejepa_scale.config import Data
+from lejepa_scale.data import evaluation_batches, open_mixture
+from lejepa_scale.data.images.decode import DecodeError
+
+PACKAGE = logging.getLogger("lejepa_scale")
+FILES = sorted((ROOT / "lejepa_scale").rglob("*.py"))
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """The package's logger as a new process has it, and as it was again afterwards."""
+    before = PACKAGE.handlers[:], PACKAGE.level
+    monkeypatch.delenv("RANK", raising=False)
+    PACKAGE.handlers[:] = []
+    yield monkeypatch
+    PACKAGE.handlers[:], PACKAGE.level = before[0], before[1]
+
+
+def test_lines_are_shown_once_and_other_loggers_stay(shown: None, capsys: pytest.CaptureFixture[str]) -> None:
+    root, other = logging.getLogger(), logging.getLogger("another_library")
+    before = root.handlers[:], root.level, other.handlers[:], other.level
+    logs.to_stderr()
+    logs.to_stderr()
+    logging.getLogger("lejepa_scale.data.anything").info("%d shards", 3)
+    logging.getLogger("lejepa_scale.data.anything").debug("a detail")
+    other.info("not ours")
+    assert (root.handlers, root.level, other.handlers, other.level) == before
+    out = capsys.readouterr()
+    assert (out.out, out.err.strip("\r")) == ("", "3 shards\n")
+
+
+def test_ranks_beyond_the_first_show_warnings_alone(
+    shown: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown.setenv("RANK", "1")
+    logs.to_stderr()
+    PACKAGE.info("what every rank does")
+    PACKAGE.warning("what this rank met")
+    assert capsys.readouterr().err.strip("\r") == "what this rank met\n"
+
+
+def test_a_progress_bar_is_not_torn(shown: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logs.to_stderr()
+    with tqdm(total=4, desc="indexing", file=sys.stderr, ncols=60, mininterval=0) as bar:
+        bar.update()
+        PACKAGE.warning("a line between two updates")
+        bar.update()
+    lines = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
+    assert lines[0] == "a line between two updates"
+    assert lines[1].startswith("indexing:  50%")
+
+
+def test_importing_configures_nothing() -> None:
+    code = (
+        "import logging, lejepa_scale.data, lejepa_scale.logs\n"
+        "loggers = [logging.root, *(l for n, l in logging.root.manager.loggerDict.items() if n.startswith('lejepa'))]\n"
+        "assert len(loggers) > 2, loggers\n"
+        "assert not [l.handlers for l in loggers if getattr(l, 'handlers', None)], loggers\n"
+        "assert not [l for l in loggers[1:] if getattr(l, 'level', 0)], loggers\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+
+
+def test_a_first_start_says_that_it_indexes(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = str(copytree(scenes, tmp_path / "scenes"))
+    for index in Path(shards).glob("*.index.npz"):
+        index.unlink()
+    caplog.set_level(logging.INFO, "lejepa_scale")
+    open_mixture(Data.model_validate({"shards": shards}))
+    assert [record.name for record in caplog.records] == ["lejepa_scale.data.index.shards"]
+    assert caplog.records[0].levelno == logging.INFO
+    assert "3 of 3 shards have no index that fits them" in caplog.text
+    assert "no index" not in capsys.readouterr().err
+    caplog.clear()
+    open_mixture(Data.model_validate({"shards": shards}))
+    assert not caplog.records
+
+
+def test_a_damaged_manifest_is_a_warning(scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shards = copytree(scenes, tmp_path / "scenes")
+    data = Data.model_validate({"shards": str(shards)})
+    open_mixture(data)
+    caplog.clear()
+    manifest = shards / "manifest.index.npz"
+    manifest.write_bytes(manifest.read_bytes()[:40])
+    open_mixture(data)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert f"the manifest of {shards} is damaged" in caplog.text
+
+
+def test_missing_labels_and_images_are_warnings(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lejepa_scale.data import evaluation
+    from lejepa_scale.data.make import sources
+    from lejepa_scale.data.make.writer import write_shards
+
+    source = sources.scenes(4, 32, 0, "png", 90)
+    unlabelled = [type(sample)(sample.key, sample.extension, sample.image) for sample in source.samples]
+    write_shards(unlabelled, tmp_path / "bare", per_shard=4, total=4, classes=(), description={})
+    open_mixture(Data.model_validate({"shards": [{"shards": str(scenes)}, {"shards": str(tmp_path / "bare")}]}))
+    assert caplog.records[-1].getMessage() == "4 of 100 samples have no label: the online probe is off."
+    assert caplog.records[-1].levelname == "WARNING"
+
+    def refuse(data: bytes) -> None:
+        raise DecodeError("nothing to see")
+
+    monkeypatch.setattr(evaluation, "decode", refuse)
+    caplog.clear()
+    assert not list(evaluation_batches(str(tmp_path / "bare"), image_size=32, batch_size=4))
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 4
+    assert caplog.records[0].getMessage().startswith("left out: ")
+    assert caplog.records[0].getMessage().endswith("nothing to see")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_library_prints_nothing(path: Path) -> None:
+    """Commands print (cli/), and a module that is run as a program; everything else logs."""
+    if path.is_relative_to(ROOT / "lejepa_scale" / "cli"):
+        return
+    tree = ast.parse(path.read_text())
+    tree.body = [n for n in tree.body if not (isinstance(n, ast.If) and "__main__" in ast.unparse(n.test))]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("print", "sys.stderr.write", "sys.stdout.write"), f"{path}:{node.lineno} prints"
+            assert called not in ("logging.basicConfig", "logging.info", "logging.warning"), f"{path}:{node.lineno}"

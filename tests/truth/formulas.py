@@ -1,0 +1,72 @@
+"""The papers' formulas once more, in NumPy and float64, from their text. Refuses to import the package: what agrees with
+these agrees with something outside it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def quadrature(knots: int, t_max: float) -> tuple[np.ndarray, np.ndarray]:
+    """Points and weights of the trapezoid rule on [-t_max, t_max], with `knots` points from 0 on."""
+    t = np.linspace(-t_max, t_max, 2 * knots - 1)
+    weights = np.full(len(t), t[1] - t[0])
+    weights[[0, -1]] /= 2
+    return t, weights
+
+
+def epps_pulley(p: np.ndarray, knots: int = 17, t_max: float = 3.0, factor: float | None = None) -> float:
+    """N integral |ECF(t) - exp(-t^2/2)|^2 exp(-t^2/2) dt of the sample p [N]; `factor` in the place of N."""
+    t, weights = quadrature(knots, t_max)
+    gaussian = np.exp(-(t**2) / 2)
+    distance = np.abs(np.exp(1j * t[:, None] * p).mean(1) - gaussian) ** 2
+    return float((len(p) if factor is None else factor) * np.sum(weights * gaussian * distance))
+
+
+def epps_pulley_unbiased(p: np.ndarray, knots: int = 17, t_max: float = 3.0, factor: float | None = None) -> float:
+    """The same integral with the squared modulus estimated over pairs of different samples."""
+    t, weights = quadrature(knots, t_max)
+    gaussian, n = np.exp(-(t**2) / 2), len(p)
+    cosines = np.cos(t[:, None, None] * (p[:, None] - p))  # [K, N, N]
+    pairs = (cosines.sum((1, 2)) - n) / (n * (n - 1))
+    distance = pairs - 2 * gaussian * np.cos(t[:, None] * p).mean(1) + gaussian**2
+    return float((n if factor is None else factor) * np.sum(weights * gaussian * distance))
+
+
+def sigreg(z: np.ndarray, directions: np.ndarray, unbiased: bool = False, **options: float) -> float:
+    """Mean of the statistic over views and directions: z [V, N, D], directions [M, D]."""
+    statistic = epps_pulley_unbiased if unbiased else epps_pulley
+    return float(np.mean([statistic(view @ a, **options) for view in z for a in directions]))  # type: ignore[arg-type]
+
+
+def weak_sigreg(z: np.ndarray) -> float:
+    """Mean over views of || Cov - I ||_F, z [V, N, D], without a sketch."""
+    return float(np.mean([np.linalg.norm(np.cov(view.T) - np.eye(view.shape[1])) for view in z]))
+
+
+def scale_and_centre(z: np.ndarray) -> float:
+    """Mean over views and dimensions of (1 - sigma)^2 + mu^2, z [V, N, D]."""
+    return float(np.mean((1 - z.std(1, ddof=1)) ** 2 + z.mean(1) ** 2))
+
+
+def prediction(z: np.ndarray, num_global: int) -> np.ndarray:
+    """Squared distance of every embedding from its sample's target, the mean of the global views: [V, N, D]."""
+    return (z - z[:num_global].mean(0)) ** 2
+
+
+def adamw(
+    weight: np.ndarray,
+    gradients: list[np.ndarray],
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> np.ndarray:
+    """The weight after one update per gradient (Loshchilov and Hutter 2019, algorithm 2, decay times lr as in torch)."""
+    first, second = np.zeros_like(weight), np.zeros_like(weight)
+    for t, gradient in enumerate(gradients, 1):
+        first = betas[0] * first + (1 - betas[0]) * gradient
+        second = betas[1] * second + (1 - betas[1]) * gradient**2
+        update = first / (1 - betas[0] ** t) / (np.sqrt(second / (1 - betas[1] ** t)) + eps)
+        weight = weight - lr * weight_decay * weight - lr * update
+    return weight
