@@ -83,7 +83,7 @@ def main() -> int:
         "--photos",
         type=Path,
         default=_PHOTOS,
-        help="a plain tar of photographs; default: imagenet_sample.tar in $LEJEPA_TEST_DATA: %(default)s",
+        help="a plain tar of photographs; default: %(default)s (LEJEPA_TEST_DATA)",
     )
     kind = kinds.add_parser("isotropy", parents=[options], help="does SIGReg reach isotropy from far away?")
     kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG of every direction's statistic over the steps")

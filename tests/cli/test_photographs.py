@@ -13,7 +13,7 @@ from lejepa_scale.evaluation import knn_accuracy, raw_pixels
 
 PHOTOGRAPHS = photographs("cifar10_subset.tar")
 pytestmark = pytest.mark.skipif(
-    not PHOTOGRAPHS.exists(), reason=f"no {PHOTOGRAPHS}: set LEJEPA_TEST_DATA to the folder that has {PHOTOGRAPHS.name}"
+    not PHOTOGRAPHS.exists(), reason=f"{PHOTOGRAPHS} is absent; LEJEPA_TEST_DATA names the folder that holds it"
 )
 
 

@@ -20,7 +20,7 @@ from ranks import free_port
 from lejepa_scale.parallel import process_group
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for threads and processes in /proc")
-SECONDS = 60.0  # on a machine that does much else; a rank that hangs does so for ten minutes
+SECONDS = 120.0  # on a machine that does much else; a rank that hangs does so for ten minutes
 
 
 @pytest.fixture(scope="module")
