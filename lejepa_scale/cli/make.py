@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lejepa_scale.cli.command import Command, Group, positive
-
-if TYPE_CHECKING:
-    from lejepa_scale.data.make.sources import Source
 
 Add = Callable[[argparse.ArgumentParser], None]
 
@@ -66,7 +63,8 @@ def _huggingface(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--label-key", default="label")
 
 
-def _open(kind: str, a: argparse.Namespace) -> Source:
+def _open(kind: str, a: argparse.Namespace) -> Any:
+    """A `make.sources.Source`, whose module is imported with the first use."""
     from lejepa_scale.data.make import sources
 
     if kind == "synthetic":

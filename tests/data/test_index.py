@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import index_shards as tool
 import numpy as np
 import pytest
 from shardserver import serve
 
+from lejepa_scale.cli.main import main
 from lejepa_scale.data.index import shards as module
 from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation
 from lejepa_scale.data.index.shards import Shards, index_shards
@@ -55,8 +54,7 @@ def indexed(folder: Path, **options: object) -> Shards:
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["index_shards.py", *map(str, arguments)])
-    return tool.main()
+    return main(["shards", "index", *map(str, arguments)])
 
 
 def test_the_index_finds_the_bytes(folder: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,7 +39,8 @@ def statuses(server: Forks, call: str, world: int, folder: Path) -> list[int | N
         assert eventually(file.exists, SECONDS), f"{len(session(leader)) - 1} of {world} ranks never ended"
     finally:
         for pid in session(leader):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended by itself meanwhile
+                os.kill(pid, signal.SIGKILL)
         server.status(SECONDS)
     return eval(file.read_text())
 

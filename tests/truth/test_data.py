@@ -71,8 +71,8 @@ def batches(folder: Path, shards: Any, count: int = 1, *, size: int = 16, seed: 
     tree["data"] |= {"shards": shards, "augment": QUIET, **data}
     config = validate(tree)
     plan = plan_batches(config, 1)
-    loader = Loader(open_mixture(config.data), config, plan, rank=0, first_step=0, pin_memory=False)
-    return list(islice(loader, count))
+    with Loader(open_mixture(config.data), config.data, plan, seed=seed) as loader:
+        return list(islice(loader, count))
 
 
 def pixels(batch: Batch) -> list[Tensor]:

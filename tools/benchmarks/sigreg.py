@@ -206,7 +206,7 @@ def simulated_ranks(sizes: Sizes) -> Iterator[Row]:
     """More ranks than there are machines: the same code over torch's fake process group, which moves nothing. The bytes
     are those that the code hands over; times would mean nothing."""
     import torch.distributed as dist
-    from torch.testing._internal.collectives.fake_pg import FakeStore
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
     shape = sizes.shapes[0]
     for world in sizes.simulated:
