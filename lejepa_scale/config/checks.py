@@ -5,12 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from lejepa_scale.config import schema  # whose Config calls these checks: its names are looked up when they are needed
 from lejepa_scale.config.keys import as_text, keys_of, values_of
-
-if TYPE_CHECKING:
-    from lejepa_scale.config.schema import Config
 
 
 @dataclass(frozen=True)
@@ -19,11 +16,11 @@ class Use:
 
     keys: tuple[str, ...]
     condition: str
-    holds: Callable[[Config], bool]
+    holds: Callable[[schema.Config], bool]
     decided_by: str | None = None  # the key whose value is named in the error
 
 
-def _engine(*names: str) -> tuple[str, Callable[[Config], bool], str]:
+def _engine(*names: str) -> tuple[str, Callable[[schema.Config], bool], str]:
     return f"engine.name is {' or '.join(names)}", lambda config: config.engine.name in names, "engine.name"
 
 
@@ -91,7 +88,7 @@ USES = (
 )
 
 
-def ignored(config: Config) -> Iterator[tuple[Use, list[str]]]:
+def ignored(config: schema.Config) -> Iterator[tuple[Use, list[str]]]:
     """What has no effect, with the keys of it that differ from their defaults. A default says nothing of what was meant:
     every dumped configuration has it in full, and a recipe may write it out for the reader."""
     values, defaults = dict(values_of(config)), {key.path: key.default for key in keys_of(type(config))}
@@ -111,7 +108,7 @@ def ignored(config: Config) -> Iterator[tuple[Use, list[str]]]:
             yield use, found
 
 
-def ignored_keys(config: Config) -> list[str]:
+def ignored_keys(config: schema.Config) -> list[str]:
     """One sentence for each condition that keys were set in spite of."""
     values, defaults = dict(values_of(config)), {key.path: key.default for key in keys_of(type(config))}
     faults = []
@@ -127,12 +124,12 @@ def ignored_keys(config: Config) -> list[str]:
     return faults
 
 
-def contradictions(config: Config) -> list[str]:
+def contradictions(config: schema.Config) -> list[str]:
     """One sentence for each pair of keys that cannot both hold."""
     return [fault for check in (_engine_options, _waiting, _accumulation) if (fault := check(config))]
 
 
-def _engine_options(config: Config) -> str | None:
+def _engine_options(config: schema.Config) -> str | None:
     engine = config.engine
     if engine.activation_checkpointing == "budget" and not engine.compile:
         return "engine.activation_checkpointing=budget is torch.compile's: set engine.compile=true too"
@@ -143,7 +140,7 @@ def _engine_options(config: Config) -> str | None:
     return None
 
 
-def _waiting(config: Config) -> str | None:
+def _waiting(config: schema.Config) -> str | None:
     data, minutes = config.data, config.engine.timeout_minutes
     longest = 2 * (data.retries + 1) * data.read_timeout + 30 * data.retries
     if longest <= 60 * minutes or not data.remote_shards():
@@ -154,7 +151,7 @@ def _waiting(config: Config) -> str | None:
     )
 
 
-def _accumulation(config: Config) -> str | None:
+def _accumulation(config: schema.Config) -> str | None:
     objective = config.objective
     estimator = objective.sigreg.estimator
     if objective.accumulation != "unbiased" or (objective.regularizer, estimator) == ("sigreg", "u"):
