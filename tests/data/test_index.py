@@ -264,6 +264,7 @@ def test_an_index_that_cannot_be_written_is_an_error(folder: Path, tmp_path: Pat
         indexed(folder, index_dir=tmp_path / "file")
 
 
+@pytest.mark.unchecked
 def test_a_start_on_a_billion_samples(tmp_path: Path) -> None:
     """100,000 shards that nobody serves: under 5 s and 200 MB, and no request."""
     base = "http://127.0.0.1:9/large"

@@ -21,6 +21,7 @@ from lejepa_scale.training.run import Run
 from lejepa_scale.training.step import StepResult
 
 CPU = torch.device("cpu")
+pytestmark = pytest.mark.unchecked  # engines, feeds and reporters are made up
 
 
 def make_run(folder: Path, step: int = 0, **sections: dict[str, Any]) -> Run:

@@ -16,6 +16,8 @@ from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.engine import Update
 from lejepa_scale.training.step import train_step
 
+made_up = pytest.mark.unchecked  # the engine is
+
 
 class Recorder:
     """An engine that computes nothing: it notes its calls, and gives a random number as features."""
@@ -51,6 +53,7 @@ def _take(engine: Recorder, exact: bool, values: list[float], seed: int = 3, **m
     )  # fmt: skip
 
 
+@made_up
 def test_micro_batches_in_turn_then_one_update() -> None:
     engine = Recorder()
     result = _take(engine, False, [3.0, 6.0, 9.0])
@@ -64,6 +67,7 @@ def test_micro_batches_in_turn_then_one_update() -> None:
     assert len({float(out["features"]) for out in result.outputs}) == 3  # each micro-batch draws numbers of its own
 
 
+@made_up
 def test_an_exact_step_encodes_all_first_with_the_same_random_numbers() -> None:
     engine = Recorder()
     result = _take(engine, True, [3.0, 6.0, 9.0])
@@ -75,6 +79,7 @@ def test_an_exact_step_encodes_all_first_with_the_same_random_numbers() -> None:
     assert not set(drawn[0]) & set(drawn[2])
 
 
+@made_up
 def test_what_is_drawn_follows_from_seed_step_micro_batch_and_rank_alone() -> None:
     """splitmix and friends are in seeds.py; here only that a step does not depend on what was drawn before it."""
     torch.manual_seed(1)
@@ -84,6 +89,7 @@ def test_what_is_drawn_follows_from_seed_step_micro_batch_and_rank_alone() -> No
     assert [float(o["features"]) for o in first.outputs] == [float(o["features"]) for o in second.outputs]
 
 
+@made_up
 @pytest.mark.parametrize("count", [0, 2])
 def test_too_few_micro_batches_are_refused_before_the_update(count: int) -> None:
     engine = Recorder()
@@ -92,6 +98,7 @@ def test_too_few_micro_batches_are_refused_before_the_update(count: int) -> None
     assert "step" not in {call[0] for call in engine.calls}
 
 
+@made_up
 def test_phases_have_names() -> None:
     seen: list[str] = []
 
