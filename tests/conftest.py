@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ import jaxtyping
 import pytest
 import shape_checks
 import torch
+from processes import Forks, forks
+from ranks import PRELOADED, free_port
 
 if shape_checks.wanted():  # before anything of the package is imported
     shape_checks.install()
@@ -107,10 +108,12 @@ def without_gradient(config: Config) -> set[str]:
 
 
 class Command:
-    """Run the project's scripts as a user does."""
+    """Run the project's scripts as a user does, but for the imports: a script of one process is a fork of a program that has
+    done them. A launcher starts its ranks for real."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, server: Forks) -> None:
         self.folder = folder
+        self._server = server
 
     def config(self, tree: dict[str, Any], name: str = "config.yaml") -> Path:
         import yaml
@@ -120,23 +123,38 @@ class Command:
         return path
 
     def __call__(self, *arguments: Any, ranks: int = 0, launcher: str = "torchrun", timeout: float = 240) -> Any:
-        from ranks import free_port
+        words = [*launched(ranks, launcher), *map(str, arguments)]
+        return self._server.run(words, ROOT, script_environment(), timeout)
 
-        head = [sys.executable]
-        if ranks and launcher == "torchrun":
-            head = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-            head += [f"--master-port={free_port()}"]
-        elif ranks:
-            head = [sys.executable, "-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}"]
-            head += [f"--master_port={free_port()}"]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-        return subprocess.run(
-            [*head, *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
-        )
+
+def launched(ranks: int, launcher: str = "torchrun") -> list[str]:
+    """What stands before a script on so many ranks, behind the interpreter's name."""
+    if not ranks:
+        return []
+    if launcher == "torchrun":
+        return ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    return ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", f"--master_port={free_port()}"]
+
+
+def script_environment() -> dict[str, str]:
+    """For programs of the checkout, whose interpreter is this one."""
+    paths = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    programs = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PATH": os.pathsep.join(programs),
+    }
+
+
+@pytest.fixture(scope="session")
+def _server() -> Iterator[Forks]:
+    paths = f"import sys; sys.path.append({str(ROOT / 'tests')!r})"
+    with forks(f"{paths}; import processes, {', '.join(PRELOADED)}", script_environment()) as running:
+        yield running
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Command:
-    return Command(tmp_path)
+def command(tmp_path: Path, _server: Forks) -> Command:
+    return Command(tmp_path, _server)

@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 import queue
+import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -44,33 +46,44 @@ class Program:
 
     def family(self) -> list[int]:
         """Every living process that carries the mark."""
-        found = []
-        for path in Path("/proc").glob("[0-9]*/environ"):
-            try:
-                if self._mark.encode() in path.read_bytes():
-                    found.append(int(path.parent.name))
-            except OSError:  # it has just ended, or is not ours
-                pass
-        return found
+        return _marked(self._mark)
 
     def kill(self) -> None:
-        for pid in self.family():
-            with suppress(ProcessLookupError):  # it has ended by itself meanwhile
-                os.kill(pid, signal.SIGKILL)
+        _kill(self.family())
 
     def gone(self, seconds: float) -> bool:
         """Whether nobody of the family is left within that time."""
         return eventually(lambda: not self.family(), seconds)
 
 
+def _marked(mark: str) -> list[int]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if mark.encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+        except OSError:  # it has just ended, or is not ours
+            pass
+    return found
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):  # it has ended by itself meanwhile
+            os.kill(pid, signal.SIGKILL)
+
+
 _FORKS = """
 import os, sys
+answers = os.fdopen(os.dup(1), "w", 1)  # to the test; whatever else is printed goes where errors go
+os.dup2(2, 1)
 {preamble}
 for line in sys.stdin:
     if pid := os.fork():
-        print(pid, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        print("started", pid, file=answers)
+        print("ended", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=answers)
         continue
+    answers.close()
     os.setsid()  # its family is its session
     exec(eval(line))
     break
@@ -87,11 +100,54 @@ class Forks:
     def start(self, code: str) -> int:
         """The process that runs `code`."""
         self._running.say(repr(code))
-        return int(self._running.line())
+        return self._answer("started", 60)
 
     def status(self, seconds: float) -> int:
         """How it ended; raises queue.Empty where it does not."""
-        return int(self._running.line(seconds))
+        return self._answer("ended", seconds)
+
+    def _answer(self, kind: str, seconds: float) -> int:
+        """The next of that kind: how a process ended that a failed test has left alone is passed over."""
+        while True:
+            word, number = self._running.line(seconds).split()
+            if word == kind:
+                return int(number)
+
+    def run(
+        self, words: list[str], folder: Path, environment: dict[str, str], seconds: float
+    ) -> subprocess.CompletedProcess[str]:
+        """As `python WORDS` would: a script and its arguments, or -m and a module's name. After that many seconds it is
+        killed, with whatever it has started, and subprocess.TimeoutExpired raised."""
+        with tempfile.TemporaryDirectory() as scratch:
+            files = [Path(scratch, name) for name in ("out", "err")]
+            mark = uuid.uuid4().hex
+            environment = {**environment, _MARK: mark}
+            begin = f"processes.be({words!r}, {str(folder)!r}, {environment!r}, {[str(f) for f in files]!r})"
+            leader = self.start(begin)
+            try:
+                status = self.status(seconds)
+            except queue.Empty:
+                raise subprocess.TimeoutExpired(words, seconds, *(f.read_bytes() for f in files)) from None
+            finally:
+                _kill([*session(leader), *_marked(mark)])
+            return subprocess.CompletedProcess(words, status, *(f.read_text() for f in files))
+
+
+def be(words: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
+    """Turn this process into the program `python WORDS`, which prints into files."""
+    for descriptor, file in enumerate([os.devnull, *files]):
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ |= environment
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        sys.path.insert(0, folder)
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        sys.path.insert(0, str(Path(words[0]).parent))
+        runpy.run_path(words[0], run_name="__main__")
 
 
 @contextmanager
@@ -102,6 +158,7 @@ def forks(preamble: str, environment: dict[str, str]) -> Iterator[Forks]:
 
 def session(leader: int) -> list[int]:
     """Processes of a session, but for those that have ended and wait to be reaped."""
+    assert leader > 1, "that is the whole machine"
     pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     return [pid for pid in pids if (found := stat(pid)) and found[3] == str(leader) and found[0] != "Z"]
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+PRELOADED = ("lejepa_scale.training.loop",)  # by what ranks and programs are forked from: it has run nothing
+
 
 def free_port() -> int:
     with socket.socket() as s:
@@ -23,10 +25,8 @@ def free_port() -> int:
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 240) -> list[Any]:
     """`function(*args)` on `world` processes inside a process group; results by rank. Fails if any rank fails or hangs."""
-    context = mp.get_context(
-        "forkserver"
-    )  # ranks are forked from a process that has imported everything and run nothing
-    context.set_forkserver_preload(["lejepa_scale.training.loop"])
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload([*PRELOADED])
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         processes = [
