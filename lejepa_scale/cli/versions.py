@@ -7,10 +7,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lejepa_scale import __version__
 
-TORCH_TRIED = (
-    "2.13",
-    "2.15",
-)  # the whole test suite with the first; a wheel alone, trained and evaluated, with the last
+# The whole test suite with the first; a wheel alone, trained and evaluated, with the last.
+TORCH_TRIED = ("2.13", "2.15")
 _LIBRARIES = ("torch", "torchvision", "timm", "deepspeed", "xformers", "torchao", "webdataset")
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Command, small_config
+from conftest import ROOT, Command, launched, script_environment, small_config
 from processes import Forks, Program, eventually, forks, program, session, stat
-from ranks import free_port
 
 from lejepa_scale.config import Data
 from lejepa_scale.data import open_mixture
@@ -87,12 +86,8 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Forks]:
-    with forks(PREAMBLE, environment()) as running:
+    with forks(PREAMBLE, script_environment()) as running:
         yield running
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize(("doing", "end"), CASES)
@@ -141,12 +136,9 @@ def test_a_run_ends_while_a_read_never_returns(
         tree["engine"]["name"] = "ddp"
     if killed:
         tree["train"]["steps"] = 3  # which waits for the command
-    path, port = command.config(tree), free_port()
-    launcher = (
-        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"] if ranks > 1 else []
-    )
-    arguments = [sys.executable, *launcher, str(ROOT / "launchers/train.py"), "--config", str(path)]
-    with program(arguments, environment()) as running:
+    head = [sys.executable, *launched(ranks if ranks > 1 else 0)]
+    arguments = [*head, str(ROOT / "launchers/train.py"), "--config", str(command.config(tree))]
+    with program(arguments, script_environment()) as running:
         if killed:
             assert eventually(lambda: len(sleeping(running)) == 1, 120)  # one process of the node reads a command
             for pid in ranks_of(running):
