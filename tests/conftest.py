@@ -28,6 +28,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="wrong types on purpose, stand-ins, or a bound on time"))
 
 
+_ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
+DEVICES = ["cpu", pytest.param("cuda", marks=_ON_A_GPU)]  # parameters of a test
+
+
+def on_a_gpu(test: Any) -> Any:
+    """A test that only a GPU can pass."""
+    for mark in _ON_A_GPU:
+        test = mark(test)
+    return test
+
+
 @pytest.fixture(autouse=True)
 def _unchecked_where_traced(request: pytest.FixtureRequest) -> Iterator[None]:
     traced = request.node.get_closest_marker("traced") is not None

@@ -17,10 +17,10 @@ from lejepa_scale.training.step import StepResult, train_step
 CPU = torch.device("cpu")
 
 
-def start(config: Config, **arguments: Any) -> tuple[Engine, BatchPlan]:
+def start(config: Config, device: torch.device = CPU, **arguments: Any) -> tuple[Engine, BatchPlan]:
     """The engine of a configuration on the ranks that there are, at the seed's weights, and its plan."""
     plan = check_world(config, process_group.world_size())
-    return start_engine(config, plan, CPU, **arguments), plan
+    return start_engine(config, plan, device, **arguments), plan
 
 
 def take_step(

@@ -73,9 +73,10 @@ def _refused() -> bool:
 
 
 @checked
-def test_child_processes_check_too(command: Any) -> None:
-    code = "import torch; from lejepa_scale.objective import SIGReg; SIGReg(num_slices=2)(torch.randn(4), step=0)"
-    found = [command("-c", code), subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)]
+def test_child_processes_check_too(command: Any, tmp_path: Path) -> None:
+    script = tmp_path / "wrong.py"
+    script.write_text("import torch; from lejepa_scale.objective import SIGReg; SIGReg()(torch.randn(4), step=0)")
+    found = [command(script), subprocess.run([sys.executable, script], capture_output=True, text=True)]
     assert ["TypeCheckError" in result.stderr for result in found] == [True, True]
     assert run_ranks(_refused, 1) == [True]
 

@@ -58,6 +58,7 @@ def main() -> int:
     options.add_argument("--json", type=Path, help="also write the results as JSON")
     kind = kinds.add_parser("gpu", parents=[options], help="attention, precision, a short training run, steps and MFU")
     kind.add_argument("--minutes", type=float, default=8.5, help="sections not begun by then are not measured")
+    kind.add_argument("--only", nargs="+", choices=gpu.SECTIONS, metavar="SECTION", help=", ".join(gpu.SECTIONS))
     kind = kinds.add_parser(
         "step",
         parents=[options],
@@ -173,14 +174,17 @@ def _on_ranks(ranks: int) -> int:
 
 
 def _gpu(arguments: argparse.Namespace) -> Results:
+    only = arguments.only or ()
     if arguments.smoke:
-        return gpu.measure(gpu.TOY, torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.minutes)
+        return gpu.measure(
+            gpu.TOY, torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.minutes, only
+        )
     if not torch.cuda.is_available():
         raise UserError(
             "bench.py gpu needs a CUDA device, and torch sees none here; nothing was measured. "
             "On a machine without one, --smoke runs the same code at toy sizes."
         )
-    return gpu.measure(gpu.FULL, torch.device("cuda"), arguments.minutes)
+    return gpu.measure(gpu.FULL, torch.device("cuda"), arguments.minutes, only)
 
 
 def _sigreg(arguments: argparse.Namespace) -> Results:

@@ -152,7 +152,8 @@ def _fault(
         try:
             results.append(_forward_backward(backend, inputs, few))
         except Exception as error:  # an unsupported kernel may raise anything
-            return str(error).split("\n")[0][:120] or type(error).__name__
+            said = str(error).strip().split("\n")  # what was tried first, and at the end why it cannot be
+            return " ... ".join(dict.fromkeys(x.strip()[:120] for x in (said[0], said[-1]))) or type(error).__name__
     for ours, oracle in zip(*results, strict=True):
         distance = float((ours - oracle).float().norm() / oracle.float().norm())
         if not distance < 3e-2:

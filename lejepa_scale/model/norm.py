@@ -93,8 +93,8 @@ class _Normalize(torch.autograd.Function):
             own_sums[0] *= inverse
         elif x.numel():
             own_sums = torch.stack(
-                torch.ops.aten.native_batch_norm_backward(
-                    grad, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+                torch.ops.aten.native_batch_norm_backward(  # as in training: on CUDA only that takes saved statistics
+                    grad, x, weight, None, None, mean, inverse, True, ctx.eps, [False, True, True]
                 )[1:]
             )
         of_product, of_grad = gather_statistics(own_sums).sum(0) / count
@@ -125,7 +125,7 @@ def synchronized(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
             new = BatchNorm(child.num_features, child.eps, child.momentum or 0.1, True, getattr(child, "act", None))
-            new.to(child.weight.dtype).load_state_dict(child.state_dict())
+            new.to(child.weight).load_state_dict(child.state_dict())
             setattr(module, name, new)
         else:
             synchronized(child)

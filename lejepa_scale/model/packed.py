@@ -178,40 +178,85 @@ def rows(
 
 
 def _select(x: Float[Tensor, "t e"], row: PackedRow, kept: Kept | None) -> Float[Tensor, "k e"]:
+    """The tokens of the sequences that a branch processes."""
     if kept is None:
         return x
-    parts = zip(row.packing.split(x), kept, strict=True)
-    return torch.cat([part.index_select(0, rows).flatten(0, 1) for part, rows in parts])
+    if torch.compiler.is_compiling():  # which joins these operations itself
+        parts = zip(row.packing.split(x), kept, strict=True)
+        return torch.cat([part.index_select(0, rows).flatten(0, 1) for part, rows in parts])
+    return _SelectRows.apply(x, row.packing, row.branch, *kept)
 
 
 def _add(x: Float[Tensor, "t e"], own: Float[Tensor, "k e"], row: PackedRow, kept: Kept | None) -> Float[Tensor, "t e"]:
     """Residual sum; what a subset contributes is scaled up to keep the mean."""
     if kept is None:
         return x + own
-    out = []
-    for part, rows, added in zip(row.packing.split(x), kept, row.branch.split(own), strict=True):
-        out.append(_AddRows.apply(part, rows, added.to(part.dtype), len(part) / len(added)).flatten(0, 1))
-    return torch.cat(out)
+    if torch.compiler.is_compiling():
+        parts = zip(row.packing.split(x), kept, row.branch.split(own.to(x.dtype)), strict=True)
+        sums = [part.index_add(0, rows, added, alpha=len(part) / len(added)) for part, rows, added in parts]
+        return torch.cat([part.flatten(0, 1) for part in sums])
+    return _AddRows.apply(x, own, row.packing, row.branch, *kept)
 
 
-class _AddRows(torch.autograd.Function):
-    """`index_add` with a factor. torch's keeps what it adds for its backward pass, which needs its shape alone: a branch's
-    whole output, in every block."""
+class _SelectRows(torch.autograd.Function):
+    """`index_select` in every group of a row, into one row: nothing is joined afterwards, forward or backward."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Float[Tensor, "n l e"], rows: Int[Tensor, " k"], own: Float[Tensor, "k l e"], scale: float
-    ) -> Float[Tensor, "n l e"]:
-        ctx.save_for_backward(rows)
-        ctx.scale = scale
-        return x.index_add(0, rows, own, alpha=scale)
+        ctx: Any, x: Float[Tensor, "t e"], packing: Packing, branch: Packing, *kept: Int[Tensor, " _k"]
+    ) -> Float[Tensor, "k e"]:
+        ctx.save_for_backward(*kept)
+        ctx.packing, ctx.branch = packing, branch
+        return _gather(x, packing, branch, kept)
 
     @staticmethod
     def backward(  # type: ignore[override]
-        ctx: Any, grad: Float[Tensor, "n l e"]
-    ) -> tuple[Float[Tensor, "n l e"], None, Float[Tensor, "k l e"], None]:
-        (rows,) = ctx.saved_tensors
-        return grad, None, grad.index_select(0, rows) * ctx.scale, None
+        ctx: Any, grad: Float[Tensor, "k e"]
+    ) -> tuple[Float[Tensor, "t e"] | None, ...]:
+        out, kept = grad.new_zeros(ctx.packing.tokens, grad.shape[1]), ctx.saved_tensors
+        for part, rows, given in zip(ctx.packing.split(out), kept, ctx.branch.split(grad), strict=True):
+            part.index_copy_(0, rows, given)  # none is there twice
+        return out, None, None, *[None] * len(kept)
+
+
+class _AddRows(torch.autograd.Function):
+    """`index_add` in every group of a row, scaled up by what is left out of it. torch's would keep what it adds for the
+    backward pass, which needs its shape alone: a branch's whole output, in every block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Float[Tensor, "t e"],
+        own: Float[Tensor, "k e"],
+        packing: Packing,
+        branch: Packing,
+        *kept: Int[Tensor, " _k"],
+    ) -> Float[Tensor, "t e"]:
+        ctx.save_for_backward(*kept)
+        ctx.packing, ctx.branch, ctx.dtype = packing, branch, own.dtype
+        out = x.clone()
+        for part, rows, added in zip(packing.split(out), kept, branch.split(own.to(x.dtype)), strict=True):
+            part.index_add_(0, rows, added, alpha=len(part) / len(added))
+        return out
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: Float[Tensor, "t e"]
+    ) -> tuple[Float[Tensor, "t e"] | None, ...]:
+        kept = ctx.saved_tensors
+        of_own = _gather(grad, ctx.packing, ctx.branch, kept)
+        for (all_of_it, _), part in zip(ctx.packing.groups, ctx.branch.split(of_own), strict=True):
+            part.mul_(all_of_it / len(part))
+        return grad, of_own.to(ctx.dtype), None, None, *[None] * len(kept)
+
+
+def _gather(
+    x: Float[Tensor, "t e"], packing: Packing, branch: Packing, kept: Sequence[Int[Tensor, " _k"]]
+) -> Float[Tensor, "k e"]:
+    out = x.new_empty(branch.tokens, x.shape[1])
+    for part, rows, place in zip(packing.split(x), kept, branch.split(out), strict=True):
+        torch.index_select(part, 0, rows, out=place)
+    return out
 
 
 def _adopt(target: nn.Module, source: nn.Module) -> None:

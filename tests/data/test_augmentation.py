@@ -14,6 +14,7 @@ import pytest
 import timm.data
 import torch
 import torchvision.transforms.v2.functional as reference
+from conftest import on_a_gpu
 from PIL import Image
 from scipy import stats
 from torch import Tensor
@@ -324,7 +325,7 @@ def test_views_made_ahead_are_the_same(scenes: Path) -> None:
     assert all(a.equal(b) for a, b in zip(views, batch.augmented(cpu), strict=True))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@on_a_gpu
 def test_on_a_gpu_views_made_ahead_are_those_of_the_cpu(scenes: Path) -> None:
     batches = loaded(scenes, steps=4)
     device = torch.device("cuda")

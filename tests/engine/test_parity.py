@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_config, without_gradient
+from conftest import on_a_gpu, small_config, without_gradient
 from ranks import run_ranks
-from steps import of_this_rank, start, take_step
+from steps import CPU, of_this_rank, start, take_step
 
 from lejepa_scale.checkpoint import CanonicalState, gather
 from lejepa_scale.config import Config, validate
+from lejepa_scale.objective import sigreg
 from lejepa_scale.parallel import process_group
 
 GLOBAL, STEPS = 16, 6
@@ -35,10 +36,14 @@ def _config(engine_name: str, accumulation: int = 1, precision: str = "fp32") ->
 
 
 def train(
-    engine_name: str, accumulation: int, precision: str = "fp32", poison: int | None = None
+    engine_name: str,
+    accumulation: int,
+    precision: str = "fp32",
+    poison: int | None = None,
+    device: torch.device = CPU,
 ) -> tuple[list[tuple[float, float]], CanonicalState | None]:
     """Losses and gradient norms of STEPS steps on fixed random views, and the final state (rank 0)."""
-    engine, plan = start(_config(engine_name, accumulation, precision))
+    engine, plan = start(_config(engine_name, accumulation, precision), device)
     history = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
@@ -46,7 +51,8 @@ def train(
         views.append(torch.randn(3, GLOBAL, 3, 16, 16, generator=generator))
         if step == poison:
             views[0][0, 0, 0, 0, 0] = torch.inf  # one pixel on one rank
-        result = take_step(engine, plan, of_this_rank(views, plan), step)
+        mine = [[v.to(device) for v in micro] for micro in of_this_rank(views, plan)]
+        result = take_step(engine, plan, mine, step)
         assert bool(result.finite) == (step != poison)
         history.append((float(result.loss), float(result.grad_norm)))
     return history, gather(engine)
@@ -142,3 +148,20 @@ def test_hybrid_sharding_on_four_ranks() -> None:
         assert (loss, norm) == pytest.approx(expected, rel=1e-5)
         assert "Replicate" in placements
         assert "Shard" in placements
+
+
+def _on_the_gpu(name: str) -> Any:
+    draw = sigreg._draw  # devices draw different numbers
+    sigreg._draw = lambda *a: draw(*a[:4], CPU, a[5]).to(a[4])
+    return [train(name, 1, device=torch.device("cuda")), train(name, 1, "bf16", device=torch.device("cuda"))]
+
+
+@on_a_gpu
+@pytest.mark.parametrize("name", ["single", "ddp", "fsdp", "zero1", "zero2", "zero3"])
+def test_on_a_gpu_steps_are_those_of_the_cpu(name: str, oracle: Any) -> None:
+    """Convolutions are tf32 there."""
+    ((exact, low),) = run_ranks(_on_the_gpu, 1, name)
+    torch.testing.assert_close(torch.tensor(exact[0]), torch.tensor(oracle[0][0]), rtol=3e-3, atol=0)
+    torch.testing.assert_close(torch.tensor(low[0]), torch.tensor(oracle[0][0]), rtol=0.1, atol=0)
+    for found, expected in zip(exact[1].model.values(), oracle[0][1].model.values(), strict=True):
+        assert float((found - expected).detach().norm()) < 1e-2 * max(1.0, float(expected.detach().norm()))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICES
 from ranks import run_ranks
 from torch import nn
 
@@ -17,20 +18,21 @@ from lejepa_scale.model.norm import BatchNorm, synchronized
 from lejepa_scale.parallel import process_group
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 @pytest.mark.parametrize(
     "shape", [(20, 6), (5, 6, 4, 3), (70, 21), (9, 37, 5, 4)]
 )  # blocks and vectors, and what is left
-def test_equals_torch(shape: tuple[int, ...], layout: str) -> None:
-    theirs = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1]).double()
+def test_equals_torch(shape: tuple[int, ...], layout: str, device: str) -> None:
+    theirs = (nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d)(shape[1], device=device).double()
     nn.init.normal_(theirs.weight)
     ours = synchronized(nn.Sequential(copy.deepcopy(theirs)))[0]
     assert isinstance(ours, BatchNorm)
-    x = torch.randn(shape, dtype=torch.float64) * 3 + 100
+    x = torch.randn(shape, dtype=torch.float64, device=device) * 3 + 100
     if layout == "channels last" and x.ndim == 4:
         x = x.contiguous(memory_format=torch.channels_last)
-        assert norm_cpu.usable(x) or shutil.which("g++") is None
-    weight = torch.randn(shape, dtype=torch.float64)
+        assert norm_cpu.usable(x) or x.is_cuda or shutil.which("g++") is None
+    weight = torch.randn(shape, dtype=torch.float64, device=device)
     gradients = []
     for module in (theirs, ours):
         y = x.clone().requires_grad_()
@@ -72,12 +74,18 @@ def test_without_a_compiler_torch_does_the_same(monkeypatch: pytest.MonkeyPatch,
     norm_cpu.KERNELS._loaded.clear()
 
 
-def test_low_precision_input_keeps_fp32_statistics() -> None:
-    norm = BatchNorm(4).bfloat16()
-    x = (torch.randn(512, 4) + 200).bfloat16()
+@pytest.mark.parametrize("device", DEVICES)
+def test_low_precision_input_keeps_fp32_statistics(device: str) -> None:
+    norm = BatchNorm(4).to(device, torch.bfloat16)
+    x = (torch.randn(512, 4, device=device) + 200).bfloat16().requires_grad_()
     y = norm(x)
     assert y.dtype == torch.bfloat16
-    assert float(y.float().std()) == pytest.approx(1, abs=0.02)
+    assert float(y.detach().float().std()) == pytest.approx(1, abs=0.02)
+    y.square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+    assert norm.bias.grad is not None
+    assert bool(norm.bias.grad.isfinite().all())
 
 
 def _on_rank(module: nn.Module, x: torch.Tensor, counts: list[int]) -> tuple[torch.Tensor, ...]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import on_a_gpu
 
 from lejepa_scale.cpu import compiler
 from lejepa_scale.objective import SIGReg, cpu_kernels
@@ -16,7 +17,9 @@ from lejepa_scale.objective.characteristic import fused_sums, has_triton, refere
 KNOTS = (2, 3, 5, 17, 18, 33)
 
 
-def errors(backend: str, knots: int, shape: tuple[int, int, int, int], dtype: torch.dtype) -> tuple[float, float]:
+def errors(
+    backend: str, knots: int, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str = "cpu"
+) -> tuple[float, float]:
     """Largest differences from the textbook form in float64: of means over samples, and of gradients over the largest."""
     views, samples, width, slices = shape
     z = torch.randn(views, samples, width, dtype=torch.float64, requires_grad=True)
@@ -24,9 +27,10 @@ def errors(backend: str, knots: int, shape: tuple[int, int, int, int], dtype: to
     true = reference_sums(z, a, 0.1875, knots)
     weights = torch.randn_like(true)
     (true_gradient,) = torch.autograd.grad(true, z, weights)
-    x = z.detach().to(dtype).requires_grad_()
-    found = fused_sums(x, a.to(dtype), 0.1875, knots, backend)
-    (gradient,) = torch.autograd.grad(found, x, weights.to(dtype))
+    x = z.detach().to(device, dtype).requires_grad_()
+    found = fused_sums(x, a.to(device, dtype), 0.1875, knots, backend)
+    (gradient,) = torch.autograd.grad(found, x, weights.to(device, dtype))
+    found, gradient = found.cpu(), gradient.cpu()
     if not samples:
         assert not found.any()
         return 0.0, 0.0
@@ -101,6 +105,15 @@ def test_triton_kernels_equal_the_textbook_form_in_the_interpreter(tmp_path: Pat
     )
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
+
+
+@on_a_gpu
+@pytest.mark.parametrize("backend", ["triton", "fused"])
+def test_on_a_gpu_the_sums_are_the_textbook_forms(backend: str) -> None:
+    for knots in (2, 17):  # every kind of argument is compiled anew
+        for shape in ((3, 50, 7, 33), (1, 1, 1, 1), (2, 0, 3, 4), (1, 70_000, 2, 3), (1, 5000, 64, 512)):
+            assert max(errors(backend, knots, shape, torch.float64, "cuda")) < 1e-12, (knots, shape)
+            assert max(errors(backend, knots, shape, torch.float32, "cuda")) < 1e-5, (knots, shape)
 
 
 def _peak(backend: str, samples: int) -> int:

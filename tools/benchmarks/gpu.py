@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,10 +105,9 @@ TOY = Sizes(
 )
 
 
-def measure(sizes: Sizes, device: torch.device, minutes: float) -> Results:
-    """Every section in turn; those that the time does not reach say so."""
-    sections = (attention, precision, step_rates, training, sigreg, colours, step_features)
-    return run_sections({s.__name__.replace("_", " "): s(sizes, device) for s in sections}, device, minutes)
+def measure(sizes: Sizes, device: torch.device, minutes: float, only: Sequence[str] = ()) -> Results:
+    """Every section in turn, or those of `only`; those that the time does not reach say so."""
+    return run_sections({name: SECTIONS[name](sizes, device) for name in only or SECTIONS}, device, minutes)
 
 
 def attention(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -124,7 +123,7 @@ def attention(sizes: Sizes, device: torch.device) -> Iterator[Row]:
             try:
                 found = work()
             except (UserError, RuntimeError, NotImplementedError, ValueError) as reason:
-                yield row | {"cannot run": str(reason).strip().split("\n")[0][:90]}
+                yield row | {"cannot run": " ".join(str(reason).split())[:600]}
                 continue
             error = max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, truth, strict=True))
             yield row | {"ok": error < 2e-2, "error": error, "ms": milliseconds(work, device, sizes.repeats)}
@@ -247,6 +246,12 @@ def colours(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     }
 
 
+SECTIONS: dict[str, Callable[[Sizes, torch.device], Iterator[Row]]] = {
+    section.__name__.replace("_", "-"): section
+    for section in (attention, precision, step_rates, training, sigreg, colours, step_features)
+}
+
+
 def _recipe(recipe: str, overrides: tuple[str, ...], images: int) -> step.Recipe:
     """A recipe as one process runs it on one batch."""
     return step.Recipe(ROOT / recipe, (*overrides, "engine.name=single")).of(images)
@@ -265,4 +270,4 @@ def _try(*arguments: object) -> str | None:
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
         return "no end after 120 s"
-    return None if result.returncode == 0 else result.stderr.strip()[-300:]
+    return None if result.returncode == 0 else result.stderr.strip()[-1000:]

@@ -8,6 +8,7 @@ import platform
 import socket
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,9 @@ from statistics import median
 from typing import Any, TypedDict
 
 import torch
+from torch import Tensor
+
+from lejepa_scale.errors import UserError
 
 WARM = 3  # rounds of a timing that do not count
 Row = dict[str, Any]
@@ -41,6 +45,12 @@ def run_sections(sections: dict[str, Iterator[Row]], device: torch.device, minut
                 row = next(rows, None)
             except torch.OutOfMemoryError as error:
                 row = {"case": "rest of the section", "not measured": str(error).split(". ")[0]}
+                rows = iter(())
+            except UserError:
+                raise
+            except Exception as error:  # the other sections are worth their time
+                traceback.print_exc()
+                row = {"case": "rest of the section", "ok": False, "failure": f"{type(error).__name__}: {error}"}
                 rows = iter(())
             if row is None:
                 break
@@ -119,14 +129,21 @@ def profiled(device: torch.device, *, profile_memory: bool = False) -> Iterator[
 
 
 def matrix_product(device: torch.device, dtype: torch.dtype, repeats: int = 5) -> tuple[Work, int]:
-    """A product of two square matrices, of a few sizes the one with the highest rate, and its FLOPs: what a step could
-    reach here at most, to be timed in turns with it."""
+    """Products of two square matrices, of a few sizes the one with the highest rate, and their FLOPs: what a step could
+    reach here at most, to be timed in turns with it. Several on a GPU, where one alone was seen to take 1.4 times as long
+    right after a step as a moment later."""
     found: dict[float, tuple[Work, int]] = {}
-    for side in (4096, 8192) if device.type == "cuda" else (768, 1536):
+    sides, times = ((4096, 8192), 10) if device.type == "cuda" else ((768, 1536), 1)
+    for side in sides:
         a, b = torch.randn(2, side, side, device=device).to(dtype)
-        work = partial(torch.matmul, a, b)
-        found[2 * side**3 / milliseconds(work, device, repeats)] = work, 2 * side**3
+        work, flops = partial(_products, a, b, times), times * 2 * side**3
+        found[flops / milliseconds(work, device, repeats)] = work, flops
     return found[max(found)]
+
+
+def _products(a: Tensor, b: Tensor, times: int) -> None:
+    for _ in range(times):
+        a @ b
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> float:

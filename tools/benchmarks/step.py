@@ -86,7 +86,7 @@ def step_rates(recipe: Recipe, device: torch.device, options: Options) -> Iterat
 def alone(recipe: Recipe, device: torch.device, rounds: int) -> Row:
     """A recipe's rates and memory; an engine that does not fit says so."""
     try:
-        trial = Trial(recipe.config(), device)
+        trial = Trial(recipe.config(), device, shared=True)
         row = rates(trial, timed({"": trial}, device, rounds)[""]) | memory(trial)
     except torch.OutOfMemoryError as error:
         row = {"case": f"{recipe.config().model.encoder}", "cannot run": str(error).split(". ")[0]}
@@ -97,7 +97,7 @@ def alone(recipe: Recipe, device: torch.device, rounds: int) -> Row:
 
 def largest_batch(recipe: Recipe, device: torch.device, images: int) -> Row:
     """The largest of `images`, twice that, ... whose step fits the device, on one engine."""
-    trial = Trial(recipe.of(2).config(), device)
+    trial = Trial(recipe.of(2).config(), device, shared=True)
     fits, tried = 0, images
     try:
         while True:
