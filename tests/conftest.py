@@ -11,12 +11,15 @@ import pytest
 import shape_checks
 import torch
 from processes import Forks, forks
-from ranks import PRELOADED, free_port
+from ranks import PRELOADED, as_rank, free_port
 
 if shape_checks.wanted():  # before anything of the package is imported
     shape_checks.install()
 
 from lejepa_scale.config import Config, ViewGroup, Views
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # workers have a core each; threads that spin for one another double a test's time
 
 ROOT = Path(__file__).parents[1]
 
@@ -119,8 +122,8 @@ def without_gradient(config: Config) -> set[str]:
 
 
 class Command:
-    """Run the project's scripts as a user does, but for the imports: a script of one process is a fork of a program that has
-    done them. A launcher starts its ranks for real."""
+    """Run the project's scripts as a user does, but for the imports: a script, or every rank of it, is a fork of a program
+    that has done them. With a launcher named, it starts the ranks for real."""
 
     def __init__(self, folder: Path, server: Forks) -> None:
         self.folder = folder
@@ -133,15 +136,18 @@ class Command:
         path.write_text(yaml.safe_dump(tree))
         return path
 
-    def __call__(self, *arguments: Any, ranks: int = 0, launcher: str = "torchrun", timeout: float = 240) -> Any:
-        words = [*launched(ranks, launcher), *map(str, arguments)]
-        return self._server.run(words, ROOT, script_environment(), timeout)
+    def __call__(self, *arguments: Any, ranks: int = 0, launcher: str | None = None, timeout: float = 240) -> Any:
+        words, environments = [*map(str, arguments)], [script_environment()]
+        if launcher is not None:
+            words = [*launched(ranks, launcher), *words]
+        elif ranks:
+            port = str(free_port())
+            environments = [environments[0] | as_rank(rank, ranks, port) for rank in range(ranks)]
+        return self._server.run(words, ROOT, environments, timeout)
 
 
 def launched(ranks: int, launcher: str = "torchrun") -> list[str]:
     """What stands before a script on so many ranks, behind the interpreter's name."""
-    if not ranks:
-        return []
     if launcher == "torchrun":
         return ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
     return ["-m", "deepspeed.launcher.runner", f"--num_gpus={ranks}", f"--master_port={free_port()}"]

@@ -114,15 +114,16 @@ class Forks:
                 return int(number)
 
     def run(
-        self, words: list[str], folder: Path, environment: dict[str, str], seconds: float
+        self, words: list[str], folder: Path, environments: list[dict[str, str]], seconds: float
     ) -> subprocess.CompletedProcess[str]:
-        """As `python WORDS` would: a script and its arguments, or -m and a module's name. After that many seconds it is
-        killed, with whatever it has started, and subprocess.TimeoutExpired raised."""
+        """As `python WORDS` would: a script and its arguments, or -m and a module's name. In more than one environment, in
+        as many processes at once, as torchrun does: when one fails, the others are ended, and the status is 1. After that
+        many seconds it is killed, with whatever it has started, and subprocess.TimeoutExpired raised."""
         with tempfile.TemporaryDirectory() as scratch:
             files = [Path(scratch, name) for name in ("out", "err")]
             mark = uuid.uuid4().hex
-            environment = {**environment, _MARK: mark}
-            begin = f"processes.be({words!r}, {str(folder)!r}, {environment!r}, {[str(f) for f in files]!r})"
+            environments = [{**environment, _MARK: mark} for environment in environments]
+            begin = f"processes.be({words!r}, {str(folder)!r}, {environments!r}, {[str(f) for f in files]!r})"
             leader = self.start(begin)
             try:
                 status = self.status(seconds)
@@ -133,10 +134,20 @@ class Forks:
             return subprocess.CompletedProcess(words, status, *(f.read_text() for f in files))
 
 
-def be(words: list[str], folder: str, environment: dict[str, str], files: list[str]) -> None:
-    """Turn this process into the program `python WORDS`, which prints into files."""
+def be(words: list[str], folder: str, environments: list[dict[str, str]], files: list[str]) -> None:
+    """Turn this process into the program `python WORDS`, which prints into files; or, for more than one environment, into
+    what waits for them all."""
     for descriptor, file in enumerate([os.devnull, *files]):
-        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), descriptor)
+        os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+    environment = environments[0]
+    if len(environments) > 1:
+        running = {}
+        for environment in environments:
+            if not (pid := os.fork()):
+                break
+            running[pid] = environment
+        else:
+            sys.exit(_waited_for(set(running)))
     os.chdir(folder)
     os.environ.clear()
     os.environ |= environment
@@ -148,6 +159,23 @@ def be(words: list[str], folder: str, environment: dict[str, str], files: list[s
         sys.argv = words
         sys.path.insert(0, str(Path(words[0]).parent))
         runpy.run_path(words[0], run_name="__main__")
+
+
+def _waited_for(running: set[int]) -> int:
+    """0 where all end well; else 1, when those that are left have been ended: they have 30 s for it."""
+    failed, deadline = False, float("inf")
+    while running:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        running.discard(pid)
+        if status and not failed:
+            failed, deadline = True, time.monotonic() + 30
+            for other in running:
+                os.kill(other, signal.SIGTERM)
+        if time.monotonic() > deadline:
+            _kill(list(running))
+        if not pid:
+            time.sleep(0.02)
+    return int(failed)
 
 
 @contextmanager

@@ -8,13 +8,15 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.multiprocessing as mp
 
-PRELOADED = ("lejepa_scale.training.loop",)  # by what ranks and programs are forked from: it has run nothing
+# By what ranks and programs are forked from: it has run nothing.
+PRELOADED = ["lejepa_scale.training.loop", *(["deepspeed"] if find_spec("deepspeed") else [])]
 
 
 def free_port() -> int:
@@ -23,10 +25,16 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def as_rank(rank: int, world: int, port: str) -> dict[str, str]:
+    """What a launcher puts into the environment of a rank, all on this machine."""
+    place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    return {**place, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
 def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: float = 240) -> list[Any]:
     """`function(*args)` on `world` processes inside a process group; results by rank. Fails if any rank fails or hangs."""
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload([*PRELOADED])
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
         processes = [
@@ -47,13 +55,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
 
 
 def _rank(function: Callable[..., Any], rank: int, world: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    os.environ |= as_rank(rank, world, str(port))
     torch.set_num_threads(1)
     from lejepa_scale.parallel import collectives, process_group
 

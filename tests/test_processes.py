@@ -38,7 +38,7 @@ def test_a_script_is_what_python_makes_of_it(server: Forks, tmp_path: Path) -> N
         "sys.exit('the end')\n"
     )
     words, environment = [str(script), "--a", "b c"], {**script_environment(), "ONE": "1"}
-    found = server.run(words, tmp_path, environment, 30)
+    found = server.run(words, tmp_path, [environment], 30)
     wanted = subprocess.run(
         [sys.executable, *words],
         cwd=tmp_path,
@@ -49,7 +49,7 @@ def test_a_script_is_what_python_makes_of_it(server: Forks, tmp_path: Path) -> N
     )
     assert (found.returncode, found.stdout, found.stderr) == (wanted.returncode, wanted.stdout, wanted.stderr)
     assert "ONE" not in os.environ
-    module = server.run(["-m", "beside"], tmp_path, environment, 30)
+    module = server.run(["-m", "beside"], tmp_path, [environment], 30)
     assert (module.returncode, module.stdout) == (0, "")
 
 
@@ -62,12 +62,29 @@ def test_a_script_that_does_not_end_is_killed_with_its_family(server: Forks, tmp
         "print('here', flush=True); time.sleep(1000)\n"
     )
     with pytest.raises(subprocess.TimeoutExpired) as raised:
-        server.run([str(script)], tmp_path, script_environment(), 5)
+        server.run([str(script)], tmp_path, [script_environment()], 5)
     assert raised.value.output == b"here\n"
     family = [int(pid) for pid in pids.read_text().split()]
     assert eventually(lambda: all(stat(pid)[:1] in ([], ["Z"]) for pid in family), 30)
     server.start("sys.exit(3)")  # and the next answer is the next process's
     assert server.status(30) == 3
+
+
+def test_ranks_run_at_once_and_end_together(server: Forks, tmp_path: Path) -> None:
+    """The first waits for the second's file, and then for ever, when the second has failed."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys, time; from pathlib import Path\n"
+        "print(os.environ['ONE'], flush=True)\n"
+        "if os.environ['ONE'] == 'b': Path('there').touch()\n"
+        "while not Path('there').exists(): time.sleep(0.01)\n"
+        "if sys.argv[1] == 'fail': sys.exit(7) if os.environ['ONE'] == 'b' else time.sleep(1000)\n"
+    )
+    environments = [{**script_environment(), "ONE": one} for one in "ab"]
+    for word, status in (("pass", 0), ("fail", 1)):
+        (tmp_path / "there").unlink(missing_ok=True)
+        found = server.run([str(script), word], tmp_path, environments, 30)
+        assert (found.returncode, sorted(found.stdout.split())) == (status, ["a", "b"])
 
 
 def test_the_session_of_the_machine_is_refused() -> None:

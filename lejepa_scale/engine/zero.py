@@ -83,6 +83,9 @@ class ZeROEngine(Engine):
                 shapes = factory()
         settings = deepspeed_config(config, plan, shapes)
         self.device, self.stage = device, settings["zero_optimization"]["stage"]
+        # Kernels for inference on CPUs, which nothing here calls: half a minute to build at the first start and whenever
+        # another environment has built them since, under a lock that a killed process leaves behind.
+        getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
         context: AbstractContextManager[Any] = nullcontext()
         if self.stage == 3:  # each submodule is partitioned as soon as it is built

@@ -80,11 +80,14 @@ def test_rates_phases_and_forms(bench: Callable[..., tuple[int, Rows]], tmp_path
     assert full["working MiB"] < selective["working MiB"] < none["working MiB"]
 
 
-def test_a_packed_step_gathers_half_as_much(command: Command, tmp_path: Path) -> None:
-    """Under FSDP on two ranks of its own, against a forward per view group; gradients are reduced once either way."""
+@pytest.mark.parametrize("its_own", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_packed_step_gathers_half_as_much(command: Command, tmp_path: Path, its_own: bool) -> None:
+    """Under FSDP on two ranks, of its own or a launcher's, against a forward per view group; gradients are reduced once
+    either way."""
     out = tmp_path / "r.json"
-    arguments = ["--smoke", "--ranks", 2, "--compare", "packed", "engine.name=fsdp", "model.options={depth: 3}"]
-    result = command(ROOT / "tools/bench.py", "step", *arguments, "--json", out)
+    start, ranks = (["--ranks", 2], 0) if its_own else ([], 2)
+    arguments = [*start, "--smoke", "--compare", "packed", "engine.name=fsdp", "model.options={depth: 3}"]
+    result = command(ROOT / "tools/bench.py", "step", *arguments, "--json", out, ranks=ranks)
     assert result.returncode == 0, result.stderr
     rows = json.loads(out.read_text())["rows"]
     packed, per_group, per_view = (row for row in rows if row["section"] == "packed")

@@ -210,12 +210,12 @@ def test_the_module_under_a_launcher(command: Command, tmp_path: Path, scenes: P
     """torchrun -m lejepa_scale train: two ranks train; a wrong key is said once."""
     run = tmp_path / "run"
     path = command.config(small_config(run, scenes, train={"steps": 1}, engine={"name": "ddp"}))
-    wrong = command("-m", "lejepa_scale", "train", "--config", path, "optim.rl=1", ranks=2)
+    wrong = command("-m", "lejepa_scale", "train", "--config", path, "optim.rl=1", ranks=2, launcher="torchrun")
     assert wrong.returncode != 0
     assert [line for line in wrong.stderr.splitlines() if line.startswith("error")] == [
         f"error: {path} with optim.rl=1: unknown key optim.rl, did you mean optim.lr?."
     ]
-    result = command("-m", "lejepa_scale", "train", "--config", path, ranks=2)
+    result = command("-m", "lejepa_scale", "train", "--config", path, ranks=2, launcher="torchrun")
     assert result.returncode == 0, result.stderr
     assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == [1]
 

@@ -136,7 +136,7 @@ def test_a_run_ends_while_a_read_never_returns(
         tree["engine"]["name"] = "ddp"
     if killed:
         tree["train"]["steps"] = 3  # which waits for the command
-    head = [sys.executable, *launched(ranks if ranks > 1 else 0)]
+    head = [sys.executable, *(launched(ranks) if ranks > 1 else [])]
     arguments = [*head, str(ROOT / "launchers/train.py"), "--config", str(command.config(tree))]
     with program(arguments, script_environment()) as running:
         if killed:
