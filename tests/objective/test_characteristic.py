@@ -95,7 +95,7 @@ def test_triton_kernels_equal_the_textbook_form_in_the_interpreter(tmp_path: Pat
     script.write_text(
         "import os, sys\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
-        f"sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
         "import torch\n"
         "from test_characteristic import KNOTS, errors\n"
         "for knots in KNOTS:\n"
