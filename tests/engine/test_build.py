@@ -52,6 +52,18 @@ def test_a_weight_that_nobody_loads_shows_in_the_first_loss() -> None:
     assert run_ranks(_forgetful, 2, ENGINES)[0] == [[True, False]] * len(ENGINES)
 
 
+def _kernels() -> object:
+    import deepspeed
+
+    start(_config("zero1"))
+    return deepspeed.comm.comm.cdb.shm_comm_op
+
+
+def test_zero_builds_no_kernels_that_nothing_calls() -> None:
+    """DeepSpeed's own, for inference on CPUs: half a minute of compiling at a start."""
+    assert run_ranks(_kernels, 1) == [None]
+
+
 def _drawn(names: list[str]) -> list[int]:
     """How many modules with weights in them were built here, for each engine."""
     counts = []
