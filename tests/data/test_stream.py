@@ -39,7 +39,8 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def reader(**options: Any) -> Reader:
-    return Reader(**{"read_timeout": 0.4, "retries": 2, "pause": 0.01, **options})
+    """Patient, for the machine may be busy; where a server falls silent, a test says for how long that is borne."""
+    return Reader(**{"read_timeout": 20, "retries": 2, "pause": 0.01, **options})
 
 
 def images(shards: Any, by: Reader) -> dict[str, bytes]:
@@ -80,8 +81,9 @@ def test_patterns(scenes: Path, tmp_path: Path) -> None:
 def test_every_sample_arrives_over_a_bad_line(
     server: Server, scenes: Path, tmp_path: Path, behaviour: str, cached: bool
 ) -> None:
-    by = reader(cache_dir=tmp_path / "cache" if cached else None)
-    shards = index_shards(urls(server), reader=by)
+    stalls = {"read_timeout": 0.5, "retries": 6} if behaviour == "stall" else {}
+    by = reader(cache_dir=tmp_path / "cache" if cached else None, **stalls)
+    shards = index_shards(urls(server), reader=reader())
     for name, data in server.files.items():
         if cached:
             server.script[name].extend(["alter"] if behaviour == "alter" else ["drop", behaviour])
@@ -132,13 +134,13 @@ def test_a_server_without_ranges_needs_the_cache(server: Server, scenes: Path, t
     ],
 )
 def test_a_lost_shard_is_named(server: Server, behaviour: str, words: str) -> None:
-    by = reader(read_timeout=0.2)
-    (shard,) = index_shards(urls(server)[1:2], reader=by)
+    by = reader(read_timeout=0.2) if behaviour == "stall" else reader()
+    (shard,) = index_shards(urls(server)[1:2], reader=reader())
     server.always = behaviour
     started = time.monotonic()
     with pytest.raises(UserError, match=rf"shard-000001\.tar.*{words}"):
         read_image(by, shard, 0)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 15  # not the patience of `reader`
 
 
 def test_a_trickle_meets_the_deadline(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,7 +203,7 @@ def test_pipes_are_copied_and_retried(scenes: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"cannot read shard pipe:exit 3.*status 3.*given up"):
         scan("pipe:exit 3", by)
     with pytest.raises(UserError, match=r"no output in 0\.4 s"):
-        scan("pipe:sleep 60", reader(retries=0))
+        scan("pipe:sleep 60", reader(read_timeout=0.4, retries=0))
     with pytest.raises(UserError, match="cut short"):  # a command that hides its failure
         scan(f"pipe:head -c 5000 {shard} || true", by)
 
@@ -269,7 +271,7 @@ def test_the_cache_keeps_its_cap_and_evicts_the_oldest(server: Server, scenes: P
 
 def _read_all(folder: Path, shards: list[ShardIndex], start: Any, results: Any) -> None:
     start.wait()
-    by = Reader(read_timeout=5, cache_dir=folder)
+    by = Reader(cache_dir=folder)
     results.put([[read_image(by, shard, m) for m in range(len(shard))] for shard in shards])
 
 
@@ -286,7 +288,7 @@ def test_two_processes_fetch_a_shard_once(server: Server, scenes: Path, tmp_path
     for child in children:
         child.start()
     start.set()
-    first, second = (results.get(timeout=30) for _ in children)
+    first, second = (results.get(timeout=90) for _ in children)
     for child in children:
         child.join(10)
     assert first == second == [[read_image(Reader(), s, m) for m in range(len(s))] for s in shards]
@@ -322,7 +324,7 @@ def test_batches_from_a_bad_server_are_those_of_the_disk(
     for name in server.files:
         server.script[name].extend(["ok", "drop", "503", "short"])
     cache = {"cache_dir": str(tmp_path / "cache")} if cached else {}
-    ours = batches(urls(server), workers=workers, read_timeout=1.0, retries=4, **cache)
+    ours = batches(urls(server), workers=workers, read_timeout=20, retries=4, **cache)
     assert len({key for batch in ours for key in batch.keys}) == 96
     for a, b in zip(ours, batches(str(scenes)), strict=True):
         assert a.keys == b.keys
