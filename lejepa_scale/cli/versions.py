@@ -7,17 +7,16 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lejepa_scale import __version__
 
-# The whole test suite with the first; a wheel alone, trained and evaluated, with the last.
-TORCH_TRIED = ("2.13", "2.15")
+TORCH_TRIED = ("2.13", "2.15")  # the whole test suite with each, on CPUs
+TORCH_TRIED_ON_A_GPU = "2.11"  # the benchmark and the tests that need one, on an H200
 _LIBRARIES = ("torch", "torchvision", "timm", "deepspeed", "xformers", "torchao", "webdataset")
 
 
 def versions() -> str:
     rows = [("lejepa_scale", __version__), ("python", platform.python_version())]
     rows += [(name, _installed(name)) for name in _LIBRARIES]
-    rows.append(
-        ("", f"tried with torch {TORCH_TRIED[0]}, the whole test suite; {TORCH_TRIED[1]}, a run of the base install")
-    )
+    tried = f"tried with torch {' and '.join(TORCH_TRIED)}: the whole test suite; "
+    rows.append(("", f"{tried}{TORCH_TRIED_ON_A_GPU}: the tests of a GPU"))
     return "\n".join(f"{name:<14}{text}" for name, text in rows)
 
 
