@@ -60,13 +60,20 @@ class Store:
         return complete[-1] if complete else None
 
     def save(self, state: CanonicalState, probe: dict[str, Tensor], progress: Progress, config_yaml: str) -> Path:
-        """Write one checkpoint; older ones beyond `keep` go, and so do the remains of interrupted writes."""
+        """Write one checkpoint; older ones beyond `keep` go, and so do the remains of interrupted writes. Raises UserError,
+        before anything is written, naming a tensor that is not finite."""
+        moments = {f"{kind}/{name}": t for kind, group in state.moments.items() for name, t in group.items()}
+        for name, tensor in {**state.model, **moments, **{f"probe: {name}": t for name, t in probe.items()}}.items():
+            if not (finite := tensor.isfinite()).all():
+                raise UserError(
+                    f"step {progress.step} is not saved: {int((~finite).sum())} of {tensor.numel()} values of {name} are "
+                    f"not finite. {self.latest() or 'No checkpoint'} is untouched; the same command goes on from there."
+                )
         target = self.root / f"step_{progress.step:08d}"
         partial = target.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         save_file(state.model, partial / "model.safetensors")
-        moments = {f"{kind}/{name}": t for kind, group in state.moments.items() for name, t in group.items()}
         save_file(moments, partial / "optimizer.safetensors")
         if probe:
             save_file(probe, partial / "probe.safetensors")

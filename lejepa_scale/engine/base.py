@@ -91,8 +91,12 @@ class Engine(ABC):
 
     def buffers(self) -> dict[str, Tensor]:
         """The module's persistent buffers by name: live tensors, the same on every rank."""
-        names = self.module.state_dict(keep_vars=True).keys() - {name for name, _ in self.module.named_parameters()}
-        return {name: buffer for name, buffer in self.module.named_buffers() if name in names}
+        return {
+            f"{prefix}.{name}" if prefix else name: buffer
+            for prefix, module in self.module.named_modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and name not in module._non_persistent_buffers_set
+        }
 
 
 def full_shape(parameter: nn.Parameter) -> tuple[int, ...]:

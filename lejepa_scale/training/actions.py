@@ -4,6 +4,7 @@ on every rank, and may use collectives. A new one (evaluation, heartbeat) is one
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -40,13 +41,14 @@ def quarantine(run: Run, result: StepResult) -> None:
 
 
 class Probe:
-    """Train the online probe on the step's features, and keep its hits until they are read."""
+    """Train the online probe on the step's features, and keep its hits until they are read. A skipped step teaches
+    nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.hits = torch.zeros(2, dtype=torch.float64, device=device)
 
     def __call__(self, run: Run, result: StepResult) -> None:
-        if run.probe is None:
+        if run.probe is None or not bool(result.finite):
             return
         for out, labels in zip(result.outputs, run.feed.labels, strict=True):
             self.hits += run.probe.step(out["features"], labels.to(run.device, non_blocking=True))
@@ -86,7 +88,8 @@ class Guard:
 
 
 class Report:
-    """Means since the last record, rates, and what the gauges say, as one record every `log.every` steps."""
+    """Means since the last record over steps that were not skipped (NaN where all were), rates, and what the gauges say,
+    as one record every `log.every` steps."""
 
     def __init__(self, run: Run, reporter: Reporter, gauges: Sequence[Gauge] = ()) -> None:
         self.reporter, self.gauges, self.means = reporter, gauges, Means()
@@ -95,9 +98,10 @@ class Report:
         self.seconds_at_peak = step_flops(run.config, run.plan).total / peak if peak else None
 
     def __call__(self, run: Run, result: StepResult) -> None:
-        for out in result.outputs:
-            self.means.add(loss=out["loss"], loss_prediction=out["prediction"], loss_sigreg=out["sigreg"])
-        self.means.add(grad_norm=result.grad_norm)
+        if bool(result.finite):
+            for out in result.outputs:
+                self.means.add(loss=out["loss"], loss_prediction=out["prediction"], loss_sigreg=out["sigreg"])
+            self.means.add(grad_norm=result.grad_norm)
         self.steps += 1
         self.reporter.advance()
         if run.progress.step % run.config.log.every == 0 or run.last:
@@ -107,11 +111,13 @@ class Report:
     def _record(self, run: Run, result: StepResult) -> dict[str, float]:
         config, progress, seconds = run.config, run.progress, time.monotonic() - self.since
         batch = config.train.global_batch
-        record = {"step": progress.step, **self.means.read(), "lr": run.lr, "samples": progress.step * batch}
+        means = self.means.read() or dict.fromkeys(("loss", "loss_prediction", "loss_sigreg", "grad_norm"), math.nan)
+        record = {"step": progress.step, **means, "lr": run.lr, "samples": progress.step * batch}
         record["loss_normalized"] = record["loss"] / config.objective.lambda_**0.4
         record["images_per_second"] = self.steps * batch / seconds
         record["data_wait_fraction"] = run.feed.waited() / seconds
-        record["effective_rank"] = effective_rank(result.outputs[-1]["embeddings"])
+        embeddings = result.outputs[-1]["embeddings"]
+        record["effective_rank"] = effective_rank(embeddings) if bool(result.finite) else math.nan
         record |= {"nonfinite_steps": progress.nonfinite, "skipped_images": progress.skipped_images}
         if self.seconds_at_peak is not None:
             record["mfu"] = self.steps * self.seconds_at_peak / seconds

@@ -29,7 +29,7 @@ class StepResult:
 
     outputs: list[dict[str, Tensor]]  # of every micro-batch, detached: loss, prediction, sigreg, features, embeddings
     grad_norm: Float[Tensor, ""]  # of the whole batch, before clipping
-    finite: Bool[Tensor, ""]  # if not, nothing was updated, on any rank
+    finite: Bool[Tensor, ""]  # if not, everything is as it was before the step, buffers too, on every rank
 
     @property
     def loss(self) -> Float[Tensor, ""]:
@@ -56,6 +56,9 @@ def train_step(
     parts of the step, by name, for whoever times them. Raises ValueError where there are not as many micro-batches as
     planned.
     """
+    before = {
+        name: buffer.clone() for name, buffer in engine.buffers().items()
+    }  # a forward pass moves running averages
     outputs = []
     for micro, (make_views, replay) in enumerate(_replayed(engine, plan, micro_batches, number, seed, exact, phase)):
         seed_micro_batch(seed, number, micro)
@@ -69,6 +72,8 @@ def train_step(
         raise ValueError(f"a step takes {plan.accumulation} micro-batches of this plan, and was given {len(outputs)}.")
     with phase("optimizer"):
         update = engine.step(lr, weight_decay)
+        for name, buffer in engine.buffers().items():
+            buffer.copy_(torch.where(update.finite, buffer, before[name]))  # decided on the device: nobody waits
     return StepResult(outputs, update.grad_norm, update.finite)
 
 

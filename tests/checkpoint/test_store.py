@@ -44,6 +44,23 @@ def test_the_newest_are_kept_and_remains_are_cleared(tmp_path: Path) -> None:
     assert find(tmp_path / "checkpoints/step_00000002").name == "step_00000002"
 
 
+@pytest.mark.parametrize("place", ["model", "moments", "probe"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_never_replaces_a_checkpoint(tmp_path: Path, place: str, value: float) -> None:
+    store = Store(tmp_path, keep=1)
+    good = save(store, 1)
+    bad, probe = state(2.0), {"head": torch.ones(2)}
+    {"model": bad.model, "moments": bad.moments["exp_avg_sq"], "probe": probe}[place]["a.weight"] = torch.tensor(
+        [0, value]
+    )
+    with pytest.raises(
+        UserError, match=r"step 2 is not saved: 1 of 2 values of .*a\.weight .*step_00000001 is untouched"
+    ):
+        store.save(bad, probe, Progress(2, "shards"), "run: {}\n")
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [good.name]
+    verify(good)
+
+
 def test_unmarked_checkpoints_do_not_count(tmp_path: Path) -> None:
     store = Store(tmp_path, keep=3)
     save(store, 1)

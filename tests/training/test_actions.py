@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.data.faults import Fault
 from lejepa_scale.errors import UserError
 from lejepa_scale.training import actions, loop
+from lejepa_scale.training.probe import OnlineProbe
 from lejepa_scale.training.run import Run
 from lejepa_scale.training.step import StepResult
 
@@ -93,6 +95,34 @@ def test_a_record_holds_means_since_the_last_one(tmp_path: Path, monkeypatch: py
     assert first["images_per_second"] == 2 * 16 / 4  # two steps of 16 in four seconds
     assert second["images_per_second"] == 2 * 16 / 2
     assert first["data_wait_fraction"] == 0.25 / 4
+
+
+def test_a_skipped_step_is_in_no_mean(tmp_path: Path) -> None:
+    run = make_run(tmp_path, log={"every": 2})
+    logged: list[dict[str, float]] = []
+    reporter: Any = SimpleNamespace(advance=lambda: None, log=logged.append)
+    report = actions.Report(run, reporter)
+    for step, loss in enumerate((math.nan, 3.0, math.nan, math.nan), start=1):
+        run.progress.step = step
+        report(run, a_result(loss, finite=math.isfinite(loss)))
+    first, second = logged
+    assert (first["loss"], first["grad_norm"]) == (3.0, 3.0)
+    for name in ("loss", "loss_prediction", "loss_sigreg", "loss_normalized", "grad_norm", "effective_rank"):
+        assert math.isfinite(first[name]), name
+        assert math.isnan(second[name]), name
+
+
+def test_a_skipped_step_teaches_the_probe_nothing(tmp_path: Path) -> None:
+    run, probe = make_run(tmp_path), OnlineProbe(3, 4, 1e-2, 0, CPU)
+    run.probe, run.feed.labels = probe, [torch.arange(4)]
+    action = actions.Probe(CPU)
+    action(run, a_result())
+    before, hits = probe.state_dict(), action.hits.clone()
+    action(run, a_result(finite=False))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in probe.state_dict().items())
+    assert torch.equal(action.hits, hits)
+    action(run, a_result())
+    assert not torch.equal(probe.state_dict()["head.1.weight"], before["head.1.weight"])
 
 
 def test_the_last_step_is_reported_and_saved_whenever_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,20 +33,13 @@ def test_a_resumed_run_forgets_the_lines_it_takes_again(tmp_path: Path) -> None:
     assert lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
 
 
-def test_the_probe_survives_features_that_are_not_finite() -> None:
+def test_the_state_of_the_probe_is_a_copy_and_comes_back() -> None:
     probe = OnlineProbe(4, 3, 1e-2, 0, torch.device("cpu"))
     features, labels = torch.randn(8, 4), torch.arange(8) % 3
     probe.step(features, labels)
     before = probe.state_dict()
     probe.step(features, labels)
-    assert not torch.equal(before["head.1.weight"], probe.state_dict()["head.1.weight"])  # a copy, not the live weights
-    before = probe.state_dict()
-    hits = probe.step(features * torch.nan, labels)
-    assert hits[1] == 8
-    for name, tensor in probe.state_dict().items():
-        if "exp_avg" in name:  # nothing is learned: moments stay as they are, or fade
-            assert (tensor.abs() <= before[name].abs()).all(), name
-        assert tensor.isfinite().all()
+    assert not torch.equal(before["head.1.weight"], probe.state_dict()["head.1.weight"])
     other = OnlineProbe(4, 3, 1e-2, 1, torch.device("cpu"))
     other.load_state_dict(before)
     assert all(torch.equal(other.state_dict()[k], before[k]) for k in before)

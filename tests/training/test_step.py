@@ -25,6 +25,9 @@ class Recorder:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
+    def buffers(self) -> dict[str, Tensor]:
+        return {}
+
     def encode(self, views: list[Tensor]) -> Tensor:
         self.calls.append(("encode", views[0].item()))
         return torch.rand(1)

@@ -1,0 +1,60 @@
+"""A step whose gradient is not finite never was: every tensor of the state equals that of a run that did not take it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_config
+from ranks import run_ranks
+from steps import start, take_step
+
+from lejepa_scale.checkpoint import CanonicalState, gather
+from lejepa_scale.config import Config, validate
+from lejepa_scale.parallel import process_group
+
+ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
+MODELS: dict[str, dict[str, Any]] = {
+    "vit_nano": {"encoder": "vit_nano", "options": {"depth": 1}},
+    "resnet10t": {"encoder": "resnet10t", "options": {}, "predictor": {"hidden": 9}},  # running averages
+}
+
+
+def _config(engine: str, model: str, precision: str) -> Config:
+    section = {"name": engine, "precision": precision}
+    return validate(small_config("unused", "unused", engine=section, model=MODELS[model], optim={"clip_norm": 1.0}))
+
+
+def _run(engine: str, model: str, precision: str, poisoned: bool) -> CanonicalState | None:
+    """Steps 0, 1 and 3; between them step 2 with one pixel on the last rank that is not a number, or nothing."""
+    ranks = process_group.world_size()
+    built, plan = start(_config(engine, model, precision))
+    for number in (0, 1, 2, 3) if poisoned else (0, 1, 3):
+        generator = torch.Generator().manual_seed(10 * number + process_group.rank())
+        views = [torch.randn(2, plan.micro_batch, 3, 32, 32, generator=generator)]
+        if number == 2 and process_group.rank() == ranks - 1:
+            views[0][0, 0, 0, 0, 0] = torch.nan
+        result = take_step(built, plan, [views], number)
+        assert bool(result.finite) == (number != 2)
+    state = gather(built)
+    built.close()
+    return state
+
+
+def _both(engines: list[str], model: str, precision: str) -> list[Any]:
+    return [[_run(engine, model, precision, poisoned) for poisoned in (True, False)] for engine in engines]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model", MODELS)
+def test_it_changes_nothing(model: str, precision: str) -> None:
+    found = [*run_ranks(_both, 1, ["single"], model, precision)[0], *run_ranks(_both, 2, ENGINES, model, precision)[0]]
+    for engine, (with_it, without) in zip(["single", *ENGINES], found, strict=True):
+        assert with_it.updates == without.updates == 3, engine
+        assert any("running_var" in name for name in without.model) == (model == "resnet10t")
+        for kind, group in {"model": without.model, **without.moments}.items():
+            other = with_it.model if kind == "model" else with_it.moments[kind]
+            assert other.keys() == group.keys()
+            for name, tensor in group.items():
+                assert torch.equal(other[name], tensor), (engine, kind, name)
