@@ -9,7 +9,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lejepa_scale.checkpoint.store import find, verify
+from lejepa_scale.checkpoint.store import find, not_finite, verify
 from lejepa_scale.config import Config, recorded
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder, build, build_encoder
@@ -26,8 +26,10 @@ def load_encoder(path: Path, *, trained: bool = True) -> tuple[Encoder, Config]:
     verify(checkpoint)
     config = recorded(yaml.safe_load((checkpoint / "config.yaml").read_text()), origin=str(checkpoint / "config.yaml"))
     if trained:
-        encoder = build_encoder(config)
-        encoder.backbone.load_state_dict(encoder_weights(checkpoint))  # strict: every name on both sides
+        encoder, weights = build_encoder(config), encoder_weights(checkpoint)
+        if fault := not_finite(weights):
+            raise UserError(f"the encoder of {checkpoint} is broken: {fault}. Use a checkpoint before it.")
+        encoder.backbone.load_state_dict(weights)  # strict: every name on both sides
     else:
         torch.manual_seed(config.run.seed)
         encoder = build(config).encoder

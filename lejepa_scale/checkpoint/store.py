@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -63,12 +64,11 @@ class Store:
         """Write one checkpoint; older ones beyond `keep` go, and so do the remains of interrupted writes. Raises UserError,
         before anything is written, naming a tensor that is not finite."""
         moments = {f"{kind}/{name}": t for kind, group in state.moments.items() for name, t in group.items()}
-        for name, tensor in {**state.model, **moments, **{f"probe: {name}": t for name, t in probe.items()}}.items():
-            if not (finite := tensor.isfinite()).all():
-                raise UserError(
-                    f"step {progress.step} is not saved: {int((~finite).sum())} of {tensor.numel()} values of {name} are "
-                    f"not finite. {self.latest() or 'No checkpoint'} is untouched; the same command goes on from there."
-                )
+        if fault := not_finite({**state.model, **moments, **{f"probe: {name}": t for name, t in probe.items()}}):
+            raise UserError(
+                f"step {progress.step} is not saved: {fault}. {self.latest() or 'No checkpoint'} is untouched; the same "
+                "command goes on from there."
+            )
         target = self.root / f"step_{progress.step:08d}"
         partial = target.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -107,6 +107,9 @@ class Store:
             raise UserError(f"checkpoint {path} cannot be read: {error}. {_advice(path)}") from error
         if moments and set(moments) != set(MOMENTS):
             raise UserError(f"checkpoint {path} holds moments {sorted(moments)}, expected {list(MOMENTS)}.")
+        every = {f"{kind}/{name}": tensor for kind, group in moments.items() for name, tensor in group.items()}
+        if fault := not_finite({**state.model, **every, **{f"probe: {name}": t for name, t in probe.items()}}):
+            raise UserError(f"checkpoint {path} cannot be gone on from: {fault}. {_advice(path)}")
         return state, probe, progress
 
     def _prune(self) -> None:
@@ -129,6 +132,14 @@ def verify(path: Path) -> None:
             raise UserError(f"checkpoint file {file} is missing. {_advice(path)}")
         if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
             raise UserError(f"checkpoint file {file} is corrupt: its checksum differs from {_MARKER}. {_advice(path)}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Names the first tensor that holds something else than numbers; None where all are finite."""
+    for name, tensor in tensors.items():
+        if not (finite := tensor.isfinite()).all():
+            return f"{int((~finite).sum())} of {tensor.numel()} values of {name} are not finite"
+    return None
 
 
 def find(path: Path) -> Path:

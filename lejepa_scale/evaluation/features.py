@@ -20,7 +20,7 @@ Batches = Iterable[tuple[UInt8[Tensor, "_b 3 _s _s"], Int[Tensor, " _b"]]]
 
 @dataclass(frozen=True)
 class Features:
-    """Frozen features of labelled images. Raises UserError where a label is missing."""
+    """Frozen features of labelled images. Raises UserError where a label is missing or a feature is no number."""
 
     rows: Float[Tensor, "n e"]  # float32, CPU
     labels: Int[Tensor, " n"]
@@ -31,6 +31,8 @@ class Features:
                 f"{int((self.labels < 0).sum())} of {len(self.labels)} evaluation images have no label. Shards need a .cls "
                 "member per image: `lejepa shards make` writes it for images that lie in one folder per class."
             )
+        if broken := int((~self.rows.isfinite().all(1)).sum()):
+            raise UserError(f"the features of {broken} of {len(self.rows)} images are not finite; nothing was scored.")
 
 
 @torch.no_grad()

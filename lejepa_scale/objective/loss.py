@@ -49,7 +49,7 @@ class LeJEPALoss(nn.Module):
         super().__init__()
         if not 0 <= lambda_ <= 1:
             raise ValueError(f"lambda must lie in [0, 1]; got {lambda_}.")
-        if scale_centre < 0:
+        if not scale_centre >= 0:
             raise ValueError(f"scale_centre must not be negative; got {scale_centre}.")
         if weighting not in ("convex", "additive") or prediction not in ("mean", "sum"):
             raise ValueError(

@@ -61,6 +61,16 @@ def test_what_is_not_finite_never_replaces_a_checkpoint(tmp_path: Path, place: s
     verify(good)
 
 
+def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as older versions wrote."""
+    store, broken = Store(tmp_path, keep=3), state(torch.nan)
+    with monkeypatch.context() as patch:
+        patch.setattr("lejepa_scale.checkpoint.store.not_finite", lambda tensors: None)
+        path = store.save(broken, {}, Progress(3, "shards"), "run: {}\n")
+    with pytest.raises(UserError, match=r"step_00000003 cannot be gone on from: 6 of 6 values of a\.weight .*delete"):
+        store.load(path)
+
+
 def test_unmarked_checkpoints_do_not_count(tmp_path: Path) -> None:
     store = Store(tmp_path, keep=3)
     save(store, 1)

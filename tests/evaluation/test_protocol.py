@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 import lejepa_scale
 from lejepa_scale.checkpoint.convert import export_encoder, verify_export
+from lejepa_scale.checkpoint.encoder import encoder_weights, load_encoder
+from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import validate
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.errors import UserError
@@ -79,6 +81,22 @@ def test_an_export_with_other_weights_is_refused(run_dir: Path, tmp_path: Path) 
     save_file(tensors, target, metadata)
     with pytest.raises(UserError, match="differ by 1"):
         verify_export(run_dir, target)
+    tensors["norm.bias"] *= torch.nan
+    save_file(tensors, target, metadata)
+    with pytest.raises(UserError, match="differ by nan"):
+        verify_export(run_dir, target)
+
+
+def test_an_encoder_that_is_not_finite_is_refused_by_name(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = encoder_weights(find(run_dir))
+    broken = {**whole, "norm.bias": whole["norm.bias"] * torch.nan}
+    monkeypatch.setattr("lejepa_scale.checkpoint.encoder.encoder_weights", lambda path: broken)
+    for use in (lambda: load_encoder(run_dir), lambda: export_encoder(run_dir, tmp_path / "e.safetensors")):
+        with pytest.raises(UserError, match=r"step_\d+ is broken: .* values of norm\.bias are not finite"):
+            use()
+    assert not (tmp_path / "e.safetensors").exists()
 
 
 def test_a_picture_shows_every_step_and_image(run_dir: Path, scenes: Path, tmp_path: Path) -> None:

@@ -87,6 +87,12 @@ def test_images_without_labels_are_refused() -> None:
         Features(torch.randn(2, 3), torch.tensor([0, -1]))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_features_that_are_no_numbers_are_refused(value: float) -> None:
+    with pytest.raises(UserError, match="features of 1 of 2 images are not finite"):
+        Features(torch.tensor([[1.0, value], [0.0, 1.0]]), torch.tensor([0, 1]))
+
+
 @pytest.mark.parametrize("name", ["vit_nano", "resnet10t"])
 def test_dense_features_hold_the_encoders_own_grid(name: str) -> None:
     """With one shift: the plain map. With more: as many finer, and an image moved by a patch moves the map."""
