@@ -124,8 +124,10 @@ def synchronized(module: nn.Module) -> nn.Module:
     """Replace every nn.BatchNorm1d/2d inside `module` (timm's BatchNormAct2d too), keeping names and values."""
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            new = BatchNorm(child.num_features, child.eps, child.momentum or 0.1, True, getattr(child, "act", None))
-            new.to(child.weight).load_state_dict(child.state_dict())
+            assert child.running_mean is not None
+            with torch.device(child.running_mean.device):
+                new = BatchNorm(child.num_features, child.eps, child.momentum or 0.1, True, getattr(child, "act", None))
+            new.to(child.weight.dtype).load_state_dict(child.state_dict())
             setattr(module, name, new)
         else:
             synchronized(child)

@@ -51,6 +51,7 @@ def test_every_element_lies_somewhere_and_no_more_often_than_it_should(world: in
             counts = torch.zeros(whole, dtype=torch.int)
             for ranges in of_ranks:
                 begin, length, _ = ranges[name][key]
+                assert not length or begin + length <= whole, (name, key)  # no padding
                 counts[begin : begin + length] += 1
             assert counts.unique().tolist() == [copies], (name, key)
 
