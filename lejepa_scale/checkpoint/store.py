@@ -63,8 +63,8 @@ class Store:
     def save(self, state: CanonicalState, probe: dict[str, Tensor], progress: Progress, config_yaml: str) -> Path:
         """Write one checkpoint; older ones beyond `keep` go, and so do the remains of interrupted writes. Raises UserError,
         before anything is written, naming a tensor that is not finite."""
-        moments = {f"{kind}/{name}": t for kind, group in state.moments.items() for name, t in group.items()}
-        if fault := not_finite({**state.model, **moments, **{f"probe: {name}": t for name, t in probe.items()}}):
+        moments = _flat(state.moments)
+        if fault := not_finite({**state.model, **moments, **_of_probe(probe)}):
             raise UserError(
                 f"step {progress.step} is not saved: {fault}. {self.latest() or 'No checkpoint'} is untouched; the same "
                 "command goes on from there."
@@ -107,8 +107,7 @@ class Store:
             raise UserError(f"checkpoint {path} cannot be read: {error}. {_advice(path)}") from error
         if moments and set(moments) != set(MOMENTS):
             raise UserError(f"checkpoint {path} holds moments {sorted(moments)}, expected {list(MOMENTS)}.")
-        every = {f"{kind}/{name}": tensor for kind, group in moments.items() for name, tensor in group.items()}
-        if fault := not_finite({**state.model, **every, **{f"probe: {name}": t for name, t in probe.items()}}):
+        if fault := not_finite({**state.model, **_flat(moments), **_of_probe(probe)}):
             raise UserError(f"checkpoint {path} cannot be gone on from: {fault}. {_advice(path)}")
         return state, probe, progress
 
@@ -132,6 +131,14 @@ def verify(path: Path) -> None:
             raise UserError(f"checkpoint file {file} is missing. {_advice(path)}")
         if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
             raise UserError(f"checkpoint file {file} is corrupt: its checksum differs from {_MARKER}. {_advice(path)}")
+
+
+def _flat(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{kind}/{name}": tensor for kind, group in moments.items() for name, tensor in group.items()}
+
+
+def _of_probe(probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"probe: {name}": tensor for name, tensor in probe.items()}
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:

@@ -106,10 +106,8 @@ class ZeROEngine(Engine):
         )
         with parameters_on_meta():
             exact = dict(factory().named_buffers())
-        for (
-            name,
-            buffer,
-        ) in self.module.named_buffers():  # DeepSpeed casts them, and computes them in bf16 under zero.Init
+        # DeepSpeed casts them, running statistics too, and computes them in bf16 under zero.Init.
+        for name, buffer in self.module.named_buffers():
             buffer.data = exact[name].to(device)
         self.optimizer.check_grad_overflow = True  # DeepSpeed sets this for 16-bit runs alone
         if self.stage < 3:

@@ -56,9 +56,8 @@ def train_step(
     parts of the step, by name, for whoever times them. Raises ValueError where there are not as many micro-batches as
     planned.
     """
-    before = {
-        name: buffer.clone() for name, buffer in engine.buffers().items()
-    }  # a forward pass moves running averages
+    # A forward pass moves running averages.
+    before = {name: buffer.clone() for name, buffer in engine.buffers().items()}
     outputs = []
     for micro, (make_views, replay) in enumerate(_replayed(engine, plan, micro_batches, number, seed, exact, phase)):
         seed_micro_batch(seed, number, micro)

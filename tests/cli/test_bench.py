@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import ROOT, Command
 
 
 def test_the_gpu_benchmark_refuses_without_one(command: Command, tmp_path: Path) -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU: run tools/bench.py gpu")
     result = command(ROOT / "tools/bench.py", "gpu", "--json", tmp_path / "r.json")
@@ -29,6 +29,32 @@ def test_the_gpu_benchmark_runs_at_toy_sizes(command: Command, tmp_path: Path) -
         "attention", "precision", "training", "step-rates", "step-features", "sigreg", "colours",
     }  # fmt: skip
     assert not [row for row in rows if row.get("ok") is False or "not measured" in row]
+
+
+def test_a_section_that_fails_does_not_end_the_others() -> None:
+    from benchmarks.measure import run_sections
+
+    from lejepa_scale.errors import UserError
+
+    def fails(error: Exception) -> Any:
+        yield {"case": "before"}
+        raise error
+
+    cpu = torch.device("cpu")
+    rows = run_sections({"a": fails(RuntimeError("gone")), "b": iter([{"case": "after"}])}, cpu, 1)["rows"]
+    assert [(row["section"], row["case"]) for row in rows] == [
+        ("a", "before"), ("a", "rest of the section"), ("b", "after")
+    ]  # fmt: skip
+    assert (rows[1]["ok"], rows[1]["failure"]) == (False, "RuntimeError: gone")
+    with pytest.raises(UserError, match="advice"):
+        run_sections({"a": fails(UserError("advice"))}, cpu, 1)
+
+
+def test_sections_of_the_gpu_benchmark_can_be_chosen() -> None:
+    from benchmarks import gpu
+
+    (row,) = gpu.measure(gpu.TOY, torch.device("cpu"), 1, ["colours"])["rows"]
+    assert (row["section"], row["ok"]) == ("colours", True)
 
 
 def test_the_sigreg_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -51,6 +53,21 @@ def test_a_backend_that_cannot_run_here_is_refused_by_name() -> None:
     assert choose_backend("auto", packing, **arguments) == "sdpa"
     with pytest.raises(UserError, match="xformers: needs CUDA"):
         choose_backend("xformers", packing, **arguments)
+
+
+@pytest.mark.unchecked
+def test_a_backend_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """xformers words its reasons last, after a description of what it was given."""
+
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError(
+            "No operator found with inputs:\n  query: torch.bfloat16\n  it was not built for this\n"
+        )
+
+    monkeypatch.setattr(attention, "_draw", lambda *_: None)
+    monkeypatch.setattr(attention, "_forward_backward", refuse)
+    found = attention._fault("xformers", Packing(((2, 3),)), 2, 8, torch.device("cuda"), torch.bfloat16)
+    assert found == "No operator found with inputs: ... it was not built for this"
 
 
 def test_auto_is_the_fastest_backend_that_works(monkeypatch: pytest.MonkeyPatch) -> None:

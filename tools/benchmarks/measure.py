@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import process_group
 
 WARM = 3  # rounds of a timing that do not count
 Row = dict[str, Any]
@@ -46,9 +47,11 @@ def run_sections(sections: dict[str, Iterator[Row]], device: torch.device, minut
             except torch.OutOfMemoryError as error:
                 row = {"case": "rest of the section", "not measured": str(error).split(". ")[0]}
                 rows = iter(())
-            except UserError:
-                raise
             except Exception as error:  # the other sections are worth their time
+                if (
+                    isinstance(error, UserError) or process_group.world_size() > 1
+                ):  # where other ranks would wait for ever
+                    raise
                 traceback.print_exc()
                 row = {"case": "rest of the section", "ok": False, "failure": f"{type(error).__name__}: {error}"}
                 rows = iter(())
