@@ -34,6 +34,10 @@ def test_predictor_output_replaces_the_views() -> None:
     torch.testing.assert_close(terms.sigreg, loss(z, 2, step=0).sigreg)
 
 
-def test_lambda_out_of_range_is_refused() -> None:
-    with pytest.raises(ValueError, match="lambda"):
-        LeJEPALoss(SIGReg(), lambda_=1.5)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lambda_", 1.5), ("lambda_", -0.1), ("lambda_", torch.nan), ("scale_centre", -1.0), ("scale_centre", torch.nan)],
+)
+def test_weights_out_of_range_are_refused(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=name.strip("_")):
+        LeJEPALoss(SIGReg(), **{name: value})

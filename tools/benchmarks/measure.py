@@ -47,10 +47,8 @@ def run_sections(sections: dict[str, Iterator[Row]], device: torch.device, minut
             except torch.OutOfMemoryError as error:
                 row = {"case": "rest of the section", "not measured": str(error).split(". ")[0]}
                 rows = iter(())
-            except Exception as error:  # the other sections are worth their time
-                if (
-                    isinstance(error, UserError) or process_group.world_size() > 1
-                ):  # where other ranks would wait for ever
+            except Exception as error:  # the other sections are worth their time; other ranks would wait for this one
+                if isinstance(error, UserError) or process_group.world_size() > 1:
                     raise
                 traceback.print_exc()
                 row = {"case": "rest of the section", "ok": False, "failure": f"{type(error).__name__}: {error}"}
