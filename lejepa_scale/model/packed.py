@@ -242,7 +242,7 @@ class _AddRows(torch.autograd.Function):
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, grad: Float[Tensor, "t e"]
-    ) -> tuple[Float[Tensor, "t e"] | None, ...]:
+    ) -> tuple[Float[Tensor, "_t_or_k e"] | None, ...]:
         kept = ctx.saved_tensors
         of_own = _gather(grad, ctx.packing, ctx.branch, kept)
         for (all_of_it, _), part in zip(ctx.packing.groups, ctx.branch.split(of_own), strict=True):
