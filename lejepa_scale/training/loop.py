@@ -14,7 +14,7 @@ from lejepa_scale.config import Config
 from lejepa_scale.parallel import collectives, process_group
 from lejepa_scale.training import actions
 from lejepa_scale.training.reporting import Reporter
-from lejepa_scale.training.resume import resume
+from lejepa_scale.training.resume import resume, write_config
 from lejepa_scale.training.run import Action, Run
 from lejepa_scale.training.schedule import learning_rate
 from lejepa_scale.training.signals import StopSignal
@@ -42,6 +42,7 @@ def train(config: Config) -> Path:
         probe = start_probe(config, engine, mixture.num_classes, probe_state)
         first_rank = process_group.rank() == 0
         if first_rank:
+            write_config(config)
             logger.info(summary(config, plan, mixture, shapes, device, progress.step))
         with (
             started(config, plan, mixture, engine, probe, progress) as run,

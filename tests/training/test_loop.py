@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import small_config
 
-from lejepa_scale.checkpoint import Progress
-from lejepa_scale.config import BatchPlan, dump, validate
+from lejepa_scale.config import BatchPlan, Config, validate
 from lejepa_scale.cost import step_flops
 from lejepa_scale.errors import UserError
-from lejepa_scale.training import actions, loop, resume
+from lejepa_scale.training import actions, loop
 
 
 def test_mfu_is_what_the_step_needs_at_the_peak_over_what_it_took(
@@ -29,13 +29,36 @@ def test_mfu_is_what_the_step_needs_at_the_peak_over_what_it_took(
         assert record["mfu"] == pytest.approx(needed * record["images_per_second"] / 16, rel=1e-9)
 
 
-def test_a_run_is_not_resumed_with_another_global_batch(tmp_path: Path) -> None:
-    """It would begin at another sample than the one it stopped at. A run without steps may still change."""
-    before, after = (
-        validate(small_config(tmp_path, "u", train={"steps": 4, "global_batch": batch})) for batch in (16, 32)
-    )
-    (tmp_path / "config.yaml").write_text(dump(before))
-    resume._refuse_another_batch(before, Progress(2, "shards"))
-    resume._refuse_another_batch(after, Progress(0, "shards"))
-    with pytest.raises(UserError, match=r"step 2 with train.global_batch = 16, not 32"):
-        resume._refuse_another_batch(after, Progress(2, "shards"))
+def _saved(run_dir: Path, shards: Path, **sections: Any) -> Config:
+    """A run with a checkpoint after every step."""
+    return validate(small_config(run_dir, shards, **{"checkpoint": {"every": 1}, **sections}))
+
+
+@pytest.mark.parametrize(
+    ("key", "sections"),
+    [
+        ("run.seed = 0, not run.seed = 7", {"run": {"seed": 7}}),
+        ("data.shuffle_block = 16384, not data.shuffle_block = 8", {"data": {"shuffle_block": 8}}),
+        ("train.global_batch = 16, not train.global_batch = 8", {"train": {"steps": 4, "global_batch": 8}}),
+        ("weights differ", None),
+        ("do not belong to this model", {"model": {"projector": {"dim": 8}}}),
+    ],
+)
+def test_another_order_or_model_is_refused_and_changes_nothing(
+    key: str, sections: dict[str, Any] | None, scenes: Path, tmp_path: Path
+) -> None:
+    """What a run was trained with is read from its checkpoint: config.yaml, which anybody may edit or delete, decides
+    nothing, and a refused start does not touch it. The advice works: the keys kept, the run goes on."""
+    loop.train(_saved(tmp_path, scenes, train={"steps": 2, "global_batch": 16}))
+    (tmp_path / "config.yaml").write_text("edited: by hand")
+    if sections is None:
+        sections = {"data": {"shards": [{"shards": str(scenes), "weight": weight} for weight in (1, 2)]}}
+    another = _saved(tmp_path, scenes, **{"train": {"steps": 4, "global_batch": 16}, **sections})
+    with pytest.raises(UserError, match=key):
+        loop.train(another)
+    assert (tmp_path / "config.yaml").read_text() == "edited: by hand"
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(UserError, match=key):
+        loop.train(another)
+    loop.train(_saved(tmp_path, scenes, train={"steps": 3, "global_batch": 16, "micro_batch": 8}))
+    assert (tmp_path / "checkpoints" / "step_00000003" / "COMPLETE").exists()
