@@ -44,7 +44,7 @@ def test_resuming_names_what_changed_and_not_what_moved(
     caplog.set_level("INFO")
     before, after = (validate(small_config(tmp_path, "s.tar", train={"steps": n, "global_batch": 16})) for n in (4, 5))
     (tmp_path / "config.yaml").write_text(flat(dump(before)))
-    resume._write_config(after)
+    resume.write_config(after)
     said = capsys.readouterr().out + caplog.text
     assert "train.steps: 4 -> 5" in said
     assert "objective" not in said
