@@ -40,9 +40,9 @@ def train(config: Config) -> Path:
         engine = start_engine(config, plan, device, state, shapes=shapes)
         del state
         probe = start_probe(config, engine, mixture.num_classes, probe_state)
+        collectives.on_rank_zero(lambda: write_config(config))
         first_rank = process_group.rank() == 0
         if first_rank:
-            write_config(config)
             logger.info(summary(config, plan, mixture, shapes, device, progress.step))
         with (
             started(config, plan, mixture, engine, probe, progress) as run,

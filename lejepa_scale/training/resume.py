@@ -40,7 +40,7 @@ def resume(config: Config, store: Store, mixture: Mixture) -> tuple[CanonicalSta
 
 
 def write_config(config: Config) -> None:
-    """Keep config.yaml current; changed keys of a resumed run are named. Called on rank 0 once a start was not refused."""
+    """Keep config.yaml current; changed keys of a resumed run are named. Called on rank 0 once a start is not refused."""
     config.run.dir.mkdir(parents=True, exist_ok=True)
     path, text = config.run.dir / "config.yaml", dump(config)
     if path.exists() and (before := path.read_text()) != text:
