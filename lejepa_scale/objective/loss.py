@@ -1,4 +1,4 @@
-"""The whole LeJEPA loss: prediction towards the global views' mean, and a regularizer over all views, in one reduction."""
+"""The whole LeJEPA loss: prediction towards the global views' mean, and a regularizer over all views."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lejepa_scale.objective.regularizer import Regularizer, to_float32
 from lejepa_scale.objective.visreg import scale_and_centre, scale_and_centre_sums
+from lejepa_scale.parallel.collectives import mean_of_rows
 
 
 class LossTerms(NamedTuple):
@@ -30,7 +31,7 @@ class LeJEPALoss(nn.Module):
 
     weighting: "convex" as above, or "additive": L = L_pred + lambda R (equal up to a factor, at lambda / (1 - lambda)).
     prediction: "mean" over dimensions as above, or their "sum": D times as much.
-    scale_centre: adds this much of VISReg's scale and centre terms to R.
+    scale_centre: adds this much of VISReg's scale and centre terms to R, at one more small all-reduce.
 
     No stop-gradient and no teacher. With `predicted` (the output of a JEPA predictor), predicted_vn replaces z_vn in
     L_pred. Values are those of the global batch on every rank; gradients follow Regularizer's convention (W times).
@@ -76,12 +77,13 @@ class LeJEPALoss(nn.Module):
         squared = ((x if predicted is None else to_float32(predicted)) - target).square().sum()
         sums = [squared[None], squared.new_full((1,), n)]
         if self.scale_centre:
-            sums.append(scale_and_centre_sums(x).flatten())
+            origin = mean_of_rows(x, self.regularizer.group)
+            sums.append(scale_and_centre_sums(x, origin).flatten())
         regularizer, total = self.regularizer.reduced(z, torch.cat(sums), step=step, counts=counts)
         count = total[1]
         prediction = total[0] / (views * count * (width if self.prediction == "mean" else 1))
         if self.scale_centre:
             moments = total[2:].view(2, views, width)
-            regularizer = regularizer + self.scale_centre * scale_and_centre(moments, count)
+            regularizer = regularizer + self.scale_centre * scale_and_centre(moments, count, origin)
         share = 1 - self.lambda_ if self.weighting == "convex" else 1.0
         return LossTerms(share * prediction + self.lambda_ * regularizer, prediction, regularizer)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lejepa_scale.objective.regularizer import Regularizer
 from lejepa_scale.objective.sigreg import normal
+from lejepa_scale.parallel.collectives import mean_of_rows
 from lejepa_scale.parallel.process_group import Group
 
 
@@ -27,7 +28,9 @@ class WeakSIGReg(Regularizer):
         self.sketch = sketch
 
     def local_sums(self, z: Float[Tensor, "v n d"], step: int) -> Float[Tensor, "v s1 s"]:
-        """Row 0: sums. Rows 1 to s: sums of products."""
+        """Row 0: sums. Rows 1 to s: sums of products. Of differences from the mean over all ranks, of which a covariance
+        knows nothing, and beside which a small one would drown in rounding."""
+        z = z - mean_of_rows(z, self.group)
         width = z.shape[-1]
         if width > self.sketch:
             z = z @ normal(self.seed, step, width, self.sketch, z.device, z.dtype) / width**0.5

@@ -28,6 +28,12 @@ def all_reduce_sum(x: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[T
     return x
 
 
+def mean_of_rows(x: Float[Tensor, "v n d"], group: Group = None) -> Float[Tensor, "v 1 d"]:
+    """Mean over the rows of all ranks, which may hold unequal numbers of them; no gradient."""
+    sums = all_reduce_sum(torch.cat([x.detach().sum(1).flatten(), x.new_full((1,), x.shape[1])]), group)
+    return (sums[:-1] / sums[-1]).view(len(x), 1, x.shape[2])
+
+
 def all_gather(x: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tensor, " ranks *shape"]:
     """[...] on each rank -> [W, ...] on every rank, no gradient; the same shape everywhere."""
     ranks = world_size(group)

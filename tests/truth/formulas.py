@@ -48,6 +48,13 @@ def scale_and_centre(z: np.ndarray) -> float:
     return float(np.mean((1 - z.std(1, ddof=1)) ** 2 + z.mean(1) ** 2))
 
 
+def scale_and_centre_gradient(z: np.ndarray) -> np.ndarray:
+    """Its gradient: d sigma / dz = (z - mu) / ((N - 1) sigma) and d mu / dz = 1 / N."""
+    views, n, width = z.shape
+    mu, sigma = z.mean(1, keepdims=True), z.std(1, ddof=1, keepdims=True)
+    return (-2 * (1 - sigma) * (z - mu) / ((n - 1) * sigma) + 2 * mu / n) / (views * width)
+
+
 def prediction(z: np.ndarray, num_global: int) -> np.ndarray:
     """Squared distance of every embedding from its sample's target, the mean of the global views: [V, N, D]."""
     return (z - z[:num_global].mean(0)) ** 2

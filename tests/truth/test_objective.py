@@ -11,7 +11,8 @@ import torch
 from scipy import stats
 from truth import formulas
 
-from lejepa_scale.objective import LeJEPALoss, SIGReg, WeakSIGReg
+from lejepa_scale.objective import LeJEPALoss, SIGReg, WeakSIGReg, visreg
+from lejepa_scale.parallel.collectives import mean_of_rows
 
 CPU = torch.device("cpu")
 
@@ -116,11 +117,48 @@ def test_visregs_terms_stand_beside_the_regularizer(weight: float) -> None:
     assert float(terms[1].loss - terms[0].loss) == pytest.approx(0.3 * expected, rel=1e-10)
 
 
-def test_visregs_terms_at_collapse() -> None:
-    """All embeddings the same: sigma is clamped at 1e-4, and the centre is what it is."""
-    z = torch.full((2, 6, 3), 0.5, dtype=torch.float64)
+def test_visregs_terms_of_embeddings_that_are_all_the_same() -> None:
+    """sigma is 0, the centre is what it is, and there is no direction to part in: a gradient of the centre's alone."""
+    z = torch.full((2, 6, 3), 0.5, dtype=torch.float64, requires_grad=True)
     terms = [LeJEPALoss(SIGReg(num_slices=5), 0.3, scale_centre=w)(z, 1, step=0) for w in (0.0, 1.0)]
-    assert float(terms[1].sigreg - terms[0].sigreg) == pytest.approx((1 - 1e-4) ** 2 + 0.25, rel=1e-9)
+    difference = terms[1].sigreg - terms[0].sigreg
+    assert float(difference.detach()) == pytest.approx(1 + 0.25, rel=1e-9)
+    (gradient,) = torch.autograd.grad(difference, z)
+    torch.testing.assert_close(gradient, torch.full_like(z, 2 * 0.5 / (6 * 2 * 3)))
+
+
+def collapsed(sigma: float, mean: float) -> torch.Tensor:
+    z = torch.randn(2, 256, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    return (mean + sigma * z).float()
+
+
+@pytest.mark.parametrize("mean", [0.0, 5.0])
+@pytest.mark.parametrize("sigma", [1.0, 1e-2, 1e-4, 1e-5])
+def test_visregs_pull_apart_does_not_end_at_collapse(sigma: float, mean: float) -> None:
+    """d/dz of mean((1 - sigma)^2 + mu^2) in closed form, in float64 from the fp32 embeddings: as strong at 1e-5 as at 1e-2."""
+    z = collapsed(sigma, mean).requires_grad_()
+    origin = mean_of_rows(z)
+    value = visreg.scale_and_centre(visreg.scale_and_centre_sums(z, origin), torch.tensor(256.0), origin)
+    assert float(value) == pytest.approx(formulas.scale_and_centre(z.detach().double().numpy()), rel=1e-5)
+    (gradient,) = torch.autograd.grad(value, z)
+    expected = formulas.scale_and_centre_gradient(z.detach().double().numpy())
+    apart = gradient.double().numpy() - gradient.double().numpy().mean(1, keepdims=True)
+    expected_apart = expected - expected.mean(1, keepdims=True)
+    np.testing.assert_allclose(apart, expected_apart, rtol=1e-3, atol=1e-3 * np.abs(expected_apart).max())
+    pull = (apart * (z.detach().double().numpy() - mean)).sum() / sigma
+    assert pull == pytest.approx(-2 * (1 - sigma), abs=0.05)
+
+
+@pytest.mark.parametrize("sigma", [1e-2, 1e-4, 1e-5])
+def test_weak_sigreg_sees_a_small_covariance_beside_a_large_mean(sigma: float) -> None:
+    """Its value and gradient in fp32 are those of the centred embeddings, whose covariance nothing drowns."""
+    found, centred = collapsed(sigma, 5.0).requires_grad_(), collapsed(sigma, 5.0).double()
+    centred = (centred - centred.mean(1, keepdim=True)).requires_grad_()
+    value, expected = WeakSIGReg()(found, step=0), WeakSIGReg()(centred, step=0)
+    assert float(value) == pytest.approx(float(expected), rel=1e-6)
+    value.backward()
+    expected.backward()
+    torch.testing.assert_close(found.grad.double(), centred.grad, rtol=2e-3, atol=2e-3 * float(centred.grad.abs().max()))
 
 
 @pytest.mark.parametrize("num_global", [1, 2])
