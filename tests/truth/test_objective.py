@@ -135,7 +135,7 @@ def collapsed(sigma: float, mean: float) -> torch.Tensor:
 @pytest.mark.parametrize("mean", [0.0, 5.0])
 @pytest.mark.parametrize("sigma", [1.0, 1e-2, 1e-4, 1e-5])
 def test_visregs_pull_apart_does_not_end_at_collapse(sigma: float, mean: float) -> None:
-    """d/dz of mean((1 - sigma)^2 + mu^2) in closed form, in float64 from the fp32 embeddings: as strong at 1e-5 as at 1e-2."""
+    """d/dz of mean((1 - sigma)^2 + mu^2) in closed form, in float64 of the fp32 embeddings; as strong at 1e-5 as at 1e-2."""
     z = collapsed(sigma, mean).requires_grad_()
     origin = mean_of_rows(z)
     value = visreg.scale_and_centre(visreg.scale_and_centre_sums(z, origin), torch.tensor(256.0), origin)
@@ -158,7 +158,9 @@ def test_weak_sigreg_sees_a_small_covariance_beside_a_large_mean(sigma: float) -
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     value.backward()
     expected.backward()
-    torch.testing.assert_close(found.grad.double(), centred.grad, rtol=2e-3, atol=2e-3 * float(centred.grad.abs().max()))
+    torch.testing.assert_close(
+        found.grad.double(), centred.grad, rtol=2e-3, atol=2e-3 * float(centred.grad.abs().max())
+    )
 
 
 @pytest.mark.parametrize("num_global", [1, 2])
