@@ -84,6 +84,12 @@ USES = (
         lambda config: config.log.wandb.enabled,
         "log.wandb.enabled",
     ),
+    Use(
+        ("optim.decay",),
+        "optim.weight_decay is not 0",
+        lambda config: config.optim.weight_decay > 0,
+        "optim.weight_decay",
+    ),
     Use(("probe.lr",), "probe.enabled is true", lambda config: config.probe.enabled, "probe.enabled"),
 )
 

@@ -281,7 +281,14 @@ class Optim(Section):
     lr: float = Field(5e-4, gt=0, description="highest learning rate, at the end of the warm-up")
     final_lr_ratio: float = Field(1e-3, ge=0, le=1, description="last learning rate / lr")
     warmup_steps: NonNegative = Field(0, description="steps over which the learning rate grows")
-    weight_decay: float = Field(0.05, ge=0, description="decoupled, of matrices alone; constant")
+    weight_decay: float = Field(
+        0.05, ge=0, description="decoupled; constant. The paper's: 0.05 for transformers, 5e-4 for ResNets"
+    )
+    decay: Literal["weights", "all"] = Field(
+        "weights",
+        description="what it shrinks. weights: those of linear maps and convolutions, without what the encoder excepts "
+        "(biases, norms, scales, tokens, positions); all: every parameter, as in the published minimal recipe",
+    )
     betas: tuple[float, float] = Field((0.9, 0.95), description="decay of AdamW's two moments")
     eps: float = Field(1e-8, gt=0, description="AdamW's addend to the root of the second moment")
     clip_norm: float | None = Field(None, gt=0, description="global gradient norm limit; unset: no clipping")

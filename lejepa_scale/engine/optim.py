@@ -1,7 +1,7 @@
 """Parameter groups by rule, and the optimizer. Learning rates are set by the engine at each step."""
 
-from collections.abc import Iterable
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -9,24 +9,53 @@ from torch import nn
 from lejepa_scale.config import Optim
 
 
-def is_decayed(name: str, parameter: nn.Parameter) -> bool:
-    """Weight decay applies to matrices and kernels; not to biases, norms, layer scales, tokens or positions."""
+class Decay(NamedTuple):
+    """The trained parameters of a module by name: those that weight decay shrinks, and the others."""
+
+    decayed: dict[str, nn.Parameter]
+    others: dict[str, nn.Parameter]
+
+
+def split(module: nn.Module, everything: bool = False) -> Decay:
+    """What weight decay applies to: the weights of linear maps and convolutions, in which several inputs are summed.
+
+    Not to biases, norms, scales of single channels, tokens, tables of positions, rotary frequencies: to nothing whose own
+    name does not say `weight`, to no nn.Embedding, to nothing of a single number per output, and to nothing that a part of
+    the module (timm's models) lists in `no_weight_decay()`. With `everything`, to all parameters.
+    """
+    excepted = [
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if callable(names := getattr(part, "no_weight_decay", None))
+        for name in names()
+    ]
+    maps_nothing = (nn.Embedding, nn.LayerNorm)  # the latter over several dimensions
+    excepted += [f"{name}.weight" for name, part in module.named_modules() if isinstance(part, maps_nothing)]
+    groups = Decay({}, {})
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        is_weight = _sums_inputs(name, parameter) and not any(fnmatchcase(name, pattern) for pattern in excepted)
+        groups[0 if everything or is_weight else 1][name] = parameter
+    return groups
+
+
+def _sums_inputs(name: str, parameter: nn.Parameter) -> bool:
     shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties .shape between uses
-    return len(shape) >= 2 and not name.endswith(("pos_embed", "cls_token", "reg_token"))
+    return "weight" in name.rpartition(".")[2] and len(shape) >= 2 and shape.numel() > shape[0]
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[dict]:
-    """Two groups, decayed and not; each says so under `decayed`, which the engine reads at every step."""
-    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
-    for name, parameter in named:
-        if parameter.requires_grad:
-            groups[is_decayed(name, parameter)].append(parameter)
-    return [{"params": params, "decayed": decayed} for decayed, params in groups.items() if params]
-
-
-def adamw(named: Iterable[tuple[str, nn.Parameter]], config: Optim) -> torch.optim.AdamW:
+def adamw(module: nn.Module, config: Optim) -> torch.optim.AdamW:
+    """Over two groups, decayed and not; each says so under `decayed`, which the engine reads at every step."""
+    decayed, others = split(module, config.decay == "all")
+    groups = [{"params": list(decayed.values()), "decayed": True}, {"params": list(others.values()), "decayed": False}]
     return torch.optim.AdamW(
-        parameter_groups(named), lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=True
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=0.0,
+        fused=True,
     )
 
 

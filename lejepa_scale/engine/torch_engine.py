@@ -19,7 +19,7 @@ from lejepa_scale.model import LeJEPA
 class TorchEngine(Engine):
     def __init__(self, module: LeJEPA, config: Config, device: torch.device) -> None:
         self.module, self.device = module, device
-        self.optimizer = adamw(module.named_parameters(), config.optim)
+        self.optimizer = adamw(module, config.optim)
         self.clip_norm = config.optim.clip_norm
 
     def step(self, lr: float, weight_decay: float) -> Update:

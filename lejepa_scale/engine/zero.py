@@ -100,7 +100,7 @@ class ZeROEngine(Engine):
             parameter.data = parameter.data.contiguous().fill_(torch.nan)
             if self.stage == 3:
                 parameter.ds_tensor.fill_(torch.nan)
-        optimizer = adamw(self.module.named_parameters(), config.optim)
+        optimizer = adamw(self.module, config.optim)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
         )

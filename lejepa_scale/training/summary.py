@@ -6,6 +6,7 @@ import torch
 
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.data.mixture import Mixture
+from lejepa_scale.engine.optim import split
 from lejepa_scale.model import LeJEPA
 from lejepa_scale.model.packed import PackedBlock
 from lejepa_scale.objective import SIGReg
@@ -21,10 +22,22 @@ def summary(
         f"{config.engine.precision} on {plan.ranks} x {device.type}; batch {config.train.global_batch} = "
         f"{plan.micro_batch} x {plan.ranks} ranks x {plan.accumulation}; {mixture.num_samples:,} images in "
         f"{sum(len(s) for s in mixture.shards):,} shards; steps {first_step} to {config.train.steps}."
+        + _decay_notice(config, shapes)
         + _warmup_notice(config)
         + _blocks_notice(config, plan, shapes, device)
         + _objective_notice(config, plan, shapes)
     )
+
+
+def _decay_notice(config: Config, shapes: LeJEPA) -> str:
+    """How many parameters weight decay shrinks, and how many it leaves."""
+    if not config.optim.weight_decay:
+        return ""
+    decayed, others = (
+        f"{len(group)} tensors ({sum(p.numel() for p in group.values()):,} parameters)"
+        for group in split(shapes, config.optim.decay == "all")
+    )
+    return f"\nWeight decay {config.optim.weight_decay:g} on {decayed}, none on {others}: optim.decay={config.optim.decay}."
 
 
 def _warmup_notice(config: Config) -> str:

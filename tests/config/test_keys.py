@@ -157,6 +157,7 @@ IGNORED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     ("objective.sigreg.reference_n", 9, {"objective": {"sigreg": {"scale": "none"}}}, TO_REFERENCE),
     ("objective.weak_sigreg.sketch", 9, {}, WEAK),
     *((f"log.wandb.{key}", "x", {}, LOGGED) for key in ("project", "name")),
+    ("optim.decay", "all", {"optim": {"weight_decay": 0.0}}, {}),
     ("probe.lr", 0.1, {"probe": {"enabled": False}}, {}),
 ]
 

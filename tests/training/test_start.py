@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections import Counter
 from contextlib import nullcontext
 from pathlib import Path
@@ -81,6 +82,13 @@ def test_the_summary_says_what_there_is(scenes: Path, tmp_path: Path) -> None:
     assert "batch 16 = 2 x 4 ranks x 2; 96 images in 3 shards; steps 3 to 4." in text
     assert "tokens of 8 views in a row" in text  # 2 images, 2 + 2 views
     assert "warm-up" not in text
+    counts = re.search(r"Weight decay 0.05 on (\d+) tensors \(([\d,]+) p.*none on (\d+) tensors \(([\d,]+) p", text)
+    assert counts is not None
+    tensors, decayed, others, rest = (int(count.replace(",", "")) for count in counts.groups())
+    assert tensors + others == len(list(shapes.parameters()))
+    assert decayed + rest == sum(p.numel() for p in shapes.parameters())
+    matrices = [p for p in shapes.parameters() if p.ndim >= 2 and p.shape[0] > 1]  # tokens and positions begin with 1
+    assert (tensors, decayed) == (len(matrices), sum(p.numel() for p in matrices))
     assert "micro-batches of 8 images, not of all 16; objective.accumulation=exact" in text
 
 
