@@ -49,13 +49,15 @@ def check_world(config: Config, ranks: int) -> BatchPlan:
     if degree is not None and ranks % degree:
         raise UserError(f"engine.shard_degree = {degree} does not divide the {ranks} ranks of this run.")
     plan = plan_batches(config, ranks)
-    objective = config.objective
-    samples = plan.micro_batch * ranks * (plan.accumulation if objective.accumulation == "exact" else 1)
-    if samples < 2 and (
-        objective.regularizer == "weak_sigreg" or objective.sigreg.estimator == "u" or objective.visreg.weight > 0
-    ):
+    if images_of_statistic(config, plan) < 2:
         raise UserError(
-            "objective.sigreg.estimator=u, objective.regularizer=weak_sigreg and objective.visreg.weight need at least 2 "
-            f"images per micro-batch over all ranks; this is train.micro_batch = {plan.micro_batch} on {ranks} rank(s)."
+            f"the regularizer would see 1 image at a time: train.micro_batch = {plan.micro_batch} on {ranks} rank(s), and "
+            "one embedding is no sample of a distribution (SIGReg is then least where all embeddings are 0). Use 32 or more "
+            "over all ranks: train.micro_batch, ranks, or objective.accumulation=exact, which joins the micro-batches."
         )
     return plan
+
+
+def images_of_statistic(config: Config, plan: BatchPlan) -> int:
+    """Images whose embeddings the regularizer meets at once: those of a micro-batch over all ranks, or of a whole step."""
+    return plan.micro_batch * plan.ranks * (plan.accumulation if config.objective.accumulation == "exact" else 1)

@@ -193,3 +193,17 @@ _opaque_draw = torch.library.custom_op(
 @_opaque_draw.register_fake
 def _(seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     return torch.empty(rows, columns, device=device, dtype=dtype)
+
+
+def best_scale(samples: int, knots: int = 17, t_max: float = 3.0) -> float:
+    """The standard deviation s at which `samples` embeddings from N(0, s^2 I) have the least mean V-statistic, to 0.01.
+
+    At a knot t its mean is (1 - exp(-s^2 t^2)) / N + (exp(-s^2 t^2 / 2) - exp(-t^2 / 2))^2: a variance that is least at
+    s = 0, and a squared bias that is least at s = 1. 1 for N without end, where the first is gone; 0 for N = 1.
+    """
+    t = torch.linspace(0, t_max, knots, dtype=torch.float64)
+    s = torch.arange(0, 1.01, 0.01, dtype=torch.float64)[:, None]
+    variance = (1 - torch.exp(-((s * t) ** 2))) / samples
+    bias = torch.exp(-((s * t) ** 2) / 2) - torch.exp(-(t**2) / 2)
+    weighted = (variance + bias**2) * torch.exp(-(t**2) / 2)
+    return float(s[torch.trapezoid(weighted, t).argmin()])

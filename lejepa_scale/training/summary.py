@@ -5,11 +5,15 @@ from __future__ import annotations
 import torch
 
 from lejepa_scale.config import BatchPlan, Config
+from lejepa_scale.config.batches import images_of_statistic
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.engine.optim import split
 from lejepa_scale.model import LeJEPA
 from lejepa_scale.model.packed import PackedBlock
 from lejepa_scale.objective import SIGReg
+from lejepa_scale.objective.sigreg import best_scale
+
+_FEW = 32  # embeddings, below which the V-statistic's bias is worth a word
 
 
 def summary(
@@ -85,9 +89,25 @@ def _objective_notice(config: Config, plan: BatchPlan, shapes: LeJEPA) -> str:
             f"\nSIGReg over ranks by {regularizer.mode(*arguments)} (bytes a rank sends per evaluation: "
             f"{regularizer.traffic(*arguments)})."
         )
+    notice += _small_sample_notice(config, plan)
     if plan.accumulation > 1 and accumulation == "micro":
         notice += (
             f"\nThe objective is that of micro-batches of {plan.micro_batch * plan.ranks} images, not of all "
             f"{config.train.global_batch}; objective.accumulation=exact changes that for one more forward pass."
         )
     return notice
+
+
+def _small_sample_notice(config: Config, plan: BatchPlan) -> str:
+    """That the published statistic asks for embeddings smaller than a standard Gaussian's where it sees few of them."""
+    objective, images = config.objective, images_of_statistic(config, plan)
+    views = config.data.views.global_.count + config.data.views.local.count
+    samples = images * (views if objective.joint else 1)
+    if objective.regularizer != "sigreg" or objective.sigreg.estimator != "v" or samples >= _FEW:
+        return ""
+    return (
+        f"\nSIGReg sees {samples} embeddings at once: of so few, its statistic is least at a standard deviation of "
+        f"{best_scale(samples, objective.sigreg.knots, objective.sigreg.t_max):.2f}, not 1: a pull towards collapse. "
+        f"Use {_FEW} or more (train.micro_batch, ranks, objective.accumulation=exact), or objective.sigreg.estimator=u, "
+        "which is unbiased."
+    )

@@ -87,7 +87,7 @@ def test_batch_arithmetic_is_shown() -> None:
 def test_statistics_of_one_sample_are_refused_before_anything_starts() -> None:
     for objective in ({"sigreg": {"estimator": "u"}}, {"regularizer": "weak_sigreg"}, {"visreg": {"weight": 0.1}}):
         tree = small_config("r", "s", train={"global_batch": 2, "micro_batch": 1}, objective=objective)
-        with pytest.raises(UserError, match="at least 2 images"):
+        with pytest.raises(UserError, match="see 1 image at a time"):
             check_world(validate(tree), 1)
         exact = validate({**tree, "objective": {**objective, "accumulation": "exact"}})
         assert check_world(exact, 1).accumulation == 2

@@ -97,3 +97,39 @@ def test_a_run_that_ends_inside_its_warmup_says_so(tmp_path: Path) -> None:
     config = validate(small_config(tmp_path, "s", train={"steps": 20}, optim={"warmup_steps": 60, "lr": 0.3}))
     assert learning_rate(19, 20, config.optim) == pytest.approx(0.1)
     assert "reaches 0.1, not optim.lr = 0.3" in summary._warmup_notice(config)
+
+
+def notices(tmp_path: Path, ranks: int, **sections: Any) -> str:
+    config = validate(small_config(tmp_path, "s", **sections))
+    return summary._small_sample_notice(config, check_world(config, ranks))
+
+
+def test_few_images_at_once_are_pointed_out_with_what_helps(tmp_path: Path) -> None:
+    few = {"global_batch": 16, "micro_batch": 2}
+    said = notices(tmp_path, 2, train=few, engine={"name": "ddp"})
+    assert "SIGReg sees 4 embeddings at once" in said
+    assert "standard deviation of 0.74, not 1" in said
+    for advice in (
+        {"objective": {"sigreg": {"estimator": "u"}}},
+        {"train": {"global_batch": 64, "micro_batch": 16}},
+        {"train": {"global_batch": 32, "micro_batch": 2}, "objective": {"accumulation": "exact"}},
+    ):
+        assert not notices(tmp_path, 2, **{"train": few, "engine": {"name": "ddp"}, **advice})
+    assert not notices(tmp_path, 2, train=few, engine={"name": "ddp"}, objective={"regularizer": "weak_sigreg"})
+    assert "sees 16 embeddings" in notices(tmp_path, 2, train=few, engine={"name": "ddp"}, objective={"joint": True})
+
+
+def test_one_image_at_a_time_is_refused(tmp_path: Path) -> None:
+    one = {"global_batch": 4, "micro_batch": 1}
+    for objective in (
+        {},
+        {"sigreg": {"estimator": "u"}},
+        {"joint": True},
+        {"accumulation": "unbiased", "sigreg": {"estimator": "u"}},
+    ):
+        config = validate(small_config(tmp_path, "s", train=one, objective=objective))
+        with pytest.raises(UserError, match=r"see 1 image at a time: train.micro_batch = 1 on 1 rank"):
+            check_world(config, 1)
+    assert check_world(validate(small_config(tmp_path, "s", train=one, engine={"name": "ddp"})), 2).accumulation == 2
+    exact = validate(small_config(tmp_path, "s", train=one, objective={"accumulation": "exact"}))
+    assert check_world(exact, 1).accumulation == 4

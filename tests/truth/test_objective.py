@@ -12,6 +12,7 @@ from scipy import stats
 from truth import formulas
 
 from lejepa_scale.objective import LeJEPALoss, SIGReg, WeakSIGReg, visreg
+from lejepa_scale.objective.sigreg import best_scale
 from lejepa_scale.parallel.collectives import mean_of_rows
 
 CPU = torch.device("cpu")
@@ -205,3 +206,16 @@ def test_the_expectation_at_a_gaussian(knots: int, t_max: float, known: float | 
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((400, 50, 1)))  # 400 samples of 50
     values = SIGReg(num_slices=1, knots=knots, t_max=t_max)(x, step=0)
     assert float(values) == pytest.approx(expected, rel=0.15)
+
+
+@pytest.mark.parametrize(("samples", "scale"), [(1, 0.0), (2, 0.43), (4, 0.745), (16, 0.938), (10**6, 1.0)])
+def test_few_samples_ask_for_a_smaller_scale(samples: int, scale: float) -> None:
+    assert best_scale(samples) == pytest.approx(scale, abs=0.0101)
+
+
+def test_the_scale_that_few_samples_ask_for_is_where_the_statistic_is_least() -> None:
+    """4 embeddings at a time, drawn 4,000 times: the mean statistic is lower there than at 1 and on either side."""
+    draws = torch.randn(4000, 4, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    least = best_scale(4)
+    found = {s: float(SIGReg(num_slices=1)(s * draws, step=0)) for s in (least, 1.0, least - 0.2, least + 0.15)}
+    assert min(found, key=lambda s: found[s]) == least
