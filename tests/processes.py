@@ -139,6 +139,11 @@ def be(words: list[str], folder: str, environments: list[dict[str, str]], files:
     what waits for them all."""
     for descriptor, file in enumerate([os.devnull, *files]):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+    for stream in (
+        sys.stdout,
+        sys.stderr,
+    ):  # a line at a time: python -u writes its end apart, and ranks share the file
+        stream.reconfigure(line_buffering=True, write_through=False)
     environment = environments[0]
     if len(environments) > 1:
         running = {}

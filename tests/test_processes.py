@@ -87,6 +87,18 @@ def test_ranks_run_at_once_and_end_together(server: Forks, tmp_path: Path) -> No
         assert (found.returncode, sorted(found.stdout.split())) == (status, ["a", "b"])
 
 
+def test_lines_of_ranks_are_whole(server: Forks, tmp_path: Path) -> None:
+    """Two writes a line, as an unbuffered print makes them, would be cut by the other rank's."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import os, sys\nfor i in range(5000): print(os.environ['ONE'], file=(sys.stdout, sys.stderr)[i % 2])"
+    )
+    environments = [{**script_environment(), "ONE": one} for one in ("first", "second")]
+    found = server.run([str(script)], tmp_path, environments, 60)
+    for printed in (found.stdout, found.stderr):
+        assert sorted(set(printed.split("\n"))) == ["", "first", "second"]
+
+
 def test_the_session_of_the_machine_is_refused() -> None:
     with pytest.raises(AssertionError, match="machine"):
         session(0)
