@@ -202,6 +202,28 @@ class Predictor(Section):
     hidden: Positive = Field(512, description="width between its two linear layers")
 
 
+class InitFrom(Section):
+    """Weights that the encoder of a new run begins with. A run that has a checkpoint goes on from that."""
+
+    source: str = Field(
+        min_length=1,
+        description="a file or folder of weights, a run or checkpoint of ours, or `timm:NAME.TAG` as timm has released it",
+    )
+    key: str | None = Field(
+        None, description="which of a file's sets of weights, where several fit: teacher, model_ema"
+    )
+    prefix: str | None = Field(None, description="what the encoder's names begin with in the source; unset: found out")
+    leave_out: list[str] = Field(
+        [],
+        description="names, parts before a dot or patterns with *: not read, and left at random where the encoder has them",
+    )
+
+    @field_validator("leave_out", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+
 class Model(Section):
     """The encoder and the heads that train it."""
 
@@ -218,8 +240,16 @@ class Model(Section):
         "auto", description="packed attention backend; auto: the fastest of those that run and agree with sdpa"
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments for the timm model")
+    init_from: InitFrom | None = Field(
+        None, description="weights that the encoder of a new run begins with: a source, or a section; unset: random"
+    )
     projector: Projector = Field(Projector(), description="head whose output the objective sees")
     predictor: Predictor | None = Field(None, description="JEPA predictor after the projector; off by default")
+
+    @field_validator("init_from", mode="before")
+    @classmethod
+    def _as_section(cls, value: Any) -> Any:
+        return {"source": value} if isinstance(value, str) else value
 
 
 class SIGRegSection(Section):

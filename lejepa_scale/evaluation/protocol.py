@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +10,14 @@ from pathlib import Path
 import torch
 
 from lejepa_scale.checkpoint import load_encoder
+from lejepa_scale.config import Config
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Batches, Features, extract, raw_pixels
 from lejepa_scale.evaluation.report import Scores, score
 from lejepa_scale.model import Encoder
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ def evaluate(
 ) -> Evaluation:
     """Nearest neighbours and a linear classifier on frozen features: fitted on `train`, scored on `test`.
 
-    encoder: a run directory or checkpoint, whose untrained weights are scored too, or an Encoder, which is left on `device`.
+    encoder: a run directory or checkpoint, whose first weights are scored too (`untrained`; `init_from`, if they are still
+    there), or an Encoder, which is left on `device`.
     train, test: labelled shards, as folders, files or brace patterns. device: unset, the GPU where there is one. image_size:
     side in pixels; unset, that of the checkpoint. Raises UserError for what is not a checkpoint or a shard, for images
     without labels, and for a device that is not here.
@@ -52,7 +57,7 @@ def evaluate(
         models["encoder"] = encoder
     else:
         models["trained"], config = load_encoder(Path(encoder))
-        models["untrained"], _ = load_encoder(Path(encoder), trained=False)
+        models |= _first(Path(encoder), config)
         image_size = image_size or config.image_size
 
     def batches(shards: str | Sequence[str]) -> Batches:
@@ -69,6 +74,17 @@ def evaluate(
         scores.append(score(name, *pair, k=k))
     scores.append(score("raw pixels", raw_pixels(batches(train)), raw_pixels(batches(test)), k))
     return Evaluation(scores, found[0][1])
+
+
+def _first(checkpoint: Path, config: Config) -> dict[str, Encoder]:
+    """The encoder that a run began with, by the name of its row."""
+    if config.model.init_from is None:
+        return {"untrained": load_encoder(checkpoint, trained=False)[0]}
+    try:
+        return {"init_from": load_encoder(checkpoint, trained=False)[0]}
+    except UserError as error:
+        logger.warning("no row for the weights that the run began with: %s", error)
+        return {}
 
 
 def _device(named: torch.device | str | None) -> torch.device:

@@ -18,7 +18,14 @@ from lejepa_scale.training.resume import resume, write_config
 from lejepa_scale.training.run import Action, Run
 from lejepa_scale.training.schedule import learning_rate
 from lejepa_scale.training.signals import StopSignal
-from lejepa_scale.training.start import check_everything, open_together, start_engine, start_probe, started
+from lejepa_scale.training.start import (
+    check_everything,
+    first_weights,
+    open_together,
+    start_engine,
+    start_probe,
+    started,
+)
 from lejepa_scale.training.step import train_step
 from lejepa_scale.training.summary import summary
 
@@ -32,13 +39,15 @@ def train(config: Config) -> Path:
     """
     plan, shapes = check_everything(config)
     with process_group.joined(timedelta(minutes=config.engine.timeout_minutes)) as device:
-        mixture, store = open_together(config), Store(config.run.dir, config.checkpoint.keep)
+        store = Store(config.run.dir, config.checkpoint.keep)
+        begin = first_weights(config, store, shapes)  # refused before shards are fetched and indexed
+        mixture = open_together(config)
         state, probe_state, progress = resume(config, store, mixture)
         if progress.step >= config.train.steps:
             logger.info("%s is trained to step %d already; raise train.steps to go on.", config.run.dir, progress.step)
             return config.run.dir
-        engine = start_engine(config, plan, device, state, shapes=shapes)
-        del state
+        engine = start_engine(config, plan, device, state, begin=begin, shapes=shapes)
+        del state, begin
         probe = start_probe(config, engine, mixture.num_classes, probe_state)
         collectives.on_rank_zero(lambda: write_config(config))
         first_rank = process_group.rank() == 0

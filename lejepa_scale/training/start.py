@@ -3,13 +3,15 @@ before anything starts, rank 0 fetches and indexes the shards and reads the newe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 
 import torch
 from torch import Tensor
 
-from lejepa_scale.checkpoint import CanonicalState, Progress, spread
+from lejepa_scale.checkpoint import CanonicalState, Progress, Store, pretrained, spread
+from lejepa_scale.checkpoint.encoder import PREFIX
 from lejepa_scale.config import BatchPlan, Config, check_world
 from lejepa_scale.data import Loader, Mixture, ahead, open_mixture
 from lejepa_scale.data.audit.keylog import KeyLog
@@ -20,6 +22,8 @@ from lejepa_scale.parallel import collectives, launch, process_group
 from lejepa_scale.training.feed import Feed
 from lejepa_scale.training.probe import OnlineProbe
 from lejepa_scale.training.run import Run
+
+logger = logging.getLogger(__name__)
 
 
 def check_everything(config: Config) -> tuple[BatchPlan, LeJEPA]:
@@ -44,18 +48,21 @@ def start_engine(
     device: torch.device,
     state: CanonicalState | None = None,
     *,
+    begin: Mapping[str, Tensor] | None = None,
     factory: Factory | None = None,
     shapes: LeJEPA | None = None,
 ) -> Engine:
     """An engine at `state` (rank 0's; None elsewhere or for a new run) or, for a new run, at the seed's weights: the
     same for every engine and number of ranks, drawn once on rank 0's CPU and spread. Raises UserError.
 
-    factory: builds the module in place of the configuration. shapes: the module on the meta device, where it is at hand.
+    begin: what `first_weights` gave; takes the place of the seed's weights. factory: builds the module in place of the
+    configuration. shapes: the module on the meta device, where it is at hand.
     """
     factory = factory or (lambda: build(config))
     engine = build_engine(config, plan, factory, device, shapes)
     if process_group.rank() == 0 and state is None:
         state = initial_state(config.run.seed, factory)
+        state.model |= begin or {}
     spread(state, engine)
     return engine
 
@@ -64,6 +71,28 @@ def initial_state(seed: int, factory: Factory) -> CanonicalState:
     """The weights that a new run begins with."""
     torch.manual_seed(seed)
     return CanonicalState(dict(factory().state_dict()))
+
+
+def first_weights(config: Config, store: Store, shapes: LeJEPA) -> dict[str, Tensor]:
+    """The tensors that `model.init_from` gives a new run, under the module's names, on rank 0; empty on other ranks, without
+    that key, and for a run that has a checkpoint, where nothing is opened. Every rank calls. Raises UserError.
+
+    shapes: the module on the meta device.
+    """
+    settings, held = config.model.init_from, dict[str, Tensor]()
+    if settings is None:
+        return held
+
+    def read() -> None:
+        if (latest := store.latest()) is not None:
+            logger.info("model.init_from is not used: the run goes on from %s.", latest)
+            return
+        loaded = pretrained.load(settings, shapes.encoder)
+        held.update({f"{PREFIX}{name}": tensor for name, tensor in loaded.weights.items()})
+        logger.info(loaded.line)
+
+    collectives.on_rank_zero(read)
+    return held
 
 
 @contextmanager
