@@ -55,7 +55,7 @@ USES = (
         "model.drop_path",
     ),
     Use(
-        ("model.projector.hidden",),
+        ("model.projector.hidden", "model.projector.activation"),
         "model.projector.layers is more than 1",
         lambda config: config.model.projector.layers > 1,
         "model.projector.layers",
@@ -83,6 +83,12 @@ USES = (
         "log.wandb.enabled is true",
         lambda config: config.log.wandb.enabled,
         "log.wandb.enabled",
+    ),
+    Use(
+        ("optim.warmup_start_ratio",),
+        "optim.warmup_steps is not 0",
+        lambda config: config.optim.warmup_steps > 0,
+        "optim.warmup_steps",
     ),
     Use(
         ("optim.decay",),

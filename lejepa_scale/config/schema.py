@@ -192,7 +192,8 @@ class Projector(Section):
     """Perceptron from the encoder's features to the embeddings; used in training alone."""
 
     hidden: Positive = Field(2048, description="width between the linear layers")
-    layers: Positive = Field(3, description="linear layers; batch normalization and GELU between them")
+    layers: Positive = Field(3, description="linear layers; batch normalization and an activation between them")
+    activation: Literal["gelu", "relu"] = Field("gelu", description="what follows each batch normalization")
     dim: Positive = Field(64, description="width of the embeddings that the objective sees")
 
 
@@ -238,6 +239,10 @@ class Model(Section):
     )
     attention: Literal["auto", "sdpa", "xformers", "varlen"] = Field(
         "auto", description="packed attention backend; auto: the fastest of those that run and agree with sdpa"
+    )
+    head_dim: Positive | None = Field(
+        None,
+        description="width of a linear layer after the pooling (timm's classifier), whose output is the feature; unset: none",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments for the timm model")
     init_from: InitFrom | None = Field(
@@ -311,6 +316,9 @@ class Optim(Section):
     lr: float = Field(5e-4, gt=0, description="highest learning rate, at the end of the warm-up")
     final_lr_ratio: float = Field(1e-3, ge=0, le=1, description="last learning rate / lr")
     warmup_steps: NonNegative = Field(0, description="steps over which the learning rate grows")
+    warmup_start_ratio: float | None = Field(
+        None, ge=0, le=1, description="first learning rate / lr; unset: 1 / warmup_steps"
+    )
     weight_decay: float = Field(
         0.05, ge=0, description="decoupled; constant. The paper's: 0.05 for transformers, 5e-4 for ResNets"
     )

@@ -163,9 +163,11 @@ def _around(encoder: Encoder, packing: Packing, size: Precision) -> tuple[float,
 def _heads(config: Config, model: LeJEPA, rows: int, size: Precision) -> float:
     """Projector, predictor and objective, for `rows` views."""
     head, predictor, objective = config.model.projector, config.model.predictor, config.objective
-    # batch normalization keeps its input in fp32, the activation its input, the next linear layer the output
+    # batch normalization keeps its input in fp32, GELU its input (ReLU its output), the next linear layer that output
     kept = rows * model.encoder.embed_dim * size.compute
-    kept += rows * (head.layers - 1) * head.hidden * (_FP32 + 2 * size.compute)
+    if model.encoder.packed and config.model.head_dim:
+        kept += rows * model.encoder.backbone.num_features * size.compute  # what the head is applied to
+    kept += rows * (head.layers - 1) * head.hidden * (_FP32 + (2 if head.activation == "gelu" else 1) * size.compute)
     if predictor is not None:
         kept += rows * (head.dim + 2 * predictor.hidden) * size.compute
     kept += rows * head.dim * (2 * _FP32 if size.compute == 2 else _FP32)  # embeddings in fp32, and their distances

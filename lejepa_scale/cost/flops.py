@@ -33,7 +33,7 @@ class StepFlops:
     attention: int  # queries by keys, and scores by values
     attention_linear: int
     mlp: int
-    pooling: int  # heads of timm that pool with weights
+    pooling: int  # heads of timm that pool with weights, and a linear layer after them
     whole_encoder: int  # of a model that is not packed, where the parts above are 0
     projector: int
     predictor: int
@@ -125,13 +125,14 @@ def _patches(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
 
 
 def _pooling(encoder: Encoder, packing: Packing) -> int:
-    """timm's head up to the features: attention pooling where a model has it, else nothing."""
+    """timm's head: attention pooling where a model has it, and the layer of `model.head_dim`."""
     backbone = encoder.backbone
+    head = _FORWARD_AND_BACKWARD * sum(n for n, _ in packing.groups) * linear(backbone.head)
     if getattr(backbone, "attn_pool", None) is None:
-        return 0
+        return head
     prefix = 0 if getattr(backbone, "pool_include_prefix", True) else backbone.num_prefix_tokens
     shapes = [(n, length - prefix, backbone.embed_dim) for n, length in packing.groups]
-    return _FORWARD_AND_BACKWARD * _counted(backbone.attn_pool, shapes)
+    return head + _FORWARD_AND_BACKWARD * _counted(backbone.attn_pool, shapes)
 
 
 def _whole_encoder(encoder: Encoder, groups: list[tuple[int, int]]) -> dict[str, int]:

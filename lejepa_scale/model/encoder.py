@@ -30,7 +30,8 @@ class Encoder(nn.Module):
 
     name: any timm model, or a size of ours (vit_nano, vit_micro). image_size sets the position-embedding grid; other
     sizes are interpolated. `drop_path` is the stochastic depth of the last block, rates growing linearly from the first
-    one's 0, or with `drop_path_uniform` that of all. `attention` picks the packed backend ("auto" measures).
+    one's 0, or with `drop_path_uniform` that of all. `head_dim` is the width E of a linear layer after the pooling (timm's
+    classifier; E is otherwise the width of what is pooled). `attention` picks the packed backend ("auto" measures).
     Raises UserError for an unknown name or arguments that timm refuses.
     """
 
@@ -40,6 +41,7 @@ class Encoder(nn.Module):
         *,
         image_size: int = 224,
         patch_size: int | None = None,
+        head_dim: int | None = None,
         drop_path: float = 0.0,
         drop_path_uniform: bool = False,
         attention: str = "auto",
@@ -55,13 +57,17 @@ class Encoder(nn.Module):
             arguments["drop_path_rate"] = drop_path
         arguments |= options or {}
         try:
-            backbone: Any = timm.create_model(timm_name, pretrained=False, num_classes=0, **arguments)
+            backbone: Any = timm.create_model(timm_name, pretrained=False, num_classes=head_dim or 0, **arguments)
         except (TypeError, AssertionError, ValueError) as error:
             raise UserError(
                 f"model.encoder={name}: timm refuses these arguments: {error or type(error).__name__}"
             ) from error
-        self.timm_arguments = {"model_name": timm_name, "num_classes": 0, **arguments}  # rebuilds the backbone
-        self.name, self.embed_dim = name, int(backbone.num_features)
+        self.timm_arguments = {
+            "model_name": timm_name,
+            "num_classes": head_dim or 0,
+            **arguments,
+        }  # rebuilds the backbone
+        self.name, self.embed_dim = name, head_dim or int(backbone.num_features)
         self.attention = attention
         self.packed = packed.packable(backbone)
         if self.packed:
@@ -105,7 +111,7 @@ class Encoder(nn.Module):
         """Pooled features of every resolution, in the order given."""
         if not self.packed:
             return [self.backbone(x.contiguous(memory_format=torch.channels_last)) for x in images]
-        return [self.backbone.forward_head(tokens, pre_logits=True) for tokens in self._packed_tokens(images)]
+        return [self.backbone.forward_head(tokens) for tokens in self._packed_tokens(images)]
 
     def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b rows columns e"]:
         """Normalized features of the patches (or of the last feature map) in their place."""

@@ -82,6 +82,7 @@ def build_encoder(config: Config) -> Encoder:
         model.encoder,
         image_size=config.image_size,
         patch_size=model.patch_size,
+        head_dim=model.head_dim,
         drop_path=model.drop_path,
         drop_path_uniform=model.drop_path_uniform,
         attention=model.attention,
@@ -131,7 +132,7 @@ def build(config: Config) -> LeJEPA:
     predictor = config.model.predictor
     return LeJEPA(
         encoder,
-        Projector(encoder.embed_dim, head.hidden, head.dim, head.layers),
+        Projector(encoder.embed_dim, head.hidden, head.dim, head.layers, head.activation),
         Predictor(head.dim, predictor.hidden) if predictor else None,
         build_loss(config),
     )

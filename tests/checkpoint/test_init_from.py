@@ -331,6 +331,16 @@ def test_a_pattern_leaves_out_what_both_sides_have(tmp_path: Path) -> None:
     assert equal(loaded.weights, {n: t for n, t in weights.items() if ".mlp." not in n and not n.startswith("norm.")})
 
 
+def test_a_head_of_another_width_is_left_out_by_name(tmp_path: Path) -> None:
+    source, encoder = (Encoder("vit_nano", image_size=48, head_dim=n, options=dict(SMALL)) for n in (10, 7))
+    weights = other_weights(source)
+    message = refused(_pth(tmp_path, weights), encoder)
+    assert "head.weight: 10 x 32 in the source, 7 x 32 in the encoder" in message
+    loaded = load(tmp_path / "w.pth", encoder, leave_out=["head"])
+    assert equal(loaded.weights, {n: t for n, t in weights.items() if not n.startswith("head.")})
+    assert "left at random: head.weight, head.bias" in loaded.line
+
+
 def test_other_shapes_are_refused_with_both(tmp_path: Path) -> None:
     message = refused(_pth(tmp_path, other_weights(vit())), vit(mlp_ratio=2.0))
     assert "6 of another shape (blocks.0.mlp.fc1.bias: 128 in the source, 64 in the encoder; " in message

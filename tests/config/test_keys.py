@@ -146,6 +146,7 @@ IGNORED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     *((f"data.augment.{key}", 0.3, NO_JITTER, {}) for key in ("brightness", "contrast", "saturation", "hue")),
     ("model.drop_path_uniform", True, {}, {"model": {"drop_path": 0.1}}),
     ("model.projector.hidden", 99, {"model": {"projector": {"layers": 1}}}, {"model": {"projector": {"layers": 2}}}),
+    ("model.projector.activation", "relu", {"model": {"projector": {"layers": 1}}}, {}),
     ("objective.sigreg.num_slices", 9, WEAK, {}),
     ("objective.sigreg.knots", 9, WEAK, {}),
     ("objective.sigreg.t_max", 2.0, WEAK, {}),
@@ -157,6 +158,7 @@ IGNORED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     ("objective.sigreg.reference_n", 9, {"objective": {"sigreg": {"scale": "none"}}}, TO_REFERENCE),
     ("objective.weak_sigreg.sketch", 9, {}, WEAK),
     *((f"log.wandb.{key}", "x", {}, LOGGED) for key in ("project", "name")),
+    ("optim.warmup_start_ratio", 0.01, {}, {"optim": {"warmup_steps": 9}}),
     ("optim.decay", "all", {"optim": {"weight_decay": 0.0}}, {}),
     ("probe.lr", 0.1, {"probe": {"enabled": False}}, {}),
 ]

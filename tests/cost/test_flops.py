@@ -47,11 +47,12 @@ def test_the_formula_is_what_torch_counts(case: str, drop_path: float) -> None:
     "sections",
     [
         {"model": {"predictor": {"hidden": 33}}},
+        {"model": {"head_dim": 40}},
         {"objective": {"joint": True}},
         {"objective": {"regularizer": "weak_sigreg", "weak_sigreg": {"sketch": 5}}},
         {"objective": {"regularizer": "weak_sigreg", "weak_sigreg": {"sketch": 17}, "joint": True}},
     ],
-    ids=["predictor", "joint", "weak", "weak joint"],
+    ids=["predictor", "head", "joint", "weak", "weak joint"],
 )
 def test_heads_and_regularizers(sections: dict[str, Any]) -> None:
     config = config_of("plain", **sections)

@@ -25,6 +25,17 @@ def test_other_models_run_unpacked(name: str) -> None:
     assert encoder.patch_features(images[0]).shape[-1] == encoder.embed_dim
 
 
+@pytest.mark.parametrize("name", ["vit_nano", "vit_small_patch14_reg4_dinov2", "resnet10t"])
+def test_a_head_is_timms_classifier(name: str) -> None:
+    encoder = Encoder(name, image_size=56, head_dim=40, options={"depth": 2} if "vit" in name else {}).eval()
+    assert encoder.timm_arguments["num_classes"] == 40
+    plain = timm.create_model(**encoder.timm_arguments).eval()
+    plain.load_state_dict(encoder.backbone.state_dict())
+    images = [torch.randn(2, 3, 56, 56)]
+    torch.testing.assert_close(encoder(images), [plain(x) for x in images], rtol=1e-4, atol=1e-5)
+    assert encoder(images)[0].shape == (2, encoder.embed_dim) == (2, 40)
+
+
 def test_patch_features_are_the_tokens_in_their_place() -> None:
     encoder = Encoder("vit_nano", image_size=32).eval()
     image = torch.randn(1, 3, 32, 32)

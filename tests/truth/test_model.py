@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Literal
 
 import pytest
 import timm
@@ -25,14 +26,17 @@ def copied(source: nn.Module, target: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
-def test_the_projector_is_linear_batch_norm_gelu(layers: int) -> None:
-    projector = Projector(7, 11, 5, layers).double()
+@pytest.mark.parametrize(("activation", "module"), [("gelu", nn.GELU), ("relu", nn.ReLU)])
+def test_the_projector_is_linear_batch_norm_activation(
+    layers: int, activation: Literal["gelu", "relu"], module: type[nn.Module]
+) -> None:
+    projector = Projector(7, 11, 5, layers, activation).double()
     for parameter in projector.parameters():
         nn.init.normal_(parameter)
     parts: list[nn.Module] = []
     width = 7
     for _ in range(layers - 1):
-        parts += [nn.Linear(width, 11, bias=False), nn.BatchNorm1d(11), nn.GELU()]
+        parts += [nn.Linear(width, 11, bias=False), nn.BatchNorm1d(11), module()]
         width = 11
     plain = copied(projector, nn.Sequential(*parts, nn.Linear(width, 5)).double())
     x = torch.randn(40, 7, dtype=torch.float64)
