@@ -242,7 +242,7 @@ class Model(Section):
     )
     head_dim: Positive | None = Field(
         None,
-        description="width of a linear layer after the pooling (timm's classifier), whose output is the feature; unset: none",
+        description="width of a linear layer after the pooling (timm's classifier), whose output is the feature; or none",
     )
     options: dict[str, Any] = Field(default_factory=dict, description="further arguments for the timm model")
     init_from: InitFrom | None = Field(

@@ -8,12 +8,14 @@ from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.config.batches import images_of_statistic
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.engine.optim import split
-from lejepa_scale.model import LeJEPA
+from lejepa_scale.model import Encoder, LeJEPA
+from lejepa_scale.model.attention import Packing
 from lejepa_scale.model.packed import PackedBlock
 from lejepa_scale.objective import SIGReg
 from lejepa_scale.objective.sigreg import best_scale
 
 _FEW = 32  # embeddings, below which the V-statistic's bias is worth a word
+_ROUNDED = 0.1  # relative error of stochastic depth's rate that is worth one
 
 
 def summary(
@@ -29,6 +31,7 @@ def summary(
         + _decay_notice(config, shapes)
         + _warmup_notice(config)
         + _blocks_notice(config, plan, shapes, device)
+        + _draws_notice(config, plan, shapes)
         + _objective_notice(config, plan, shapes)
     )
 
@@ -57,11 +60,10 @@ def _warmup_notice(config: Config) -> str:
 
 def _blocks_notice(config: Config, plan: BatchPlan, shapes: LeJEPA, device: torch.device) -> str:
     """How the views of a micro-batch go through a vision transformer. Measures attention where there is a choice."""
-    encoder, views = shapes.encoder, config.data.views
+    encoder = shapes.encoder
     if not encoder.packed:
         return ""
-    groups = [(group.count * plan.micro_batch, group.size) for group in (views.global_, views.local) if group.count]
-    packing = encoder.packing(groups)
+    packing = _packing(config, plan, encoder)
     backend = encoder.backend(packing, device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
     branches = [block.kept(packing) for block in encoder.blocks if isinstance(block, PackedBlock)]
     notice = f"\nAttention by {backend}, {packing.tokens:,} tokens of {packing.sequences} views in a row"
@@ -73,6 +75,36 @@ def _blocks_notice(config: Config, plan: BatchPlan, shapes: LeJEPA, device: torc
         notice += f"\nThe first step compiles {graphs} graph{'s' * (graphs > 1)} of a block; this can take minutes."
         if graphs > 1:
             notice += " model.drop_path_uniform=true needs one."
+    return notice
+
+
+def _packing(config: Config, plan: BatchPlan, encoder: Encoder) -> Packing:
+    """The row of a rank's micro-batch."""
+    views = config.data.views
+    groups = [(group.count * plan.micro_batch, group.size) for group in (views.global_, views.local) if group.count]
+    return encoder.packing(groups)
+
+
+def _draws_notice(config: Config, plan: BatchPlan, shapes: LeJEPA) -> str:
+    """What stochastic depth's draws depend on, and its true rate where rounding to whole sequences changes it."""
+    if not config.model.drop_path:
+        return ""
+    notice = (
+        "\nStochastic depth draws by seed, step, micro-batch and rank: another number of ranks or another train.micro_batch "
+        "is another draw."
+    )
+    if not shapes.encoder.packed:
+        return notice
+    packing, asked, given = _packing(config, plan, shapes.encoder), 0.0, 0.0
+    blocks = [block for block in shapes.encoder.blocks if isinstance(block, PackedBlock)]
+    for block in blocks:
+        asked += block.drop_path / len(blocks)
+        given += (1 - block.kept(packing).sequences / packing.sequences) / len(blocks)
+    if abs(given - asked) > _ROUNDED * asked:
+        notice += (
+            f" Of {packing.sequences} views in a rank's micro-batch it leaves out {given:.1%} on average, not {asked:.1%}, "
+            "since only whole views can be left out: train.micro_batch makes the groups larger."
+        )
     return notice
 
 
