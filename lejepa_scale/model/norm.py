@@ -19,29 +19,37 @@ class BatchNorm(nn.Module):
     Statistics, affine and output are computed in fp32 (fp64 for fp64) whatever the parameters were cast to, and the
     input's dtype is returned. Unequal batches per rank are right. One small collective forward, one backward.
     With `track` the running averages of nn.BatchNorm are kept (identical on all ranks) and used in eval mode; without,
-    batch statistics are always used and there is no buffer to go stale. `act` follows, as in timm's BatchNormAct2d.
+    batch statistics are always used and there is no buffer to go stale. momentum: None averages over all batches alike.
+    `drop` and `act` follow, as in timm's BatchNormAct2d.
     """
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     running_mean: Float[Tensor, " c"]
     running_var: Float[Tensor, " c"]
     num_batches_tracked: Int[Tensor, ""]
 
     def __init__(
-        self, width: int, eps: float = 1e-5, momentum: float = 0.1, track: bool = False, act: nn.Module | None = None
-    ) -> None:
+        self, width: int, eps: float = 1e-5, momentum: float | None = 0.1, track: bool = False, affine: bool = True,
+        drop: nn.Module | None = None, act: nn.Module | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.eps, self.momentum, self.track = eps, momentum, track
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width))
+        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine else None
         if track:
             self.register_buffer("running_mean", torch.zeros(width))
             self.register_buffer("running_var", torch.ones(width))
             self.register_buffer("num_batches_tracked", torch.tensor(0))
-        self.act = act or nn.Identity()
+        self.drop, self.act = drop or nn.Identity(), act or nn.Identity()
 
     def forward(self, x: Float[Tensor, "b c *rest"]) -> Float[Tensor, "b c *rest"]:
         wide = x if x.dtype == torch.float64 else x.float()
-        weight, bias = self.weight.to(wide.dtype), self.bias.to(wide.dtype)
+        weight, bias = (
+            wide.new_full((wide.shape[1],), neutral) if given is None else given.to(wide.dtype)
+            for given, neutral in ((self.weight, 1.0), (self.bias, 0.0))
+        )
         if self.training or not self.track:
             y, mean, var, count = _Normalize.apply(wide, weight, bias, self.eps)
             if self.track and self.training:
@@ -49,14 +57,15 @@ class BatchNorm(nn.Module):
         else:
             mean, var = self.running_mean.to(wide.dtype), self.running_var.to(wide.dtype)
             y = F.batch_norm(wide, mean, var, weight, bias, eps=self.eps)
-        return self.act(y.to(x.dtype))
+        return self.act(self.drop(y.to(x.dtype)))
 
     @torch.no_grad()
     def _update(self, mean: Float[Tensor, " c"], var: Float[Tensor, " c"], count: Float[Tensor, ""]) -> None:
         unbiased = var * (count / (count - 1).clamp_min(1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
         self.num_batches_tracked += 1
+        share: Any = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        for average, value in ((self.running_mean, mean), (self.running_var, unbiased)):
+            average.lerp_(value.to(average.dtype), share)
 
 
 class _Normalize(torch.autograd.Function):
@@ -121,14 +130,22 @@ def _statistics(x: Float[Tensor, "b c *rest"]) -> Float[Tensor, " 1+2*c"]:
 
 
 def synchronized(module: nn.Module) -> nn.Module:
-    """Replace every nn.BatchNorm1d/2d inside `module` (timm's BatchNormAct2d too), keeping names and values."""
+    """Replace every batch normalization inside `module` (timm's BatchNormAct2d too), keeping names, values and settings."""
     for name, child in module.named_children():
-        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            assert child.running_mean is not None
-            with torch.device(child.running_mean.device):
-                new = BatchNorm(child.num_features, child.eps, child.momentum or 0.1, True, getattr(child, "act", None))
-            new.to(child.weight.dtype).load_state_dict(child.state_dict())
-            setattr(module, name, new)
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            setattr(module, name, _of(child))
         else:
             synchronized(child)
     return module
+
+
+def _of(theirs: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
+    state = theirs.state_dict()
+    drop, act = getattr(theirs, "drop", None), getattr(theirs, "act", None)
+    held = next(iter(state.values()), torch.empty(0))
+    with torch.device(held.device):
+        ours = BatchNorm(
+            theirs.num_features, theirs.eps, theirs.momentum, theirs.running_mean is not None, theirs.affine, drop, act
+        )
+    ours.to(held.dtype).load_state_dict(state)
+    return ours

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import DEVICES
 from ranks import run_ranks
+from timm.layers import BatchNormAct2d
 from torch import nn
 
 from lejepa_scale.cpu import compiler
@@ -40,6 +44,29 @@ def test_equals_torch(shape: tuple[int, ...], layout: str, device: str) -> None:
         gradients.append([y.grad, module.weight.grad, module.bias.grad])
     torch.testing.assert_close(gradients[1], gradients[0])
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+
+
+@pytest.mark.parametrize("settings", [
+    {"momentum": None}, {"momentum": 0.0}, {"affine": False}, {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False},
+])  # fmt: skip
+@pytest.mark.parametrize("kind", [
+    nn.BatchNorm2d,
+    partial(BatchNormAct2d, act_layer=nn.PReLU),
+    partial(BatchNormAct2d, act_layer=nn.Tanh, drop_layer=partial(nn.Threshold, 0.5, 3.0)),  # not after the activation
+])  # fmt: skip
+def test_every_setting_is_kept(kind: Callable[..., nn.Module], settings: dict[str, Any]) -> None:
+    """Three batches in training, which averages with and without a momentum tell apart, and one in evaluation."""
+    theirs = nn.Sequential(kind(4, **settings)).double()
+    ours = synchronized(copy.deepcopy(theirs))
+    assert isinstance(ours[0], BatchNorm)
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64) * 2 + 1
+    for _ in range(3):
+        torch.testing.assert_close(ours(x), theirs(x))
+        x = x + 1
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    torch.testing.assert_close(dict(ours.state_dict()), dict(theirs.state_dict()))
     torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
 
 
