@@ -6,6 +6,7 @@
   python tools/bench.py sigreg                   SIGReg's time, memory, growth and traffic against the textbook form
   python tools/bench.py input                    images/s per core of the input pipeline against torchvision on Pillow
   python tools/bench.py isotropy --plot FILE     free embeddings under SIGReg's gradient: is every direction Gaussian?
+  python tools/bench.py encoders --page FILE     two steps, a checkpoint and an export of a model of every timm module
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
 --smoke runs the same code at toy sizes on whatever is here: it checks the benchmark itself. Results go to
@@ -23,7 +24,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from benchmarks import gpu, input, order, reach, sigreg, step
+from benchmarks import encoders, gpu, input, order, reach, sigreg, step
 from benchmarks.features import FEATURES
 from benchmarks.measure import Results, free_port, run_sections
 
@@ -88,6 +89,9 @@ def main() -> int:
     )
     kind = kinds.add_parser("isotropy", parents=[options], help="does SIGReg reach isotropy from far away?")
     kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG of every direction's statistic over the steps")
+    kind = kinds.add_parser("encoders", parents=[options], help="does a model of every timm module train and export?")
+    kind.add_argument("--only", nargs="+", choices=encoders.MODELS, metavar="MODULE", default=[], help="of timm.models")
+    kind.add_argument("--page", type=Path, help="write the table as Markdown")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
     unknown = [x for x in overrides if arguments.kind != "step" or x.startswith("-") or "=" not in x]
@@ -97,7 +101,14 @@ def main() -> int:
         arguments.overrides += overrides
         return _step(arguments)
     try:
-        measure = {"gpu": _gpu, "sigreg": _sigreg, "input": _input, "isotropy": _isotropy, "order": _order}
+        measure = {
+            "gpu": _gpu,
+            "sigreg": _sigreg,
+            "input": _input,
+            "isotropy": _isotropy,
+            "order": _order,
+            "encoders": _encoders,
+        }
         results = measure[arguments.kind](arguments)
     except UserError as error:
         return refuse(error)
@@ -185,6 +196,14 @@ def _gpu(arguments: argparse.Namespace) -> Results:
             "On a machine without one, --smoke runs the same code at toy sizes."
         )
     return gpu.measure(gpu.FULL, torch.device("cuda"), arguments.minutes, only)
+
+
+def _encoders(arguments: argparse.Namespace) -> Results:
+    chosen = ["resnet"] if arguments.smoke else arguments.only
+    results = run_sections({"encoders": encoders.sweep(chosen)}, torch.device("cpu"), minutes=300)
+    if arguments.page:
+        arguments.page.write_text(encoders.page(results["rows"]))
+    return results
 
 
 def _sigreg(arguments: argparse.Namespace) -> Results:

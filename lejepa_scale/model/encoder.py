@@ -22,16 +22,16 @@ OUR_SIZES: dict[str, dict[str, Any]] = {
     "vit_nano": dict(embed_dim=128, depth=4, num_heads=4, patch_size=8),
     "vit_micro": dict(embed_dim=192, depth=6, num_heads=3, patch_size=8),
 }
-_TOKEN_MODELS = ("vision_transformer", "deit", "eva")  # timm modules whose models take img_size and dynamic_img_size
 
 
 class Encoder(nn.Module):
     """`encoder([x_1, x_2, ...])` with x_i [B_i, 3, H_i, W_i] -> [B_i, E] pooled features, one tensor per input.
 
-    name: any timm model, or a size of ours (vit_nano, vit_micro). image_size sets the position-embedding grid; other
-    sizes are interpolated. `drop_path` is the stochastic depth of the last block, rates growing linearly from the first
-    one's 0, or with `drop_path_uniform` that of all. `head_dim` is the width E of a linear layer after the pooling (timm's
-    classifier; E is otherwise the width of what is pooled). `attention` picks the packed backend ("auto" measures).
+    name: any timm model, or a size of ours (vit_nano, vit_micro). image_size is the side that tables of positions are made
+    for; vision transformers interpolate them for others, and what else a model can process sizes.py finds out. `drop_path`
+    is the stochastic depth of the last block, rates growing linearly from the first one's 0, or with `drop_path_uniform`
+    that of all. `head_dim` is the width E of a linear layer after the pooling (timm's classifier; E is otherwise the width
+    of what is pooled). `attention` picks the packed backend ("auto" measures).
     Raises UserError for an unknown name or arguments that timm refuses.
     """
 
@@ -51,23 +51,22 @@ class Encoder(nn.Module):
         timm_name, arguments = _resolve(name)
         if patch_size is not None:
             arguments["patch_size"] = patch_size
-        if _is_token_model(timm_name):
-            arguments |= dict(img_size=image_size, dynamic_img_size=True)
         if drop_path:
             arguments["drop_path_rate"] = drop_path
-        arguments |= options or {}
-        try:
-            backbone: Any = timm.create_model(timm_name, pretrained=False, num_classes=head_dim or 0, **arguments)
-        except (TypeError, AssertionError, ValueError) as error:
+        arguments |= {"num_classes": head_dim or 0, **(options or {})}
+        if arguments["num_classes"] != (head_dim or 0):
             raise UserError(
-                f"model.encoder={name}: timm refuses these arguments: {error or type(error).__name__}"
+                "model.options.num_classes is set by model.head_dim: the width of a layer after the pooling."
+            )
+        try:
+            backbone, arguments = _created(timm_name, {"img_size": image_size, "dynamic_img_size": True}, arguments)
+        except Exception as error:  # whatever timm's constructors make of arguments that do not go together
+            raise UserError(
+                f"model.encoder={name}: timm refuses these arguments: {str(error) or type(error).__name__}"
             ) from error
-        self.timm_arguments = {
-            "model_name": timm_name,
-            "num_classes": head_dim or 0,
-            **arguments,
-        }  # rebuilds the backbone
-        self.name, self.embed_dim = name, head_dim or int(backbone.num_features)
+        _freeze(backbone)
+        self.timm_arguments = {"model_name": timm_name, **arguments}  # rebuilds the backbone
+        self.name, self.embed_dim = name, head_dim or int(backbone.head_hidden_size)
         self.attention = attention
         self.packed = packed.packable(backbone)
         if self.packed:
@@ -79,33 +78,15 @@ class Encoder(nn.Module):
 
     @property
     def patch_size(self) -> int | None:
-        """Pixels per token side; None for models without patches."""
-        embed = getattr(self.backbone, "patch_embed", None)
-        return embed.patch_size[0] if embed is not None and hasattr(embed, "patch_size") else None
+        """Pixels per token side; None for models without patches, or with patches that are not square."""
+        size = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None)
+        sides = set(size) if isinstance(size, tuple | list) else {size}
+        return sides.pop() if len(sides) == 1 else None
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The repeated units that an engine shards one by one; empty where the backbone has none."""
         return list(getattr(self.backbone, "blocks", []))
-
-    def check_sizes(self, sizes: Sequence[int]) -> None:
-        """Refuse image sides that this encoder cannot process. Meant for an encoder built on the meta device.
-        Raises UserError with the nearest side that will do."""
-        sizes = list(dict.fromkeys(sizes))
-        for size in sizes:
-            if self.patch_size and size % self.patch_size:
-                near = max(1, round(size / self.patch_size)) * self.patch_size
-                raise UserError(
-                    f"views of {size} px cannot be cut into patches of {self.patch_size} px ({self.name}); use {near} px."
-                )
-        device = next(self.parameters()).device
-        images = [torch.empty(2, 3, size, size, device=device) for size in sizes]
-        for together in (images,) if self.packed else [[image] for image in images]:
-            try:
-                self(together)
-            except RuntimeError as error:
-                shown = ", ".join(str(image.shape[-1]) for image in together)
-                raise UserError(f"{self.name} cannot process views of {shown} px: {error}") from error
 
     def forward(self, images: Sequence[Float[Tensor, "_b 3 _h _w"]]) -> list[Float[Tensor, "_b e"]]:
         """Pooled features of every resolution, in the order given."""
@@ -115,10 +96,10 @@ class Encoder(nn.Module):
 
     def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b rows columns e"]:
         """Normalized features of the patches (or of the last feature map) in their place."""
-        features = self._packed_tokens([images])[0] if self.packed else self.backbone.forward_features(images)
-        if features.ndim == 4:
-            return features.movedim(1, -1)
-        patches = features[:, self.backbone.num_prefix_tokens :]
+        if not self.packed:
+            maps = self.backbone.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
+            return maps[-1].movedim(1, -1)
+        patches = self._packed_tokens([images])[0][:, self.backbone.num_prefix_tokens :]
         rows = images.shape[-2] // self.backbone.patch_embed.patch_size[0]
         return rearrange(patches, "b (h w) e -> b h w e", h=rows)
 
@@ -150,8 +131,26 @@ class Encoder(nn.Module):
         return packing.split(vit.norm(tokens))
 
 
-def _is_token_model(timm_name: str) -> bool:
-    return timm.model_entrypoint(timm_name).__module__.rpartition(".")[2] in _TOKEN_MODELS
+def _created(name: str, sized: dict[str, Any], arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """timm's model with those of `sized` that its class takes, and all that it was given. `arguments` come first."""
+    while True:
+        given = sized | arguments
+        try:
+            return timm.create_model(name, pretrained=False, **given), given
+        except TypeError as error:
+            refused = [key for key in sized.keys() - arguments if f"unexpected keyword argument '{key}'" in str(error)]
+            if not refused:
+                raise
+            sized = {key: value for key, value in sized.items() if key not in refused}
+
+
+def _freeze(backbone: nn.Module) -> None:
+    """Parameters that timm does not train become buffers of the same names: engines train every parameter there is."""
+    for module in backbone.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                delattr(module, name)
+                module.register_buffer(name, parameter.detach())
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.model.encoder import Encoder
 from lejepa_scale.model.norm import BatchNorm
 from lejepa_scale.model.projector import Predictor, Projector
+from lejepa_scale.model.sizes import GLOBAL, LOCAL, check_sizes
 from lejepa_scale.objective import LeJEPALoss, Regularizer, SIGReg, WeakSIGReg
 from lejepa_scale.parallel.process_group import world_size
 
@@ -75,12 +76,13 @@ class LeJEPA(nn.Module):
         }
 
 
-def build_encoder(config: Config) -> Encoder:
-    """The encoder of the model section. Raises UserError for a name or arguments that timm refuses."""
+def build_encoder(config: Config, image_size: int | None = None) -> Encoder:
+    """The encoder of the model section, or the same for another image size. Raises UserError for a name or arguments that
+    timm refuses."""
     model = config.model
     return Encoder(
         model.encoder,
-        image_size=config.image_size,
+        image_size=image_size or config.image_size,
         patch_size=model.patch_size,
         head_dim=model.head_dim,
         drop_path=model.drop_path,
@@ -96,8 +98,17 @@ def check(config: Config) -> LeJEPA:
     with torch.device("meta"):
         model = build(config)
     _refuse_what_needs_blocks(config, model.encoder)
-    views = config.data.views
-    model.encoder.check_sizes([config.image_size, *(g.size for g in (views.global_, views.local) if g.count)])
+    views, grid = config.data.views, config.model.image_size
+    sides = {
+        "model.image_size": grid,
+        GLOBAL: views.global_.size,
+        LOCAL: views.local.size if views.local.count else None,
+    }
+    check_sizes(
+        model.encoder,
+        {key: side for key, side in sides.items() if side},
+        lambda side: build_encoder(config, grid or side),
+    )
     if config.objective.accumulation == "exact" and any(isinstance(m, BatchNorm) for m in model.encoder.modules()):
         raise UserError(
             f"objective.accumulation=exact cannot be exact for model.encoder={config.model.encoder}: its batch "

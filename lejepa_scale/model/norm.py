@@ -140,12 +140,13 @@ def synchronized(module: nn.Module) -> nn.Module:
 
 
 def _of(theirs: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
-    state = theirs.state_dict()
     drop, act = getattr(theirs, "drop", None), getattr(theirs, "act", None)
-    held = next(iter(state.values()), torch.empty(0))
-    with torch.device(held.device):
+    held = [tensor for tensor in (theirs.weight, theirs.running_mean) if tensor is not None] or [torch.empty(0)]
+    with torch.device(
+        held[-1].device
+    ):  # where an engine has put parameters on the meta device, averages keep their values
         ours = BatchNorm(
             theirs.num_features, theirs.eps, theirs.momentum, theirs.running_mean is not None, theirs.affine, drop, act
         )
-    ours.to(held.dtype).load_state_dict(state)
+    ours.to(held[0].dtype).load_state_dict(theirs.state_dict())
     return ours

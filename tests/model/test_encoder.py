@@ -52,10 +52,8 @@ def test_unknown_names_and_impossible_sizes_are_refused() -> None:
         Encoder("vit_smal_patch16_224")
     with pytest.raises(UserError, match="timm refuses"):
         Encoder("vit_nano", options={"dept": 3})
-    with torch.device("meta"):
-        encoder = Encoder("vit_nano", image_size=32)
-    with pytest.raises(UserError, match=r"30 px .* use 32 px"):
-        encoder.check_sizes([32, 30])
+    with pytest.raises(UserError, match=r"model.options.num_classes is set by model.head_dim"):
+        Encoder("vit_nano", options={"num_classes": 3})
 
 
 def test_a_backend_that_cannot_run_here_is_refused_by_name() -> None:

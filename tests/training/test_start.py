@@ -60,17 +60,6 @@ def test_a_start_builds_and_checks_once(engine: str, scenes: Path, tmp_path: Pat
     assert first == {"without memory": empty, "with weights": 1, "encoder runs": 1, "summaries": 1}
 
 
-def test_sizes_that_cannot_be_processed_are_refused_whatever_the_order() -> None:
-    with torch.device("meta"):
-        encoder = Encoder("vit_nano", image_size=32)
-        network = Encoder("resnet10t")
-    encoder.check_sizes([32, 16, 32])
-    network.check_sizes([32, 16])
-    for sizes in ([32, 30], [30, 32]):
-        with pytest.raises(UserError, match=r"30 px .* use 32 px"):
-            encoder.check_sizes(sizes)
-
-
 def test_the_summary_says_what_there_is(scenes: Path, tmp_path: Path) -> None:
     config = validate(
         small_config(tmp_path, scenes, train={"global_batch": 16, "micro_batch": 2}, engine={"name": "fsdp"})
