@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from timm.layers import PatchEmbed
@@ -117,8 +118,8 @@ def _patches(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
     """Twice the forward pass: no gradient with respect to pixels."""
     embed = encoder.backbone.patch_embed
     if type(embed) is PatchEmbed:
-        side = embed.patch_size[0]
-        return sum(2 * 2 * n * (size // side) ** 2 * embed.proj.weight.numel() for n, size in groups)
+        tokens = sum(n * prod(embed.dynamic_feat_size((size, size))) for n, size in groups)
+        return 2 * 2 * tokens * embed.proj.weight.numel()
     return _FORWARD_AND_BACKWARD * _counted(
         embed, [(n, 3, size, size) for n, size in groups]
     )  # a stem of several layers

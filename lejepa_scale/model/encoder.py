@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import timm
@@ -79,7 +80,9 @@ class Encoder(nn.Module):
     @property
     def patch_size(self) -> int | None:
         """Pixels per token side; None for models without patches, or with patches that are not square."""
-        size = getattr(getattr(self.backbone, "patch_embed", None), "patch_size", None)
+        embed = getattr(self.backbone, "patch_embed", None)
+        ratio = getattr(embed, "feat_ratio", None)  # with what a hybrid's network takes away before
+        size = ratio(as_scalar=False) if ratio else getattr(embed, "patch_size", None)
         sides = set(size) if isinstance(size, tuple | list) else {size}
         return sides.pop() if len(sides) == 1 else None
 
@@ -96,17 +99,20 @@ class Encoder(nn.Module):
 
     def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b rows columns e"]:
         """Normalized features of the patches (or of the last feature map) in their place."""
-        if not self.packed:
-            maps = self.backbone.forward_intermediates(images, indices=1, norm=True, intermediates_only=True)
-            return maps[-1].movedim(1, -1)
-        patches = self._packed_tokens([images])[0][:, self.backbone.num_prefix_tokens :]
-        rows = images.shape[-2] // self.backbone.patch_embed.patch_size[0]
-        return rearrange(patches, "b (h w) e -> b h w e", h=rows)
+        vit = self.backbone
+        if self.packed:
+            patches = self._packed_tokens([images])[0][:, vit.num_prefix_tokens :]
+            return rearrange(patches, "b (h w) e -> b h w e", h=vit.patch_embed.dynamic_feat_size(images.shape[-2:])[0])
+        settings = {"indices": 1, "intermediates_only": True}
+        try:
+            return vit.forward_intermediates(images, norm=True, **settings)[-1].movedim(1, -1)
+        except AssertionError:  # networks that have no normalization after their last map say so
+            return vit.forward_intermediates(images, **settings)[-1].movedim(1, -1)
 
     def packing(self, images: Sequence[tuple[int, int]]) -> Packing:
         """The row of tokens that (images, side in pixels) of every resolution are laid in."""
-        prefix, patch = self.backbone.num_prefix_tokens, self.backbone.patch_embed.patch_size[0]
-        return Packing(tuple((count, (side // patch) ** 2 + prefix) for count, side in images))
+        prefix, grid = self.backbone.num_prefix_tokens, self.backbone.patch_embed.dynamic_feat_size
+        return Packing(tuple((count, prod(grid((side, side))) + prefix) for count, side in images))
 
     def backend(self, packing: Packing, device: torch.device, dtype: torch.dtype) -> str:
         """The attention backend for tokens of `dtype`; measured where `attention` is auto and there is a choice.
@@ -138,8 +144,8 @@ def _created(name: str, sized: dict[str, Any], arguments: dict[str, Any]) -> tup
         try:
             return timm.create_model(name, pretrained=False, **given), given
         except TypeError as error:
-            refused = [key for key in sized.keys() - arguments if f"unexpected keyword argument '{key}'" in str(error)]
-            if not refused:
+            refused = [key for key in sized.keys() - arguments if f"'{key}'" in str(error)]
+            if "unexpected keyword argument" not in str(error) or not refused:
                 raise
             sized = {key: value for key, value in sized.items() if key not in refused}
 

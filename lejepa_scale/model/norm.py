@@ -141,12 +141,13 @@ def synchronized(module: nn.Module) -> nn.Module:
 
 def _of(theirs: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
     drop, act = getattr(theirs, "drop", None), getattr(theirs, "act", None)
-    held = [tensor for tensor in (theirs.weight, theirs.running_mean) if tensor is not None] or [torch.empty(0)]
+    held = [tensor for tensor in (theirs.weight, theirs.running_mean) if tensor is not None]
     with torch.device(
-        held[-1].device
-    ):  # where an engine has put parameters on the meta device, averages keep their values
+        held[-1].device if held else "cpu"
+    ):  # averages keep their values beside weights on the meta device
         ours = BatchNorm(
             theirs.num_features, theirs.eps, theirs.momentum, theirs.running_mean is not None, theirs.affine, drop, act
         )
-    ours.to(held[0].dtype).load_state_dict(theirs.state_dict())
+    if held:
+        ours.to(held[0].dtype).load_state_dict(theirs.state_dict())
     return ours

@@ -12,7 +12,7 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.model.encoder import Encoder
 
 GLOBAL, LOCAL = "data.views.global.size", "data.views.local.size"
-_STRIDES = 32, 14  # of most networks: sides that are tried are their multiples
+_STRIDES = 32, 14  # of most networks, of DINOv2: sides that are tried are their multiples
 _REACH = 3  # multiples that are tried on either side of the one asked for
 
 
@@ -23,9 +23,9 @@ def check_sizes(encoder: Encoder, sides: Mapping[str, int], rebuilt: Callable[[i
     sides: pixels by the configuration key that sets them, the one that the encoder was built for first. rebuilt: the encoder
     for another image size. Raises UserError with a side that will do, and its key.
     """
-    patch = encoder.patch_size
+    patch, embed = encoder.patch_size, getattr(encoder.backbone, "patch_embed", None)
     for key, side in sides.items():
-        if patch and side % patch:
+        if patch and side % patch and not getattr(embed, "dynamic_img_pad", False):
             near = max(1, round(side / patch)) * patch
             raise UserError(
                 f"views of {side} px cannot be cut into patches of {patch} px ({encoder.name}); use {near} px: {key}={near}."
@@ -75,11 +75,18 @@ def _advice(encoder: Encoder, key: str, side: int, rebuilt: Callable[[int], Enco
 
 
 def _near(encoder: Encoder, side: int) -> Iterator[int]:
-    """Sides worth a try, the nearest first: what the encoder is built for, what timm trained it on, multiples of its patches
-    or of the usual stride."""
-    settings, patch = encoder.backbone.pretrained_cfg, encoder.patch_size
-    candidates = {settings.get("input_size", (3, side, side))[-1], encoder.timm_arguments.get("img_size", side)}
+    """Sides worth a try: multiples of the patches or of the usual strides, the nearest first, then what the encoder is built
+    for and what timm trained it on."""
+    patch, tried = encoder.patch_size, {side}
+    known = [
+        encoder.timm_arguments.get("img_size", side),
+        encoder.backbone.pretrained_cfg.get("input_size", (side,))[-1],
+    ]
     for stride in (patch * max(1, _STRIDES[0] // patch),) if patch else _STRIDES:
         first = max(1, side // stride - _REACH + 1)
-        candidates |= {stride * i for i in range(first, first + 2 * _REACH)}
-    return iter(sorted(candidates - {side}, key=lambda candidate: (abs(candidate - side), candidate)))
+        multiples = (stride * i for i in range(first, first + 2 * _REACH))
+        for near in sorted(multiples, key=lambda near: (abs(near - side), near)):
+            if near not in tried:
+                yield near
+            tried.add(near)
+    yield from (near for near in dict.fromkeys(known) if near not in tried)

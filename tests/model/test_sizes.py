@@ -32,7 +32,7 @@ def accepted(encoder: str, sides: dict[str, int], **model: Any) -> Encoder:
         ("beit_base_patch16_224", {"global": 64, "local": 32}, {"global": 64, "local": 64}),  # a table of positions
         ("test_coatnet", {"global": 96, "local": 64}, {"global": 96, "local": 96}),
         ("hiera_tiny_224", {"global": 64, "local": 32}, {"global": 64, "local": 64}),
-        ("crossvit_tiny_240", {"global": 64, "local": 32}, {"global": 240, "local": 240}),  # of two scales, fixed
+        ("crossvit_tiny_240", {"global": 64, "local": 32}, {"global": 192, "local": 32}),  # scales what it is given
         ("efficientformer_l1", {"global": 224, "local": 96}, {"global": 224, "local": 224}),
         ("inception_v3", {"global": 64, "local": 64}, {"global": 96, "local": 96}),  # nothing is left of smaller ones
         ("hrnet_w18_small", {"global": 96, "local": 48}, {"global": 96, "local": 32}),  # halved five times
@@ -118,7 +118,7 @@ def test_the_width_is_that_of_what_comes_out(encoder: str) -> None:
         ("xcit_nano_12_p8_224", 8),
         ("swin_tiny_patch4_window7_224", 4),
         ("resnet10t", None),
-        ("volo_d1_224", 8),
+        ("vit_tiny_r_s16_p8_224", 32),
     ],
 )
 def test_the_patch_size(encoder: str, size: int | None) -> None:
@@ -134,7 +134,10 @@ def test_the_patch_size(encoder: str, size: int | None) -> None:
 def test_patch_features_lie_where_the_patches_do(encoder: str) -> None:
     """Moving an image changes its features at the same place: brightness in a corner shows most in that corner."""
     torch.manual_seed(0)
-    module = Encoder(encoder, image_size=128).eval()
+    module = Encoder(encoder, image_size=128)
+    for _ in range(10):  # averages of batch normalization, lest everything fades layer by layer
+        module([torch.rand(4, 3, 128, 128)])
+    module.eval()
     plain = torch.rand(1, 3, 128, 128) * 0.1
     with torch.no_grad():
         before = module.patch_features(plain)
