@@ -14,6 +14,7 @@ from lejepa_scale.model.encoder import Encoder
 GLOBAL, LOCAL = "data.views.global.size", "data.views.local.size"
 _STRIDES = 32, 14  # of most networks, of DINOv2: sides that are tried are their multiples
 _REACH = 3  # multiples that are tried on either side of the one asked for
+_LEAST = 0.7  # of the side asked for: a model is worth little at less
 
 
 def check_sizes(encoder: Encoder, sides: Mapping[str, int], rebuilt: Callable[[int], Encoder]) -> None:
@@ -48,12 +49,16 @@ def _fault(encoder: Encoder, sides: Sequence[int]) -> str | None:
         features = encoder([torch.empty(2, 3, side, side, device=device) for side in sides])
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in features]
         if wrong := [shape for shape in shapes if shape != (2, encoder.embed_dim)]:
-            return f"its features of 2 images are {wrong[0]}, not (2, {encoder.embed_dim})"
+            shape = f"its features of 2 images are {wrong[0]}, not (2, {encoder.embed_dim})"
+            return f"{shape}: model.options.global_pool=avg pools them where a model can"
         parameters = dict(encoder.named_parameters())
         total = torch.stack([x.sum() for x in features]).sum()
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     except Exception as error:  # whatever a model's code says of shapes that do not fit
         return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    names = [name for name, _ in encoder.named_parameters(remove_duplicate=False)]
+    if shared := [name for name in names if name not in parameters]:
+        return f"{len(shared)} of its parameters have two names ({shared[0]}), which no engine here cuts or saves"
     unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
     return f"{len(unused)} of its parameters have no part in its features ({unused[0]})" if unused else None
 
@@ -84,9 +89,7 @@ def _near(encoder: Encoder, side: int) -> Iterator[int]:
     ]
     for stride in (patch * max(1, _STRIDES[0] // patch),) if patch else _STRIDES:
         first = max(1, side // stride - _REACH + 1)
-        multiples = (stride * i for i in range(first, first + 2 * _REACH))
-        for near in sorted(multiples, key=lambda near: (abs(near - side), near)):
-            if near not in tried:
-                yield near
-            tried.add(near)
+        multiples = {stride * i for i in range(first, first + 2 * _REACH)} - tried
+        yield from sorted((m for m in multiples if m >= _LEAST * side), key=lambda near: (abs(near - side), near))
+        tried |= multiples
     yield from (near for near in dict.fromkeys(known) if near not in tried)

@@ -32,10 +32,10 @@ def accepted(encoder: str, sides: dict[str, int], **model: Any) -> Encoder:
         ("beit_base_patch16_224", {"global": 64, "local": 32}, {"global": 64, "local": 64}),  # a table of positions
         ("test_coatnet", {"global": 96, "local": 64}, {"global": 96, "local": 96}),
         ("hiera_tiny_224", {"global": 64, "local": 32}, {"global": 64, "local": 64}),
-        ("crossvit_tiny_240", {"global": 64, "local": 32}, {"global": 192, "local": 32}),  # scales what it is given
+        ("crossvit_tiny_240", {"global": 64, "local": 32}, {"global": 240, "local": 32}),  # scales what it is given
         ("efficientformer_l1", {"global": 224, "local": 96}, {"global": 224, "local": 224}),
         ("inception_v3", {"global": 64, "local": 64}, {"global": 96, "local": 96}),  # nothing is left of smaller ones
-        ("hrnet_w18_small", {"global": 96, "local": 48}, {"global": 96, "local": 32}),  # halved five times
+        ("hrnet_w18_small", {"global": 96, "local": 48}, {"global": 96, "local": 64}),  # halved five times
     ],
 )
 def test_sides_that_cannot_be_processed_are_refused_and_the_advice_helps(
@@ -78,6 +78,18 @@ def test_a_model_that_no_view_fits_is_refused(monkeypatch: pytest.MonkeyPatch) -
         accepted("vit_nano", {"global": 32, "local": 16})
 
 
+def test_shared_parameters_are_refused() -> None:
+    """Of all of timm CoaT alone has them: 8 models."""
+    with pytest.raises(UserError, match=r"coat_lite_mini .*64 of its parameters have two names \(.*choose another"):
+        accepted("coat_lite_mini", {"global": 64, "local": 64})
+
+
+def test_a_model_that_does_not_pool_is_told_what_does() -> None:
+    with pytest.raises(UserError, match=r"\(2, 9, 768\), not \(2, 768\): model\.options\.global_pool=avg"):
+        accepted("gemma4_vit_167m_enc", {"global": 144, "local": 144})
+    accepted("gemma4_vit_167m_enc", {"global": 144, "local": 144}, options={"global_pool": "avg"})
+
+
 @pytest.mark.parametrize("fault", ["map", "unused"])
 def test_features_that_are_none_and_parameters_without_a_part_are_refused(
     fault: str, monkeypatch: pytest.MonkeyPatch
@@ -94,7 +106,7 @@ def test_features_that_are_none_and_parameters_without_a_part_are_refused(
 
     monkeypatch.setattr(Encoder, "__init__", init)
     said = {
-        "map": r"its features of 2 images are \(2, 512, 1, 1\), not \(2, 512\)",
+        "map": r"its features of 2 images are \(2, 512, 1, 1\), not \(2, 512\): model.options.global_pool=avg",
         "unused": r"2 of its parameters have no part in its features \(backbone.spare.weight\)",
     }
     with pytest.raises(UserError, match=said[fault]):
@@ -128,7 +140,7 @@ def test_the_patch_size(encoder: str, size: int | None) -> None:
 
 @pytest.mark.parametrize(
     "encoder",
-    ["vit_nano", "resnet10t", "test_coatnet", "swin_tiny_patch4_window7_224", "hiera_tiny_224", "lcnet_035",
+    ["vit_nano", "resnet10t", "test_coatnet", "swin_tiny_patch4_window7_224", "hiera_tiny_224", "mvitv2_tiny",
      "xcit_nano_12_p8_224", "test_vit_relpos", "poolformerv2_s12", "vit_tiny_r_s16_p8_224"],
 )  # fmt: skip
 def test_patch_features_lie_where_the_patches_do(encoder: str) -> None:
