@@ -112,6 +112,8 @@ class ZeROEngine(Engine):
         self.optimizer.check_grad_overflow = True  # DeepSpeed sets this for 16-bit runs alone
         if self.stage < 3:
             self._create_moments()
+        else:
+            self._refuse_squares_that_overflow()
         self.parameters = dict(self.module.named_parameters())
 
     def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
@@ -172,6 +174,15 @@ class ZeROEngine(Engine):
         # the small ones, which stay on every rank: the next forward pass fetches them, as DeepSpeed's own trace expects
         if whole := self.optimizer.persistent_parameters:
             whole[0].partition(whole)
+
+    def _refuse_squares_that_overflow(self) -> None:
+        """Stage 3 takes norms in double, and would take a step that makes second moments infinite for good. The other stages
+        and torch's engines skip it."""
+        norms = self.optimizer._get_norm_groups
+        invalid = -1.0  # DeepSpeed's own word for it
+        self.optimizer._get_norm_groups = lambda: [
+            torch.where(norm.square() > torch.finfo(torch.float32).max, invalid, norm) for norm in norms()
+        ]
 
     def _create_moments(self) -> None:
         """For stages 1 and 2 before DeepSpeed would, which links moments to parameters after the first group's first

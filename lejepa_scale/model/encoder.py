@@ -79,11 +79,12 @@ class Encoder(nn.Module):
 
     @property
     def patch_size(self) -> int | None:
-        """Pixels per token side; None for models without patches, or with patches that are not square."""
-        embed = getattr(self.backbone, "patch_embed", None)
-        ratio = getattr(embed, "feat_ratio", None)  # with what a hybrid's network takes away before
-        size = ratio(as_scalar=False) if ratio else getattr(embed, "patch_size", None)
-        sides = set(size) if isinstance(size, tuple | list) else {size}
+        """Pixels per token side, of which an image's side is a multiple; None for models without patches that lie side by
+        side, or with patches that are not square."""
+        embed: Any = getattr(self.backbone, "patch_embed", None)
+        if not hasattr(embed, "feat_ratio"):  # some networks call the kernel of their first convolution patch_size
+            return None
+        sides = set(embed.feat_ratio(as_scalar=False))  # of a hybrid with what its network takes away before
         return sides.pop() if len(sides) == 1 else None
 
     @property
