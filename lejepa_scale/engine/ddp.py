@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.engine.base import Factory
 from lejepa_scale.engine.torch_engine import TorchEngine
-from lejepa_scale.engine.wrap import materialize, parameters_on_meta, prepare_blocks
+from lejepa_scale.engine.wrap import materialize, prepare_blocks, without_weights
 from lejepa_scale.model import Replay
 from lejepa_scale.parallel.process_group import world_size
 
@@ -21,8 +21,7 @@ class ReplicaEngine(TorchEngine):
     """fp32 parameters and gradients; bf16 by autocast."""
 
     def __init__(self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device) -> None:
-        with parameters_on_meta():
-            module = factory()
+        module = without_weights(factory)
         prepare_blocks(module, config)
         materialize(module, device)
         super().__init__(module, config, device)

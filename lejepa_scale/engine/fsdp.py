@@ -12,7 +12,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from lejepa_scale.config import Config
 from lejepa_scale.engine.base import Factory
 from lejepa_scale.engine.torch_engine import TorchEngine
-from lejepa_scale.engine.wrap import materialize, parameters_on_meta, prepare_blocks, sharding_units
+from lejepa_scale.engine.wrap import materialize, prepare_blocks, sharding_units, without_weights
 from lejepa_scale.model import Replay
 from lejepa_scale.parallel.process_group import world_size
 
@@ -24,8 +24,7 @@ class FSDPEngine(TorchEngine):
     """
 
     def __init__(self, factory: Factory, config: Config, device: torch.device) -> None:
-        with parameters_on_meta():
-            module = factory()
+        module = without_weights(factory)
         prepare_blocks(module, config)
         low = torch.bfloat16 if config.engine.precision == "bf16" else None
         mesh = _mesh(device, config.engine.shard_degree)

@@ -89,8 +89,22 @@ def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def without_weights(factory: Callable[[], LeJEPA]) -> LeJEPA:
+    """The module with its parameters on the meta device and its buffers in memory. Where a constructor computes with its
+    weights (timm's hybrids look at what their network makes of an image), they are there until it has ended."""
+    try:
+        with _parameters_on_meta():
+            return factory()
+    except Exception:  # of many kinds; what is wrong for another reason fails again
+        module = factory()
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                setattr(part, name, nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad))
+        return module
+
+
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def _parameters_on_meta() -> Iterator[None]:
     """Inside, every parameter becomes a meta tensor as it is registered; buffers keep their values."""
     register = nn.Module.register_parameter
 

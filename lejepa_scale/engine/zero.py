@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.engine.base import MOMENTS, VALUE, Engine, Factory, Shard, Update, full_shape
 from lejepa_scale.engine.optim import adamw, set_hyperparameters
-from lejepa_scale.engine.wrap import parameters_on_meta, prepare_blocks, sharding_units
+from lejepa_scale.engine.wrap import prepare_blocks, sharding_units, without_weights
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import LeJEPA, Replay
 from lejepa_scale.model.packed import PackedBlock
@@ -104,11 +104,11 @@ class ZeROEngine(Engine):
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
         )
-        with parameters_on_meta():
-            exact = dict(factory().named_buffers())
+        exact = dict(without_weights(factory).named_buffers())
         # DeepSpeed casts them, running statistics too, and computes them in bf16 under zero.Init.
         for name, buffer in self.module.named_buffers():
-            buffer.data = exact[name].to(device)
+            own = exact[name]  # on the meta device where timm has a parameter that it does not train
+            buffer.data = torch.full_like(own, torch.nan, device=device) if own.is_meta else own.to(device)
         self.optimizer.check_grad_overflow = True  # DeepSpeed sets this for 16-bit runs alone
         if self.stage < 3:
             self._create_moments()

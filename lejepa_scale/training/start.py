@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lejepa_scale.checkpoint import CanonicalState, Progress, Store, pretrained, spread
 from lejepa_scale.checkpoint.encoder import PREFIX
+from lejepa_scale.checkpoint.store import not_finite
 from lejepa_scale.config import BatchPlan, Config, check_world
 from lejepa_scale.data import Loader, Mixture, ahead, open_mixture
 from lejepa_scale.data.audit.keylog import KeyLog
@@ -60,10 +61,22 @@ def start_engine(
     """
     factory = factory or (lambda: build(config))
     engine = build_engine(config, plan, factory, device, shapes)
-    if process_group.rank() == 0 and state is None:
-        state = initial_state(config.run.seed, factory)
-        state.model |= begin or {}
-    spread(state, engine)
+    held = [state]
+
+    def draw() -> None:
+        if held[0] is not None:
+            return
+        first = initial_state(config.run.seed, factory)
+        first.model |= begin or {}
+        if fault := not_finite(first.model):
+            raise UserError(
+                f"model.encoder={config.model.encoder} begins with values that are no numbers ({fault}), which no "
+                "checkpoint may hold. Choose another model.encoder."
+            )
+        held[0] = first
+
+    collectives.on_rank_zero(draw)
+    spread(held[0], engine)
     return engine
 
 
