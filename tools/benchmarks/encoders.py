@@ -147,7 +147,7 @@ _HEAD = """# Encoders
 
 `model.encoder` is any model of timm. What it takes is asked of the model itself, without memory, before anything
 starts: views of all sides -> features -> gradients. Views that a model cannot process are refused in a paragraph that
-names a side that will do. Vision transformers of two families run [packed](step.md); other models run once per view
+names a side that will do. Vision transformers of two families run packed (see "The step"); other models run once per view
 size.
 
 `python tools/bench.py encoders --page docs/encoders.md` wrote this page: of each of timm's {modules} modules the
