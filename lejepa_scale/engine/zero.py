@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -87,11 +86,7 @@ class ZeROEngine(Engine):
         # another environment has built them since, under a lock that a killed process leaves behind.
         getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
-        context: AbstractContextManager[Any] = nullcontext()
-        if self.stage == 3:  # each submodule is partitioned as soon as it is built
-            context = deepspeed.zero.Init(config_dict_or_path=settings)
-        with context:
-            self.module = factory()
+        self.module = _partitioned(factory, settings) if self.stage == 3 else factory()
         prepare_blocks(self.module, config)
         if self.module.encoder.packed:
             deepspeed.utils.set_z3_leaf_modules(self.module, [PackedBlock])
@@ -216,6 +211,20 @@ class ZeROEngine(Engine):
         if self.stage == 3:
             return self.optimizer.fp32_partitioned_groups_flat
         return [flat for group in self.optimizer.optimizer.param_groups for flat in group["params"]]
+
+
+def _partitioned(factory: Factory, settings: dict[str, Any]) -> LeJEPA:
+    """Each submodule is partitioned as soon as it is built or, where a constructor computes with its weights (hybrids of
+    timm), when the module is whole."""
+    import deepspeed
+
+    try:
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            return factory()
+    except UserError:  # what is wrong for another reason fails again
+        module = factory()
+        deepspeed.zero.Init(module=module, config_dict_or_path=settings)
+        return module
 
 
 def _import() -> Any:

@@ -99,7 +99,8 @@ class Encoder(nn.Module):
         return [self.backbone.forward_head(tokens) for tokens in self._packed_tokens(images)]
 
     def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b rows columns e"]:
-        """Normalized features of the patches (or of the last feature map) in their place."""
+        """Normalized features of the patches, or of the last feature map, in their place: as wide as the blocks or the map,
+        which some models' heads widen to `embed_dim`."""
         vit = self.backbone
         if self.packed:
             patches = self._packed_tokens([images])[0][:, vit.num_prefix_tokens :]

@@ -1,5 +1,5 @@
-"""Whether an encoder can process the views, asked of the model itself on the meta device, and which sides it can process
-where it cannot. Refuses in one paragraph what would otherwise fail at the first step or the first save."""
+"""Whether an encoder can be trained on the views, asked of the model itself on the meta device, and which sides it can
+process where it cannot. Refuses in one paragraph what would otherwise fail at the first step or the first save."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_sizes(encoder: Encoder, sides: Mapping[str, int], rebuilt: Callable[[i
     gradient for every parameter.
 
     sides: pixels by the configuration key that sets them, the one that the encoder was built for first. rebuilt: the encoder
-    for another image size. Raises UserError with a side that will do, and its key.
+    for another image size. Raises UserError: with a side that will do and its key, or for a model that no side helps.
     """
     patch, embed = encoder.patch_size, getattr(encoder.backbone, "patch_embed", None)
     for key, side in sides.items():
@@ -43,7 +43,13 @@ def check_sizes(encoder: Encoder, sides: Mapping[str, int], rebuilt: Callable[[i
 
 
 def _fault(encoder: Encoder, sides: Sequence[int]) -> str | None:
-    """What ends a step on these sides."""
+    """What ends a step on these sides. Raises UserError for what does so on all sides."""
+    parameters = dict(encoder.named_parameters())
+    names = [name for name, _ in encoder.named_parameters(remove_duplicate=False)]
+    if shared := [name for name in names if name not in parameters]:
+        raise _unfit(
+            encoder, f"{len(shared)} of its parameters have two names ({shared[0]}), which no engine here cuts or saves"
+        )
     try:
         device = next(encoder.parameters()).device
         features = encoder([torch.empty(2, 3, side, side, device=device) for side in sides])
@@ -51,16 +57,17 @@ def _fault(encoder: Encoder, sides: Sequence[int]) -> str | None:
         if wrong := [shape for shape in shapes if shape != (2, encoder.embed_dim)]:
             shape = f"its features of 2 images are {wrong[0]}, not (2, {encoder.embed_dim})"
             return f"{shape}: model.options.global_pool=avg pools them where a model can"
-        parameters = dict(encoder.named_parameters())
         total = torch.stack([x.sum() for x in features]).sum()
         gradients = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
     except Exception as error:  # whatever a model's code says of shapes that do not fit
         return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-    names = [name for name, _ in encoder.named_parameters(remove_duplicate=False)]
-    if shared := [name for name in names if name not in parameters]:
-        return f"{len(shared)} of its parameters have two names ({shared[0]}), which no engine here cuts or saves"
-    unused = [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]
-    return f"{len(unused)} of its parameters have no part in its features ({unused[0]})" if unused else None
+    if unused := [name for name, gradient in zip(parameters, gradients, strict=True) if gradient is None]:
+        raise _unfit(encoder, f"{len(unused)} of its parameters have no part in its features ({unused[0]})")
+    return None
+
+
+def _unfit(encoder: Encoder, reason: str) -> UserError:
+    return UserError(f"model.encoder={encoder.name} cannot be trained here: {reason}. Choose another model.encoder.")
 
 
 def _advice(encoder: Encoder, key: str, side: int, rebuilt: Callable[[int], Encoder]) -> str:

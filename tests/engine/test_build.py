@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from conftest import small_config
 from ranks import run_ranks
@@ -50,6 +51,28 @@ def _forgetful(names: list[str]) -> list[list[bool]]:
 
 def test_a_weight_that_nobody_loads_shows_in_the_first_loss() -> None:
     assert run_ranks(_forgetful, 2, ENGINES)[0] == [[True, False]] * len(ENGINES)
+
+
+def _hybrid(names: list[str]) -> list[float]:
+    """The loss after one step on the same images, for each engine."""
+    found = []
+    for name in names:
+        tree = small_config("u", "u", train={"global_batch": 4}, engine={"name": name, "precision": "fp32"})
+        tree["model"] |= {"encoder": "vit_tiny_r_s16_p8_224", "options": {"depth": 1}}
+        tree["data"]["views"] = {"global": {"count": 2, "size": 64}, "local": {"count": 0}}
+        engine, plan = start(validate(tree))
+        images = torch.randn(2, 4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        mine = images[:, plan.micro_batch * process_group.rank() :][:, : plan.micro_batch]
+        losses = [float(take_step(engine, plan, [[mine]], number).loss) for number in (0, 1)]
+        engine.close()
+        found.append(losses[1])
+    return found
+
+
+def test_a_constructor_that_computes_with_its_weights() -> None:
+    """timm's hybrids pass an image through their network to learn its stride, which cannot be done without weights."""
+    (one,) = run_ranks(_hybrid, 1, ["single"])[0]
+    assert run_ranks(_hybrid, 2, ENGINES)[0] == pytest.approx([one] * len(ENGINES), rel=1e-5)
 
 
 def _kernels() -> object:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from conftest import small_config
 from ranks import run_ranks
@@ -21,6 +22,7 @@ from lejepa_scale.model import Encoder, check
 from lejepa_scale.parallel import process_group
 from lejepa_scale.training import loop, summary
 from lejepa_scale.training.schedule import learning_rate
+from lejepa_scale.training.start import start_engine
 
 
 def _counted(engine: str, shards: Path, run: Path) -> Counter[str]:
@@ -58,6 +60,29 @@ def test_a_start_builds_and_checks_once(engine: str, scenes: Path, tmp_path: Pat
     empty = {"fsdp": 2, "zero3": 3}[engine]
     assert second == {"without memory": empty, "encoder runs": 1}
     assert first == {"without memory": empty, "with weights": 1, "encoder runs": 1, "summaries": 1}
+
+
+def _infinite() -> str:
+    def create(*arguments: Any, own: Any = timm.create_model, **more: Any) -> Any:
+        made = own(*arguments, **more)
+        made.register_buffer("least", torch.tensor(-torch.inf))
+        return made
+
+    timm.create_model = create
+    config = validate(small_config("u", "u", engine={"name": "ddp"}))
+    with pytest.raises(UserError) as refused:
+        start_engine(config, check_world(config, 2), torch.device("cpu"))
+    return str(refused.value)
+
+
+def test_a_model_that_begins_with_infinities_is_refused_on_every_rank() -> None:
+    """As Gemma's encoders do, whose buffers are bounds: else their first checkpoint would be refused."""
+    first, second = run_ranks(_infinite, 2)
+    assert first == second
+    assert (
+        "model.encoder=vit_nano begins with values that are no numbers (1 of 1 values of encoder.backbone.least"
+        in first
+    )
 
 
 def test_the_summary_says_what_there_is(scenes: Path, tmp_path: Path) -> None:
