@@ -13,6 +13,7 @@ from lejepa_scale.model.attention import Packing
 from lejepa_scale.model.packed import PackedBlock
 from lejepa_scale.objective import SIGReg
 from lejepa_scale.objective.sigreg import best_scale
+from lejepa_scale.training.schedule import learning_rate
 
 _FEW = 32  # embeddings, below which the V-statistic's bias is worth a word
 _ROUNDED = 0.1  # relative error of stochastic depth's rate that is worth one
@@ -51,7 +52,7 @@ def _warmup_notice(config: Config) -> str:
     steps, warmup = config.train.steps, config.optim.warmup_steps
     if warmup <= steps:
         return ""
-    reached = config.optim.lr * steps / warmup
+    reached = learning_rate(steps - 1, steps, config.optim)
     return (
         f"\nThe run ends inside its warm-up of {warmup} steps (optim.warmup_steps): the learning rate reaches "
         f"{reached:.3g}, not optim.lr = {config.optim.lr:g}."

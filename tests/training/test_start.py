@@ -111,6 +111,9 @@ def test_a_run_that_ends_inside_its_warmup_says_so(tmp_path: Path) -> None:
     config = validate(small_config(tmp_path, "s", train={"steps": 20}, optim={"warmup_steps": 60, "lr": 0.3}))
     assert learning_rate(19, 20, config.optim) == pytest.approx(0.1)
     assert "reaches 0.1, not optim.lr = 0.3" in summary._warmup_notice(config)
+    rates = {"warmup_steps": 60, "lr": 0.3, "warmup_start_ratio": 0.5}
+    config = validate(small_config(tmp_path, "s", train={"steps": 20}, optim=rates))
+    assert "reaches 0.197, not optim.lr = 0.3" in summary._warmup_notice(config)  # 0.3 (0.5 + 0.5 * 19 / 60)
 
 
 def notices(tmp_path: Path, ranks: int, **sections: Any) -> str:

@@ -92,6 +92,8 @@ def attempt(model: str, shards: Path, run: Path) -> Row:
             }
         except UserError as error:
             said = str(error)
+            if (run / "metrics.jsonl").exists():  # what was to be said before the first step
+                return row | {"ok": False, "outcome": "crashed", "said": said}
             advice = _ADVICE.search(said)
             if advice is None:
                 return row | {"ok": True, "outcome": "refused", "said": said}
