@@ -89,12 +89,14 @@ def test_shared_parameters_are_refused() -> None:
         accepted("coat_lite_mini", {"global": 64, "local": 64})
 
 
+@pytest.mark.unchecked
 def test_a_model_that_does_not_pool_is_told_what_does() -> None:
     with pytest.raises(UserError, match=r"\(2, 9, 768\), not \(2, 768\): model\.options\.global_pool=avg"):
         accepted("gemma4_vit_167m_enc", {"global": 144, "local": 144})
     accepted("gemma4_vit_167m_enc", {"global": 144, "local": 144}, options={"global_pool": "avg"})
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize("fault", ["map", "unused"])
 def test_features_that_are_none_and_parameters_without_a_part_are_refused(
     fault: str, monkeypatch: pytest.MonkeyPatch
