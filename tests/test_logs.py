@@ -18,6 +18,7 @@ from lejepa_scale import logs
 from lejepa_scale.config import Data
 from lejepa_scale.data import evaluation_batches, open_mixture
 from lejepa_scale.data.images.decode import DecodeError
+from lejepa_scale.errors import UserError
 
 PACKAGE = logging.getLogger("lejepa_scale")
 FILES = sorted((ROOT / "lejepa_scale").rglob("*.py"))
@@ -122,12 +123,13 @@ def test_missing_labels_and_images_are_warnings(
     assert caplog.records[-1].getMessage() == "4 of 100 samples have no label: the online probe is off."
     assert caplog.records[-1].levelname == "WARNING"
 
-    def refuse(data: bytes) -> None:
+    def refuse(data: bytes, pixels: object) -> None:
         raise DecodeError("nothing to see")
 
     monkeypatch.setattr(evaluation, "decode", refuse)
     caplog.clear()
-    assert not list(evaluation_batches(str(tmp_path / "bare"), image_size=32, batch_size=4))
+    with pytest.raises(UserError, match=r"4 images in a row of shard .* cannot be used; .* nothing to see\."):
+        list(evaluation_batches(str(tmp_path / "bare"), image_size=32, batch_size=4))
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 4
     assert caplog.records[0].getMessage().startswith("left out: ")
     assert caplog.records[0].getMessage().endswith("nothing to see")

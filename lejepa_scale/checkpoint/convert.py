@@ -26,6 +26,10 @@ def export_encoder(source: Path, target: Path) -> int:
         "image_size": str(config.image_size),
         "patch_size": str(encoder.patch_size or ""),
         "features": str(encoder.embed_dim),
+        "channels": str(encoder.channels),
+        "mean": json.dumps(config.data.mean),
+        "std": json.dumps(config.data.std),
+        "ranges": json.dumps([source.ranges for source in config.data.shards]),
         "timm": json.dumps(encoder.timm_arguments),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +47,9 @@ def verify_export(source: Path, target: Path) -> float:
     with safe_open(target, "pt") as file:
         plain = timm.create_model(**json.loads(file.metadata()["timm"])).eval()
         plain.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
-    images = torch.randn(2, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        2, encoder.channels, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0)
+    )
     with torch.inference_mode():
         expected = plain(images)
         difference = float((encoder([images])[0] - expected).abs().max() / expected.abs().max().clamp_min(1))

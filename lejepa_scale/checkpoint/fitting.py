@@ -56,7 +56,7 @@ class Target:
             self.model.pretrained_model_args = {"img_size": image_size}
         entrypoint = timm.model_entrypoint(encoder.timm_arguments["model_name"])
         self.filter = getattr(sys.modules[entrypoint.__module__], "checkpoint_filter_fn", None)
-        self.channels = encoder.timm_arguments.get("in_chans", 3)
+        self.channels = encoder.channels
 
     def fit(self, key: str, prefix: str, source: dict[str, Tensor], others: int) -> Fit:
         """source: what lies under the prefix, by names without it. others: how many tensors of the set lie elsewhere."""

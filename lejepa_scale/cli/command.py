@@ -83,6 +83,29 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_range(parser: argparse.ArgumentParser, default: str) -> None:
+    """`--range LOW HIGH`, of all channels or a pair for each; `ranges` reads it."""
+    parser.add_argument(
+        "--range",
+        nargs="+",
+        type=float,
+        metavar="N",
+        help=f"LOW HIGH of the stored values, or a pair for each channel; default: {default}",
+    )
+
+
+def ranges(numbers: Sequence[float] | None) -> tuple[tuple[float, float], ...] | None:
+    """Pairs. Raises UserError for what is none."""
+    if numbers is None:
+        return None
+    pairs = tuple(zip(numbers[::2], numbers[1::2], strict=False))
+    if len(numbers) % 2 or any(not low < high for low, high in pairs):
+        raise UserError(
+            f"--range takes LOW HIGH, or such a pair for each channel, not {' '.join(f'{n:g}' for n in numbers)}."
+        )
+    return pairs
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         error = UserError(f"{message}; see {self.prog} --help.")

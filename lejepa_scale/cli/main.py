@@ -6,15 +6,15 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lejepa_scale.cli import audit, convert, evaluate, index, make, order, picture, train
+from lejepa_scale.cli import audit, convert, evaluate, index, make, order, picture, statistics, train
 from lejepa_scale.cli.command import Group, start
 from lejepa_scale.cli.versions import versions
 
 SHARDS = Group(
     "shards",
-    "make: write tar shards for training; index: say beforehand what is in them",
-    "Tar shards for training: write them, and index them.",
-    (make.COMMAND, index.COMMAND),
+    "make: write tar shards for training; index: say beforehand what is in them; statistics: of their pixels",
+    "Tar shards for training: write them, index them, and say what their pixels are.",
+    (make.COMMAND, index.COMMAND, statistics.COMMAND),
 )
 LEJEPA = Group(
     "lejepa",

@@ -18,8 +18,8 @@ def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset in --out")
 
 
-def _encoded(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=["jpg", "png"], default="jpg", help="for images that are not encoded yet")
+def _encoded(parser: argparse.ArgumentParser, formats: tuple[str, ...] = ("jpg", "png")) -> None:
+    parser.add_argument("--format", choices=formats, default="jpg", help="for images that are not encoded yet")
     parser.add_argument("--quality", type=int, default=92, help="of jpg (default 92)")
 
 
@@ -31,7 +31,11 @@ def _listed(parser: argparse.ArgumentParser) -> None:
 
 
 def _synthetic(parser: argparse.ArgumentParser) -> None:
-    _encoded(parser)
+    _encoded(parser, ("jpg", "png", "tif", "npy"))
+    parser.add_argument("--channels", type=positive, default=3, help="bands of an image (default 3: RGB)")
+    parser.add_argument(
+        "--bits", type=int, choices=range(8, 17), default=8, metavar="8..16", help="of a value (default 8)"
+    )
     parser.add_argument("--count", type=positive, required=True)
     parser.add_argument("--size", type=positive, default=64, help="side in pixels")
     parser.add_argument("--seed", type=int, default=0)
@@ -68,7 +72,7 @@ def _open(kind: str, a: argparse.Namespace) -> Any:
     from lejepa_scale.data.make import sources
 
     if kind == "synthetic":
-        return sources.scenes(a.count, a.size, a.seed, a.format, a.quality)
+        return sources.scenes(a.count, a.size, a.seed, a.format, a.quality, a.channels, a.bits)
     if kind == "torchvision":
         return sources.torchvision(a.name, a.root, a.split, a.download, a.format, a.quality)
     if kind == "huggingface":

@@ -138,7 +138,9 @@ def ignored_keys(config: schema.Config) -> list[str]:
 
 def contradictions(config: schema.Config) -> list[str]:
     """One sentence for each pair of keys that cannot both hold."""
-    return [fault for check in (_engine_options, _waiting, _accumulation) if (fault := check(config))]
+    return [
+        fault for check in (_engine_options, _channels, _colours, _waiting, _accumulation) if (fault := check(config))
+    ]
 
 
 def _engine_options(config: schema.Config) -> str | None:
@@ -150,6 +152,37 @@ def _engine_options(config: schema.Config) -> str | None:
     if engine.fp8 and engine.precision != "bf16":
         return "engine.fp8 needs engine.precision=bf16, in which everything else is computed"
     return None
+
+
+def _channels(config: schema.Config) -> str | None:
+    data = config.data
+    for name, values in (("mean", data.mean), ("std", data.std)):
+        if len(values) != data.channels:
+            return (
+                f"data.{name} has {len(values)} value(s) for data.channels = {data.channels}: `lejepa shards statistics` "
+                "prints those of your shards"
+            )
+    for source in data.shards:
+        if source.ranges is not None and len(source.ranges) not in (1, data.channels):
+            return (
+                f"the range of source {', '.join(source.shards)} has {len(source.ranges)} intervals: one is for all "
+                f"channels, or one for each of data.channels = {data.channels}"
+            )
+    return None
+
+
+def _colours(config: schema.Config) -> str | None:
+    """What is defined for red, green and blue alone."""
+    augment = config.data.augment
+    jitter = {"saturation": augment.saturation, "hue": augment.hue} if augment.jitter else {}
+    asked = [name for name, value in {**jitter, "grayscale": augment.grayscale}.items() if value]
+    if config.data.channels == 3 or not asked:
+        return None
+    keys = [f"data.augment.{name}" for name in asked]
+    return (
+        f"{' and '.join(keys)} change(s) colours, which data.channels = {config.data.channels} has none of: set "
+        f"{' '.join(f'{key}=0' for key in keys)}"
+    )
 
 
 def _waiting(config: schema.Config) -> str | None:

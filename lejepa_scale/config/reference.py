@@ -89,7 +89,7 @@ def _kind(annotation: Any, limits: Sequence[Any]) -> str:
         return " or ".join(_kind(argument, limits) for argument in arguments if argument is not NoneType)
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
-    if origin is list:
+    if origin is list or arguments[1:] == (Ellipsis,):
         return f"list: {_kind(arguments[0], ())}"
     if origin is tuple:
         return f"[{', '.join(_kind(argument, ()) for argument in arguments)}]"

@@ -71,6 +71,9 @@ class Engine(Section):
     timeout_minutes: Positive = Field(10, description="how long a collective may wait for a lost rank")
 
 
+Interval = tuple[float, float]
+
+
 def is_remote(shard: str) -> bool:
     """Fetched from elsewhere, by request or by command; else a path."""
     return shard.startswith("pipe:") or "://" in shard
@@ -81,11 +84,29 @@ class Source(Section):
 
     shards: list[str] = Field(description="tar shards: paths or URLs, braces allowed")
     weight: float = Field(1.0, gt=0, description="share of the samples drawn from this source")
+    range: Interval | list[Interval] | None = Field(
+        None,
+        description="[low, high] of the stored values, or a list with that of each channel; unset: 8-bit images",
+    )
 
     @field_validator("shards", mode="before")
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _range_is_an_interval(self) -> Source:
+        for low, high in self.ranges or ():
+            if not low < high:
+                raise ValueError(f"range must satisfy low < high, got [{low:g}, {high:g}]")
+        return self
+
+    @property
+    def ranges(self) -> tuple[Interval, ...] | None:
+        """One interval, or one of each channel."""
+        if self.range is None or isinstance(self.range, list):
+            return None if self.range is None else tuple(self.range)
+        return (self.range,)
 
 
 class ViewGroup(Section):
@@ -149,6 +170,14 @@ class Data(Section):
     shards: list[Source] = Field(
         min_length=1,
         description="tar shards: a path or URL with braces, a list of those, or a mixture [{shards, weight}, ...]",
+    )
+    channels: Positive = Field(3, description="bands of every image, which the encoder takes; 3: RGB")
+    mean: tuple[float, ...] = Field(
+        (0.485, 0.456, 0.406),
+        description="of each channel, as a share of its range, subtracted; default: ImageNet's, as timm's weights expect",
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.229, 0.224, 0.225), description="standard deviation of each channel, likewise, divided by"
     )
     workers: NonNegative = Field(0, description="decoding processes per rank; 0: in the training process")
     prefetch: Positive = Field(2, description="batches each worker prepares ahead")

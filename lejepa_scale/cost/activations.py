@@ -192,5 +192,5 @@ def _saved(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         for n, size in groups:
-            encoder.train().backbone(torch.empty(n, 3, size, size, device="meta"))
+            encoder.train().backbone(torch.empty(n, encoder.channels, size, size, device="meta"))
     return sum(tensor.untyped_storage().nbytes() for key, tensor in held.items() if key not in parameters)

@@ -121,7 +121,7 @@ def _patches(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
         tokens = sum(n * prod(embed.dynamic_feat_size((size, size))) for n, size in groups)
         return 2 * 2 * tokens * embed.proj.weight.numel()
     return _FORWARD_AND_BACKWARD * _counted(
-        embed, [(n, 3, size, size) for n, size in groups]
+        embed, [(n, encoder.channels, size, size) for n, size in groups]
     )  # a stem of several layers
 
 
@@ -138,7 +138,7 @@ def _pooling(encoder: Encoder, packing: Packing) -> int:
 
 def _whole_encoder(encoder: Encoder, groups: list[tuple[int, int]]) -> dict[str, int]:
     parts = dict.fromkeys(("patch_embedding", "attention", "attention_linear", "mlp", "pooling"), 0)
-    forward = _counted(encoder.eval().backbone, [(n, 3, size, size) for n, size in groups])
+    forward = _counted(encoder.eval().backbone, [(n, encoder.channels, size, size) for n, size in groups])
     return parts | {"whole_encoder": _FORWARD_AND_BACKWARD * forward}
 
 

@@ -58,7 +58,7 @@ def step_memory(config: Config, plan: BatchPlan, device: Literal["cuda", "cpu"] 
     size, cuda = Precision.of(config), device == "cuda"
     packed_kernel = cuda and config.model.attention != "sdpa"
     work = activations(config, plan, model, packed_kernel)
-    pixels = sum(3 * n * side**2 for n, side in views_of(config, plan.micro_batch))
+    pixels = sum(config.data.channels * n * side**2 for n, side in views_of(config, plan.micro_batch))
     copies = (2 if cuda else 1) * _FP32 + (size.compute if size.compute < _FP32 else 0)
     engine = {"single": _replica, "ddp": _replica, "fsdp": _fsdp}.get(config.engine.name, _zero)
     return replace(

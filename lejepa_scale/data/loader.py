@@ -13,14 +13,14 @@ from types import TracebackType
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Real
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data import workers
 from lejepa_scale.data.batch import Batch
 from lejepa_scale.data.faults import Fault, SampleFault
-from lejepa_scale.data.images import photometric, views
+from lejepa_scale.data.images import photometric, pixels, views
 from lejepa_scale.data.images.decode import decode
 from lejepa_scale.data.index.scan import ShardIndex
 from lejepa_scale.data.mixture import Mixture, reader_of
@@ -38,11 +38,12 @@ class _Samples(Dataset[Batch]):
         self.order = Order(mixture.counts, mixture.weights, seed, data.shuffle_block)
         self.groups = [group for group in (data.views.global_, data.views.local) if group.count]
         self.enough = views.min_resolution(self.groups)
-        self.augment = data.augment
+        self.augment, self.pixels = data.augment, pixels.of_sources(data)
+        self.channels, self.dtype = data.channels, pixels.dtype_of_views(data)
 
     def __getitems__(self, where: list[int]) -> Batch:
         skipped: list[Fault] = []
-        cut = [torch.empty(g.count, len(where), 3, g.size, g.size, dtype=torch.uint8) for g in self.groups]
+        cut = [torch.empty(g.count, len(where), self.channels, g.size, g.size, dtype=self.dtype) for g in self.groups]
         colours = [np.empty((g.count, len(where), photometric.DRAWS)) for g in self.groups]
         if get_worker_info() is not None:  # a worker's tensors go there anyway; on the heap they would fragment it
             cut = [tensor.share_memory_() for tensor in cut]
@@ -59,7 +60,7 @@ class _Samples(Dataset[Batch]):
             records.append(self.mixture.record(position, location, keys[-1]))
         drawn = [photometric.draw(x.reshape(-1, photometric.DRAWS), self.augment) for x in colours]
         parameters = [torch.from_numpy(d).view(*x.shape[:2], -1) for d, x in zip(drawn, colours, strict=True)]
-        return Batch(cut, parameters, torch.tensor(labels), keys, skipped, records)
+        return Batch(cut, parameters, torch.tensor(labels), keys, skipped, records, self.pixels[0])
 
     def _draws(self, location: Location) -> Iterator[Float[np.ndarray, "_views draws"]]:
         """Uniform numbers of each group, for crops and then for colours, a row per view: a function of (seed, epoch,
@@ -74,7 +75,7 @@ class _Samples(Dataset[Batch]):
 
     def _image(
         self, location: Location, ahead: Future[bytes] | None, faults: list[Fault]
-    ) -> tuple[UInt8[np.ndarray, "h w 3"], ShardIndex, int]:
+    ) -> tuple[Real[np.ndarray, "h w c"], ShardIndex, int]:
         """The image at `location`; where it cannot be used, the next of its shard that can (so the replacement does
         not depend on ranks or workers)."""
         shard = self._shard(location)
@@ -83,15 +84,15 @@ class _Samples(Dataset[Batch]):
             member = (location.member + attempt) % len(shard)
             try:
                 data = read_image(self.reader, shard, member, ahead)
-                return decode(data, self.enough, self.max_pixels), shard, member
+                return decode(data, self.enough, self.max_pixels, self.pixels[location.source]), shard, member
             except SampleFault as error:
                 faults.append(Fault(shard.url, shard.key(member), int(shard.offsets[member]), str(error)))
                 ahead = None
         first, last = faults[-attempts], faults[-1]
         raise UserError(
             f"{attempts} images in a row of shard {shard.url} cannot be used (data.max_faults = {self.max_faults}), from "
-            f"{first.key} ({first.reason}) to {last.key} ({last.reason}). The shard is damaged: write it again or remove "
-            "it from data.shards."
+            f"{first.key} ({first.reason}) to {last.key} ({last.reason}). Write the shard again, or remove it "
+            "from data.shards."
         )
 
 

@@ -12,7 +12,7 @@ from lejepa_scale.model import Encoder
 
 
 @torch.no_grad()
-def dense_features(encoder: Encoder, images: Float[Tensor, "b 3 s s"], shifts: int) -> Float[Tensor, "b h w e"]:
+def dense_features(encoder: Encoder, images: Float[Tensor, "b c s s"], shifts: int) -> Float[Tensor, "b h w e"]:
     """Patch features on a grid `shifts` times finer than the encoder's own: the image is moved by fractions of a patch,
     mirrored at its border, and the maps are interleaved. Costs shifts^2 forwards."""
     side = images.shape[-1]

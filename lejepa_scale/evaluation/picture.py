@@ -9,18 +9,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.data.images.photometric import normalize
+from lejepa_scale.data.images.pixels import Ranges, of_run
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.pca import dense_features, pca_maps
 
 _SHIFTS = 4  # maps are this many times finer than the encoder's patches
 
 
-def draw(run: Path, shards: str | Sequence[str], out: Path, *, images: int = 8, size: int | None = None) -> None:
+def draw(
+    run: Path,
+    shards: str | Sequence[str],
+    out: Path,
+    *,
+    images: int = 8,
+    size: int | None = None,
+    value_range: Ranges | None = None,
+) -> None:
     """Write the picture of a run directory with the first `images` of the shards, `size` pixels a side (unset: twice the
-    training size). Raises UserError for what is no run directory, and where matplotlib is absent."""
+    training size), values as those of the run's own images unless `value_range` is given. Of three and more channels the
+    first three are shown, of others the first. Raises UserError for what is no run directory, and where matplotlib is
+    absent."""
     pyplot = _pyplot()
     metrics = run / "metrics.jsonl"
     if not metrics.exists():
@@ -29,8 +42,10 @@ def draw(run: Path, shards: str | Sequence[str], out: Path, *, images: int = 8, 
     encoder, config = load_encoder(run)
     side = size or 2 * config.image_size
     patterns = shards if isinstance(shards, str) else list(shards)
-    pictures, _ = next(iter(evaluation_batches(patterns, image_size=side, batch_size=images, limit=images)))
-    maps = pca_maps(dense_features(encoder, normalize(pictures), _SHIFTS))
+    pixels = of_run(config.data, value_range)
+    batches = evaluation_batches(patterns, image_size=side, batch_size=images, limit=images, pixels=pixels)
+    pictures, _ = next(iter(batches))
+    maps = pca_maps(dense_features(encoder, normalize(pictures, pixels), _SHIFTS))
 
     columns = math.ceil(len(pictures) / 2)
     figure = pyplot.figure(figsize=(6 + 1.5 * columns, 6), layout="constrained")
@@ -42,7 +57,8 @@ def draw(run: Path, shards: str | Sequence[str], out: Path, *, images: int = 8, 
         axis.axis("off")
     for i, (picture, colours) in enumerate(zip(pictures, maps, strict=True)):
         row, column = 2 * (i // columns), i % columns
-        axes[row, column].imshow(picture.permute(1, 2, 0))
+        shown = picture[:3] if pixels.channels >= 3 else picture[:1].expand(3, -1, -1)
+        axes[row, column].imshow(shown.permute(1, 2, 0).to(torch.uint8))
         axes[row + 1, column].imshow(colours, interpolation="bicubic")
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=120)

@@ -12,6 +12,7 @@ import torch
 from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.config import Config
 from lejepa_scale.data import evaluation_batches
+from lejepa_scale.data.images.pixels import Pixels, Ranges, of_run
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Batches, Features, extract, raw_pixels
 from lejepa_scale.evaluation.report import Scores, score
@@ -38,14 +39,17 @@ def evaluate(
     batch: int = 256,
     device: torch.device | str | None = None,
     image_size: int | None = None,
+    value_range: Ranges | None = None,
 ) -> Evaluation:
     """Nearest neighbours and a linear classifier on frozen features: fitted on `train`, scored on `test`.
 
     encoder: a run directory or checkpoint, whose first weights are scored too (`untrained`; `init_from`, if they are still
     there), or an Encoder, which is left on `device`.
     train, test: labelled shards, as folders, files or brace patterns. device: unset, the GPU where there is one. image_size:
-    side in pixels; unset, that of the checkpoint. Raises UserError for what is not a checkpoint or a shard, for images
-    without labels, and for a device that is not here.
+    side in pixels; unset, that of the checkpoint. value_range: (low, high) of the stored values, or one for each
+    channel; unset, that of the run's own images (of an Encoder: 8 bits, and ImageNet's mean and standard deviation). Raises
+    UserError for what is not a checkpoint or a shard, for images without labels, for a device that is not here, and where
+    the run's sources have several ranges.
     """
     if k < 1 or batch < 1:
         raise UserError(f"evaluation needs at least 1 neighbour and 1 image a batch, not k={k} and batch={batch}.")
@@ -54,25 +58,26 @@ def evaluate(
     if isinstance(encoder, Encoder):
         if image_size is None:
             raise UserError("evaluate() of an Encoder needs image_size, the side in pixels that it is scored at.")
-        models["encoder"] = encoder
+        models["encoder"], pixels = encoder, Pixels(encoder.channels, value_range)
     else:
         models["trained"], config = load_encoder(Path(encoder))
         models |= _first(Path(encoder), config)
-        image_size = image_size or config.image_size
+        image_size, pixels = image_size or config.image_size, of_run(config.data, value_range)
 
     def batches(shards: str | Sequence[str]) -> Batches:
         patterns = shards if isinstance(shards, str) else list(shards)
-        return evaluation_batches(patterns, image_size=image_size, batch_size=batch)
+        return evaluation_batches(patterns, image_size=image_size, batch_size=batch, pixels=pixels)
 
     found: list[tuple[Features, Features]] = []
     scores: list[Scores] = []
     for name, model in models.items():
         training = model.training
-        pair = extract(model, batches(train), place, name), extract(model, batches(test), place, name)
+        pair = extract(model, batches(train), place, name, pixels), extract(model, batches(test), place, name, pixels)
         model.train(training)
         found.append(pair)
         scores.append(score(name, *pair, k=k))
-    scores.append(score("raw pixels", raw_pixels(batches(train)), raw_pixels(batches(test)), k))
+    raw = raw_pixels(batches(train), pixels=pixels), raw_pixels(batches(test), pixels=pixels)
+    scores.append(score("raw pixels", *raw, k=k))
     return Evaluation(scores, found[0][1])
 
 

@@ -26,10 +26,11 @@ OUR_SIZES: dict[str, dict[str, Any]] = {
 
 
 class Encoder(nn.Module):
-    """`encoder([x_1, x_2, ...])` with x_i [B_i, 3, H_i, W_i] -> [B_i, E] pooled features, one tensor per input.
+    """`encoder([x_1, x_2, ...])` with x_i [B_i, C, H_i, W_i] -> [B_i, E] pooled features, one tensor per input.
 
     name: any timm model, or a size of ours (vit_nano, vit_micro). image_size is the side that tables of positions are made
-    for; vision transformers interpolate them for others, and what else a model can process sizes.py finds out. `drop_path`
+    for; vision transformers interpolate them for others, and what else a model can process sizes.py finds out. `channels` is
+    C. `drop_path`
     is the stochastic depth of the last block, rates growing linearly from the first one's 0, or with `drop_path_uniform`
     that of all. `head_dim` is the width E of a linear layer after the pooling (timm's classifier; E is otherwise the width
     of what is pooled). `attention` picks the packed backend ("auto" measures).
@@ -41,6 +42,7 @@ class Encoder(nn.Module):
         name: str,
         *,
         image_size: int = 224,
+        channels: int = 3,
         patch_size: int | None = None,
         head_dim: int | None = None,
         drop_path: float = 0.0,
@@ -54,11 +56,15 @@ class Encoder(nn.Module):
             arguments["patch_size"] = patch_size
         if drop_path:
             arguments["drop_path_rate"] = drop_path
+        if channels != 3:
+            arguments["in_chans"] = channels
         arguments |= {"num_classes": head_dim or 0, **(options or {})}
         if arguments["num_classes"] != (head_dim or 0):
             raise UserError(
                 "model.options.num_classes is set by model.head_dim: the width of a layer after the pooling."
             )
+        if arguments.get("in_chans", 3) != channels:
+            raise UserError("model.options.in_chans is set by data.channels: the bands of every image.")
         try:
             backbone, arguments = _created(timm_name, {"img_size": image_size, "dynamic_img_size": True}, arguments)
         except Exception as error:  # whatever timm's constructors make of arguments that do not go together
@@ -67,7 +73,7 @@ class Encoder(nn.Module):
             ) from error
         _freeze(backbone)
         self.timm_arguments = {"model_name": timm_name, **arguments}  # rebuilds the backbone
-        self.name, self.embed_dim = name, head_dim or int(backbone.head_hidden_size)
+        self.name, self.channels, self.embed_dim = name, channels, head_dim or int(backbone.head_hidden_size)
         self.attention = attention
         self.packed = packed.packable(backbone)
         if self.packed:
@@ -92,13 +98,13 @@ class Encoder(nn.Module):
         """The repeated units that an engine shards one by one; empty where the backbone has none."""
         return list(getattr(self.backbone, "blocks", []))
 
-    def forward(self, images: Sequence[Float[Tensor, "_b 3 _h _w"]]) -> list[Float[Tensor, "_b e"]]:
+    def forward(self, images: Sequence[Float[Tensor, "_b c _h _w"]]) -> list[Float[Tensor, "_b e"]]:
         """Pooled features of every resolution, in the order given."""
         if not self.packed:
             return [self.backbone(x.contiguous(memory_format=torch.channels_last)) for x in images]
         return [self.backbone.forward_head(tokens) for tokens in self._packed_tokens(images)]
 
-    def patch_features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b rows columns e"]:
+    def patch_features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rows columns e"]:
         """Normalized features of the patches, or of the last feature map, in their place: as wide as the blocks or the map,
         which some models' heads widen to `embed_dim`."""
         vit = self.backbone
@@ -124,7 +130,7 @@ class Encoder(nn.Module):
             self.attention, packing, heads=attn.num_heads, head_dim=attn.head_dim, device=device, dtype=dtype
         )
 
-    def _packed_tokens(self, images: Sequence[Float[Tensor, "_b 3 _h _w"]]) -> list[Float[Tensor, "_b _l e"]]:
+    def _packed_tokens(self, images: Sequence[Float[Tensor, "_b c _h _w"]]) -> list[Float[Tensor, "_b _l e"]]:
         """Embed each resolution, run the blocks once over all tokens, split again."""
         vit = self.backbone
         embedded, ropes = zip(*(packed.embed(vit, x) for x in images), strict=True)

@@ -48,7 +48,7 @@ class LeJEPA(nn.Module):
         self.encoder, self.projector, self.predictor, self.loss = encoder, projector, predictor, loss
 
     def forward(
-        self, views: Sequence[Float[Tensor, "_v b 3 _h _w"]], step: int | None, replay: Replay | None = None
+        self, views: Sequence[Float[Tensor, "_v b c _h _w"]], step: int | None, replay: Replay | None = None
     ) -> dict[str, Float[Tensor, "..."]]:
         """views: one tensor per resolution, the global views first; this rank's samples, as many as every rank's.
 
@@ -83,6 +83,7 @@ def build_encoder(config: Config, image_size: int | None = None) -> Encoder:
     return Encoder(
         model.encoder,
         image_size=image_size or config.image_size,
+        channels=config.data.channels,
         patch_size=model.patch_size,
         head_dim=model.head_dim,
         drop_path=model.drop_path,

@@ -140,7 +140,7 @@ def packable(backbone: Any) -> bool:
 
 
 def embed(
-    backbone: Any, images: Float[Tensor, "b 3 h w"]
+    backbone: Any, images: Float[Tensor, "b c h w"]
 ) -> tuple[Float[Tensor, "b l e"], Float[Tensor, "_depth l _heads _two_d"] | None]:
     """Tokens that enter the blocks, and the sines and cosines of rotary positions, [depth or 1, L, H or 1, 2 D]."""
     patches = backbone.patch_embed(images)

@@ -52,7 +52,7 @@ def _fault(encoder: Encoder, sides: Sequence[int]) -> str | None:
         )
     try:
         device = next(encoder.parameters()).device
-        features = encoder([torch.empty(2, 3, side, side, device=device) for side in sides])
+        features = encoder([torch.empty(2, encoder.channels, side, side, device=device) for side in sides])
         shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in features]
         if wrong := [shape for shape in shapes if shape != (2, encoder.embed_dim)]:
             shape = f"its features of 2 images are {wrong[0]}, not (2, {encoder.embed_dim})"

@@ -44,7 +44,7 @@ def parameters(**columns: float) -> torch.Tensor:
 
 def augmented(path: Path_, images: Tensor, rows: Tensor) -> Tensor:
     """Values 0..1, before normalization."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (ours.MEAN, ours.STD))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in IMAGENET)
     return path(images, rows.numpy()) * std + mean
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lejepa_scale.data import evaluation_batches
-from lejepa_scale.data.images.photometric import MEAN, STD
+from lejepa_scale.data.images.pixels import MEAN, STD
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation import Features, as_table, extract, knn_accuracy, linear_accuracy, raw_pixels, score
 from lejepa_scale.evaluation.pca import dense_features, pca_maps

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import timm
 from conftest import small_config  # configuration keys: all of those in DEFAULTS
 
 from lejepa_scale.config import validate
@@ -32,6 +33,9 @@ DEFAULTS: dict[str, Any] = {
     "data.views.local.count": 6,
     "data.views.local.size": 98,
     "data.views.local.scale": (0.05, 0.3),
+    "data.channels": 3,
+    "data.mean": timm.data.IMAGENET_DEFAULT_MEAN,
+    "data.std": timm.data.IMAGENET_DEFAULT_STD,
     "data.augment.flip": 0.5,
     "data.augment.jitter": 0.8,
     "data.augment.brightness": 0.4,

@@ -12,14 +12,14 @@ from scipy import stats
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 
 from lejepa_scale.config import Augment
-from lejepa_scale.data.images import photometric, views
+from lejepa_scale.data.images import photometric, pixels, views
 
 IMAGENET = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
 
 def test_encoders_are_given_what_timms_expect() -> None:
     """The normalization that timm's ImageNet weights were trained with, on both paths."""
-    assert (photometric.MEAN, photometric.STD) == IMAGENET
+    assert (pixels.MEAN, pixels.STD) == IMAGENET
     images = torch.randint(0, 256, (4, 3, 9, 11), dtype=torch.uint8)
     expected = reference.normalize(images.double() / 255, *map(list, IMAGENET)).float()
     torch.testing.assert_close(photometric.normalize(images), expected, rtol=0, atol=2e-6)

@@ -23,7 +23,7 @@ def forward_per_group(engine: Engine) -> None:
 
 
 def forward_per_view(engine: Engine, counts: Sequence[int]) -> None:
-    """The blocks run once for each view. counts: views of each size; a size's images come view by view, [V B, 3, H, W]."""
+    """The blocks run once for each view. counts: views of each size; a size's images come view by view, [V B, C, H, W]."""
     _split_forward(engine, lambda views: [group.chunk(n) for group, n in zip(views, counts, strict=True)])
 
 
@@ -35,7 +35,7 @@ def _split_forward(engine: Engine, cut: Callable[[Sequence[Tensor]], list[Sequen
         raise UserError("DeepSpeed's ZeRO-3 expects one gradient of a parameter a step: a block cannot run twice.")
     whole = encoder.forward
 
-    def forward(images: Sequence[Float[Tensor, "b 3 h w"]]) -> list[Float[Tensor, "b e"]]:
+    def forward(images: Sequence[Float[Tensor, "b c h w"]]) -> list[Float[Tensor, "b e"]]:
         return [torch.cat([whole([part])[0] for part in parts]) for parts in cut(images)]
 
     encoder.forward = forward  # type: ignore[method-assign]

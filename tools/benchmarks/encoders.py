@@ -121,7 +121,7 @@ def _trained(model: str, shards: Path, run: Path, sides: dict[str, int]) -> int:
     verify_export(run, run / "encoder.safetensors")
     encoder, _ = load_encoder(run)
     with torch.no_grad():
-        maps = encoder.patch_features(torch.randn(1, 3, config.image_size, config.image_size))
+        maps = encoder.patch_features(torch.randn(1, encoder.channels, config.image_size, config.image_size))
     if maps.shape[:2] != (1, maps.shape[2]) or not bool(maps.isfinite().all()):
         raise RuntimeError(f"patch features of shape {tuple(maps.shape)}")
     return encoder.embed_dim

@@ -22,7 +22,7 @@ from benchmarks.measure import Results, Row, run_sections
 from lejepa_scale.config import Augment, BatchPlan, Data, ViewGroup, Views
 from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.images.decode import decode
-from lejepa_scale.data.images.photometric import MEAN, STD
+from lejepa_scale.data.images.pixels import MEAN, STD
 from lejepa_scale.data.make import sources
 from lejepa_scale.data.make.writer import write_shards
 

@@ -130,10 +130,11 @@ class Trial:
 
 
 def synthetic_views(config: Config, images: int, device: torch.device) -> list[Tensor]:
-    """Noise [V, B, 3, S, S] for each view size, another on every rank."""
+    """Noise [V, B, C, S, S] for each view size, another on every rank."""
     generator = torch.Generator(device).manual_seed(process_group.rank())
     groups = [g for g in (config.data.views.global_, config.data.views.local) if g.count]
-    return [torch.randn(g.count, images, 3, g.size, g.size, generator=generator, device=device) for g in groups]
+    channels = config.data.channels
+    return [torch.randn(g.count, images, channels, g.size, g.size, generator=generator, device=device) for g in groups]
 
 
 def _initial(config: Config) -> CanonicalState:

@@ -1,5 +1,6 @@
-"""Encoded bytes to an RGB array, with OpenCV's libjpeg-turbo, libpng and libwebp. Looks at the header first: an image of
-too many pixels is refused, and a JPEG that is far larger than its views need is decoded at half its size, or less."""
+"""Encoded bytes to an array of values 0..255: pictures with OpenCV's libjpeg-turbo, libpng and libwebp, other bands and more
+bits by arrays.py. Looks at the header first: an image of too many pixels is refused, and a JPEG that is far larger than its
+views need is decoded at half its size, or less."""
 
 from __future__ import annotations
 
@@ -8,23 +9,21 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import UInt8
-from PIL import Image
+from jaxtyping import Float32, Real, UInt8
+from PIL import ExifTags, Image
 
 from lejepa_scale.config import Data
-from lejepa_scale.data.faults import SampleFault
+from lejepa_scale.data.images.arrays import is_npy, is_tiff, oriented, read_npy, read_tiff
+from lejepa_scale.data.images.pixels import RGB, DecodeError, Pixels, as_channels, scaled, too_many
 
 MAX_PIXELS: int = Data.model_fields["max_pixels"].default
-_REDUCED = {
-    1: cv2.IMREAD_COLOR_RGB,
-    2: cv2.IMREAD_REDUCED_COLOR_2,
-    4: cv2.IMREAD_REDUCED_COLOR_4,
-    8: cv2.IMREAD_REDUCED_COLOR_8,
+_REDUCED = {  # by channels
+    1: {2: cv2.IMREAD_REDUCED_GRAYSCALE_2, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 8: cv2.IMREAD_REDUCED_GRAYSCALE_8},
+    3: {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8},
 }
-
-
-class DecodeError(SampleFault):
-    """The bytes are not an image that can be read, or one that should not be."""
+_WHOLE = {1: cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH, 3: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH}
+_PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_PALETTE, _GREY_AND_ALPHA, _RGBA = 3, 4, 6  # PNG's colour types
 
 
 @dataclass(frozen=True)
@@ -41,32 +40,67 @@ class MinResolution:
 
 
 def decode(
-    data: bytes, enough: MinResolution | None = None, max_pixels: int = MAX_PIXELS
-) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB; grey and transparent images are converted, EXIF orientation is applied.
+    data: bytes, enough: MinResolution | None = None, max_pixels: int = MAX_PIXELS, pixels: Pixels = RGB
+) -> UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]:
+    """An image with the channels of `pixels`, values 0..255: uint8, or float32 where the source has a value range.
 
-    A JPEG may come back smaller by a whole factor (libjpeg's scaled inverse transform) where `enough` allows it. Raises
-    DecodeError, also for a JPEG that is cut short.
+    Of pictures, grey is made RGB for 3 channels, RGB grey for 1, transparency dropped for either, and EXIF orientation
+    applied. A JPEG may come back smaller by a whole factor (libjpeg's scaled inverse transform) where `enough` allows it.
+    Raises DecodeError: also for one that is cut short, has other bands, or values of which nothing says what they mean.
     """
-    factor = 1
+    return scaled(stored(data, enough, max_pixels, pixels), pixels)
+
+
+def stored(
+    data: bytes, enough: MinResolution | None = None, max_pixels: int = MAX_PIXELS, pixels: Pixels = RGB
+) -> Real[np.ndarray, "h w {pixels.channels}"]:
+    """The same image with the values that it is stored with."""
+    image = None
+    if is_npy(data):
+        image = read_npy(data, pixels, max_pixels)
+    elif is_tiff(data):
+        image = read_tiff(data, pixels, max_pixels)
+    return _picture(data, enough, max_pixels, pixels) if image is None else image
+
+
+def _picture(
+    data: bytes, enough: MinResolution | None, max_pixels: int, pixels: Pixels
+) -> Real[np.ndarray, "h w {pixels.channels}"]:
+    factor, channels = 1, pixels.channels
     if (size := dimensions(data)) is not None:
         if size[0] * size[1] > max_pixels:
-            raise DecodeError(
-                f"{size[1]} x {size[0]} = {size[0] * size[1]} pixels, more than data.max_pixels = {max_pixels}"
-            )
+            raise too_many(*size, max_pixels)
         if _is_jpeg(data):
             if data.rfind(b"\xff\xd9") < _frame_header(data):
                 raise DecodeError(
                     f"a JPEG of {size[1]} x {size[0]} pixels that is cut short: {len(data)} bytes, no end"
                 )
-            factor = enough.reduction(*size) if enough is not None else 1
+            factor = enough.reduction(*size) if enough is not None and channels in _REDUCED else 1
+    flags = _WHOLE.get(channels, cv2.IMREAD_UNCHANGED) if factor == 1 else _REDUCED[channels][factor]
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), _REDUCED[factor]) if data else None
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
     except cv2.error as error:
         raise DecodeError(str(error).strip()) from error
     if image is None:
         raise DecodeError(f"{len(data)} bytes that no decoder recognizes")
-    return image if factor == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    if channels == 3:
+        return image if factor == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    return image[:, :, None] if channels == 1 else _with_alpha(data, image, pixels)
+
+
+def _with_alpha(
+    data: bytes, image: Real[np.ndarray, "..."], pixels: Pixels
+) -> Real[np.ndarray, "h w {pixels.channels}"]:
+    """The stored bands in their order, from what OpenCV gives unchanged: blue first, not upright, and four bands also of a
+    grey picture with transparency, or of one with a palette."""
+    bands = image.reshape(*image.shape[:2], -1)
+    colour_type = data[25] if data.startswith(_PNG) else _RGBA
+    if colour_type == _PALETTE:
+        raise DecodeError(f"it has a palette of colours, not data.channels = {pixels.channels}")
+    if bands.shape[2] == 4:
+        bands = bands[:, :, 2:] if colour_type == _GREY_AND_ALPHA else cv2.cvtColor(bands, cv2.COLOR_BGRA2RGBA)
+    with Image.open(io.BytesIO(data)) as header:
+        return as_channels(oriented(bands, header.getexif().get(ExifTags.Base.Orientation, 1)), pixels)
 
 
 def dimensions(data: bytes) -> tuple[int, int] | None:
@@ -77,7 +111,7 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
         if at < 0:
             return None
         return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
-    if data[:16] == b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" and len(data) >= 24:
+    if data[:16] == _PNG and len(data) >= 24:
         return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
     try:
         with Image.open(io.BytesIO(data)) as image:

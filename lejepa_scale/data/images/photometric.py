@@ -2,7 +2,8 @@
 grayscale, blur, solarize, normalization. The distributions of torchvision's transforms. A GPU takes a batch as a whole, with
 the operations below; a CPU takes image by image, with those of photometric_cpu.py.
 
-Values run from 0 to 255 until they are normalized; every operation here works in place on [n, 3, h, w].
+Values run from 0 to 255 until they are normalized; every operation here works in place on [n, c, h, w]. Saturation, hue and
+grayscale are for c = 3, red, green and blue; the gray of other counts is the mean of their channels.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from itertools import permutations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32, UInt8
+from jaxtyping import Bool, Float, Float32, Real
 from torch import Tensor
 
 from lejepa_scale.config import Augment
 from lejepa_scale.data.images import photometric_cpu
+from lejepa_scale.data.images.pixels import RGB, Pixels
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, as timm's models expect
 _GRAY = (0.299, 0.587, 0.114)  # ITU-R 601 luma
-_FACTORS = tuple(1 / (255 * std) for std in STD)
 _ORDERS = np.array(list(permutations(range(4))))  # orders of brightness, contrast, saturation, hue
+_NOTHING = np.array((1, 1, 1, 0), np.float32)  # the factors of these that change nothing
 _RADIUS = 3  # of the blur: 7 taps
 FLIP, BRIGHTNESS, CONTRAST, SATURATION, HUE, ORDER, GRAYSCALE, SIGMA, SOLARIZE, WIDTH = range(10)
 DRAWS = 11  # uniform numbers per view
@@ -48,30 +49,35 @@ def draw(draws: Float[np.ndarray, "n draws"], augment: Augment) -> Float32[np.nd
     return out
 
 
-def apply(images: UInt8[Tensor, "b 3 h w"], parameters: Float[Tensor, "b p"]) -> Float[Tensor, "b 3 h w"]:
-    """Augment and normalize. `parameters` stay on the CPU: which images each operation touches is decided there, so a
-    CUDA device is never waited for."""
-    if images.device.type == "cpu":
-        return _one_by_one(images, parameters.numpy())
-    return _together(images, parameters.numpy())
+def apply(
+    images: Real[Tensor, "b c h w"], parameters: Float[Tensor, "b p"], pixels: Pixels = RGB
+) -> Float[Tensor, "b c h w"]:
+    """Augment and normalize values 0..255. `parameters` stay on the CPU: which images each operation touches is decided
+    there, so a CUDA device is never waited for."""
+    if images.device.type == "cpu" and images.shape[1] == 3:
+        return _one_by_one(images, parameters.numpy(), pixels)
+    return _together(images, parameters.numpy(), pixels)
 
 
-def normalize(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+def normalize(images: Real[Tensor, "b c h w"], pixels: Pixels = RGB) -> Float[Tensor, "b c h w"]:
     """What the encoder expects, without augmentation."""
-    x = images.float()
-    _standardize(x)
+    x = images.to(torch.float32, copy=True)
+    _standardize(x, pixels)
     return x
 
 
-def _one_by_one(images: UInt8[Tensor, "b 3 h w"], parameters: Float32[np.ndarray, "b p"]) -> Float32[Tensor, "b 3 h w"]:
+def _one_by_one(
+    images: Real[Tensor, "b 3 h w"], parameters: Float32[np.ndarray, "b p"], pixels: Pixels = RGB
+) -> Float32[Tensor, "b 3 h w"]:
     out = torch.empty(images.shape, dtype=torch.float32)
-    scale = np.array([[*row, -m / s] for row, m, s in zip(np.diag(_FACTORS), MEAN, STD, strict=True)], np.float32)
+    factors, shifts = zip(*_affine(pixels), strict=True)
+    scale = np.concatenate([np.diag(factors), np.array(shifts)[:, None]], 1, dtype=np.float32)
     for image, target, row in zip(images.numpy(), out.numpy(), parameters.tolist(), strict=True):
         order = _ORDERS[int(row[ORDER])].tolist() if row[ORDER] >= 0 else []
         photometric_cpu.augment(
             image,
             flip=row[FLIP] > 0,
-            jitter=[(kind, row[BRIGHTNESS + kind]) for kind in order],
+            jitter=[(kind, row[BRIGHTNESS + kind]) for kind in order if row[BRIGHTNESS + kind] != _NOTHING[kind]],
             grayscale=row[GRAYSCALE] > 0,
             sigma=row[SIGMA],
             solarize=row[SOLARIZE] > 0,
@@ -83,8 +89,10 @@ def _one_by_one(images: UInt8[Tensor, "b 3 h w"], parameters: Float32[np.ndarray
     return out
 
 
-def _together(images: UInt8[Tensor, "b 3 h w"], parameters: Float32[np.ndarray, "b p"]) -> Float32[Tensor, "b 3 h w"]:
-    x = images.float()
+def _together(
+    images: Real[Tensor, "b c h w"], parameters: Float32[np.ndarray, "b p"], pixels: Pixels = RGB
+) -> Float32[Tensor, "b c h w"]:
+    x = images.to(torch.float32, copy=True)
     masks = _masks(parameters)
     active = [step for step in range(len(_STEPS)) if masks[:, step].any()]
     chosen = [np.flatnonzero(masks[:, step]) for step in active]
@@ -99,37 +107,45 @@ def _together(images: UInt8[Tensor, "b 3 h w"], parameters: Float32[np.ndarray, 
         some = x.index_select(0, numbers[i])
         _STEPS[step][0](some, factors[i])
         x.index_copy_(0, numbers[i], some)
-    _standardize(x)
+    _standardize(x, pixels)
     return x
 
 
 def _masks(rows: Float32[np.ndarray, "n p"]) -> Bool[np.ndarray, "n steps"]:
     """Which of _STEPS each image goes through."""
     orders = np.where(rows[:, ORDER, None] >= 0, _ORDERS[np.maximum(rows[:, ORDER], 0).astype(int)], -1)  # [n, 4 slots]
-    jitter = (orders[:, :, None] == np.arange(4)).reshape(len(rows), 16)
+    changes = rows[:, BRIGHTNESS : HUE + 1] != _NOTHING
+    jitter = ((orders[:, :, None] == np.arange(4)) & changes[:, None]).reshape(len(rows), 16)
     others = rows[:, [FLIP, GRAYSCALE, SIGMA, SOLARIZE]] > 0
     return np.concatenate([others[:, :1], jitter, others[:, 1:]], 1)
 
 
-def _standardize(x: Float[Tensor, "n 3 h w"]) -> None:
-    for channel, (factor, mean, std) in enumerate(zip(_FACTORS, MEAN, STD, strict=True)):
-        x[:, channel].mul_(factor).sub_(mean / std)
+def _affine(pixels: Pixels) -> list[tuple[float, float]]:
+    """(factor, addend) of each channel, from 0..255 to mean 0 and standard deviation 1."""
+    return [(1 / (255 * std), -mean / std) for mean, std in zip(pixels.mean, pixels.std, strict=True)]
 
 
-def _luma(x: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 1 h w"]:
+def _standardize(x: Float[Tensor, "n c h w"], pixels: Pixels) -> None:
+    for channel, (factor, addend) in zip(x.unbind(1), _affine(pixels), strict=True):
+        channel.mul_(factor).add_(addend)
+
+
+def _luma(x: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 1 h w"]:
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
     r, g, b = x.unbind(1)
     return (_GRAY[0] * r).add_(g, alpha=_GRAY[1]).add_(b, alpha=_GRAY[2]).unsqueeze(1)
 
 
-def _flip(x: Float[Tensor, "n 3 h w"], _: Float[Tensor, "n 1 1 1"]) -> None:
+def _flip(x: Float[Tensor, "n c h w"], _: Float[Tensor, "n 1 1 1"]) -> None:
     x.copy_(x.flip(-1))
 
 
-def _brightness(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, "n 1 1 1"]) -> None:
+def _brightness(x: Float[Tensor, "n c h w"], factor: Float[Tensor, "n 1 1 1"]) -> None:
     x.mul_(factor).clamp_(0, 255)
 
 
-def _contrast(x: Float[Tensor, "n 3 h w"], factor: Float[Tensor, "n 1 1 1"]) -> None:
+def _contrast(x: Float[Tensor, "n c h w"], factor: Float[Tensor, "n 1 1 1"]) -> None:
     mean = _luma(x.mean((2, 3), keepdim=True))
     x.mul_(factor).add_(mean * (1 - factor)).clamp_(0, 255)
 
@@ -164,12 +180,12 @@ def _grayscale(x: Float[Tensor, "n 3 h w"], _: Float[Tensor, "n 1 1 1"]) -> None
     x.copy_(_luma(x).expand_as(x))
 
 
-def _solarize(x: Float[Tensor, "n 3 h w"], _: Float[Tensor, "n 1 1 1"]) -> None:
+def _solarize(x: Float[Tensor, "n c h w"], _: Float[Tensor, "n 1 1 1"]) -> None:
     """Invert from 128 on. For whole numbers that is the smaller of x and 255 - x, which has no jump at the threshold."""
     torch.minimum(x, 255 - x, out=x)
 
 
-def _blur(x: Float[Tensor, "n 3 h w"], sigma: Float[Tensor, "n 1 1 1"]) -> None:
+def _blur(x: Float[Tensor, "n c h w"], sigma: Float[Tensor, "n 1 1 1"]) -> None:
     """Separable Gaussian of 7 taps with a standard deviation per image, reflected at the border."""
     radius = min(_RADIUS, x.shape[-1] - 1, x.shape[-2] - 1)
     offsets = torch.arange(-radius, radius + 1, device=x.device, dtype=x.dtype)

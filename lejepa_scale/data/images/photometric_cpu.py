@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Real
 
 Pixels = Float32[np.ndarray, "h w 3"]
 
 
 def augment(
-    image: UInt8[np.ndarray, "3 h w"], *, flip: bool, jitter: list[tuple[int, float]], grayscale: bool, sigma: float,
+    image: Real[np.ndarray, "3 h w"], *, flip: bool, jitter: list[tuple[int, float]], grayscale: bool, sigma: float,
     solarize: bool, gray: tuple[float, ...], taps: int, scale: Float32[np.ndarray, "3 4"],
     out: Float32[np.ndarray, "3 h w"],
 ) -> None:  # fmt: skip

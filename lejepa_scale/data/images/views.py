@@ -1,5 +1,5 @@
-"""Multi-crop geometry: which rectangle of the image each view is, cut and resized in uint8. Boxes are a function of
-uniform numbers, a row per view; the resizer is torch's antialiased bilinear one for uint8, which agrees with Pillow's."""
+"""Multi-crop geometry: which rectangle of the image each view is, cut and resized in the image's own type. Boxes are a
+function of uniform numbers, a row per view; the resizer is torch's antialiased bilinear one, which agrees with Pillow's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Real
 from torch import Tensor
 
 from lejepa_scale.config import ViewGroup
@@ -43,10 +43,13 @@ def _crop_box(height: int, width: int, scale: tuple[float, float], draws: list[f
 
 
 def cut_views(
-    image: UInt8[np.ndarray, "h w 3"], group: ViewGroup, draws: Float[np.ndarray, "{group.count} draws"]
-) -> UInt8[Tensor, "{group.count} 3 {group.size} {group.size}"]:
-    """Crops of an image, each from DRAWS uniform numbers."""
-    out = torch.empty(group.count, 3, group.size, group.size, dtype=torch.uint8)
+    image: Real[np.ndarray, "h w c"],
+    group: ViewGroup,
+    draws: Float[np.ndarray, "{group.count} draws"],
+) -> Real[Tensor, "{group.count} c {group.size} {group.size}"]:
+    """Crops of an image, of its type, each from DRAWS uniform numbers."""
+    kind = torch.uint8 if image.dtype == np.uint8 else torch.float32
+    out = torch.empty(group.count, image.shape[2], group.size, group.size, dtype=kind)
     boxes = crop_boxes(image.shape[0], image.shape[1], group.scale, draws).tolist()
     for view, (top, left, h, w) in zip(out, boxes, strict=True):
         view.copy_(_resized(image[top : top + h, left : left + w], group.size, group.size))
@@ -62,7 +65,7 @@ def min_resolution(groups: Sequence[ViewGroup]) -> MinResolution:
     )
 
 
-def centre_square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def centre_square(image: Real[np.ndarray, "h w c"], size: int) -> Real[np.ndarray, "{size} {size} c"]:
     """Resize the short side to `size`, cut the middle, for evaluation."""
     h, w = image.shape[:2]
     ratio = size / min(h, w)
@@ -71,6 +74,6 @@ def centre_square(image: UInt8[np.ndarray, "h w 3"], size: int) -> UInt8[np.ndar
     return _resized(image, h, w)[:, top : top + size, left : left + size].permute(1, 2, 0).numpy()
 
 
-def _resized(image: UInt8[np.ndarray, "h w 3"], height: int, width: int) -> UInt8[Tensor, "3 {height} {width}"]:
+def _resized(image: Real[np.ndarray, "h w c"], height: int, width: int) -> Real[Tensor, "c {height} {width}"]:
     planes = torch.from_numpy(image).permute(2, 0, 1).unsqueeze(0)
     return torch.nn.functional.interpolate(planes, (height, width), mode="bilinear", antialias=True).squeeze(0)

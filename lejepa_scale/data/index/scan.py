@@ -17,7 +17,9 @@ from jaxtyping import Int64, Shaped, UInt32
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
-IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff"})
+PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff"})
+ARRAYS = frozenset({"npy"})  # images where there are no pictures; beside those, something about them
+IMAGE_EXTENSIONS = PICTURES | ARRAYS
 _BLOCK = 512  # of the tar format
 NO_IMAGE = -1  # as the size of a sample whose image is missing
 
@@ -61,7 +63,8 @@ class _Members:
 
     def __init__(self, url: str) -> None:
         self.url = url
-        self.images: dict[str, tuple[int, int, int]] = {}  # offset, size, CRC-32
+        self.pictures: dict[str, tuple[int, int, int]] = {}  # offset, size, CRC-32
+        self.arrays: dict[str, tuple[int, int, int]] = {}
         self.labels: dict[str, int] = {}
         self.first: dict[str, tuple[int, set[str]]] = {}  # offset of the first member, all extensions
 
@@ -84,19 +87,22 @@ class _Members:
         extensions.add(extension)
         if extension == "cls":
             self.labels[key] = _label(stream.exactly(min(member.size, 64)), self.url, key)
-        elif extension in IMAGE_EXTENSIONS and key not in self.images:
-            self.images[key] = (member.offset_data, member.size, stream.checksum(member.size))
+        elif extension in ARRAYS and not self.pictures:
+            self.arrays[key] = (member.offset_data, member.size, stream.checksum(member.size))
+        elif extension in PICTURES and key not in self.pictures:
+            self.pictures[key] = (member.offset_data, member.size, stream.checksum(member.size))
 
     def index(self, nbytes: int) -> ShardIndex:
         """Every key with an image, and every key that has what goes with the images of this shard, but none itself."""
-        if not self.images:
+        images = self.pictures or self.arrays
+        if not images:
             raise UserError(
                 f"shard {self.url} holds no images (members ending in {', '.join(sorted(IMAGE_EXTENSIONS))}). "
                 "Check data.shards, or write shards with `lejepa shards make`."
             )
-        companions = {"cls"}.union(*(self.first[key][1] for key in self.images))
-        keys = [key for key, (_, extensions) in self.first.items() if key in self.images or extensions & companions]
-        rows = [self.images.get(key, (self.first[key][0], NO_IMAGE, 0)) for key in keys]
+        companions = {"cls"}.union(*(self.first[key][1] for key in images))
+        keys = [key for key, (_, extensions) in self.first.items() if key in images or extensions & companions]
+        rows = [images.get(key, (self.first[key][0], NO_IMAGE, 0)) for key in keys]
         offsets, sizes, checksums = zip(*rows, strict=True)
         return ShardIndex(
             self.url,

@@ -7,15 +7,18 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
+import tifffile
 
-from lejepa_scale.data.index.scan import IMAGE_EXTENSIONS
+from lejepa_scale.data.index.scan import ARRAYS, IMAGE_EXTENSIONS, PICTURES
 from lejepa_scale.data.make import synthetic
 from lejepa_scale.data.make.writer import Sample
 from lejepa_scale.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,12 +30,20 @@ class Source:
     classes: tuple[str, ...] = ()
 
 
-def scenes(count: int, size: int, seed: int, image_format: str, quality: int) -> Source:
-    """`count` rendered scenes of `size` px, with their classes (see synthetic.py). quality: of JPEG, 1 to 100."""
+def scenes(
+    count: int, size: int, seed: int, image_format: str, quality: int, channels: int = 3, bits: int = 8
+) -> Source:
+    """`count` rendered scenes of `size` px, with their classes (see synthetic.py). quality: of JPEG, 1 to 100. Raises
+    UserError where the format does not hold so many channels or bits."""
+    jpg, png = image_format == "jpg", image_format == "png"
+    if (jpg and (channels != 3 or bits > 8)) or (png and channels not in (1, 3, 4)):
+        raise UserError(
+            f"--format {image_format} cannot hold {channels} channels of {bits} bits: png holds 1, 3 or 4, tif and npy any."
+        )
 
     def samples() -> Iterator[Sample]:
         for i in range(count):
-            image, label = synthetic.render(i, size, seed)
+            image, label = synthetic.render(i, size, seed, channels, bits)
             yield Sample(f"{i:08d}", image_format, encode(image, image_format, quality), label)
 
     return Source(samples(), count, synthetic.CLASSES)
@@ -43,8 +54,8 @@ def folder(root: Path, shuffle: int | None, labelled: bool) -> Source:
     shuffle: the seed of their order; None: sorted. Raises UserError where there is no image."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder.")
-    paths = sorted(p for p in root.rglob("*") if p.is_file() and _extension(p.name) in IMAGE_EXTENSIONS)
-    parts = {str(p.relative_to(root)): p for p in paths}
+    paths = sorted(p for p in root.rglob("*") if p.is_file())
+    parts = _images({str(p.relative_to(root)): p for p in paths})
     names, classes = _classes(list(parts), f"folder {root}", labelled)
     keys = _keys(list(parts))
 
@@ -62,11 +73,13 @@ def tar(path: Path, prefix: str, shuffle: int | None, labelled: bool) -> Source:
         raise UserError(f"{path} is not a file.")
     try:
         archive = tarfile.open(path)
-        members = {
-            m.name.removeprefix("./").removeprefix(prefix).lstrip("/"): m
-            for m in archive.getmembers()
-            if m.isfile() and m.name.removeprefix("./").startswith(prefix) and _extension(m.name) in IMAGE_EXTENSIONS
-        }
+        members = _images(
+            {
+                m.name.removeprefix("./").removeprefix(prefix).lstrip("/"): m
+                for m in archive.getmembers()
+                if m.isfile() and m.name.removeprefix("./").startswith(prefix)
+            }
+        )
     except tarfile.TarError as error:
         raise UserError(f"{path} is not a readable tar file: {error}.") from error
     names, classes = _classes(sorted(members), f"tar {path}" + (f" under {prefix}" if prefix else ""), labelled)
@@ -148,9 +161,19 @@ def huggingface(
 
 
 def encode(image: np.ndarray, image_format: str, quality: int) -> bytes:
-    """uint8 RGB [H, W, 3] -> jpg or png."""
+    """[H, W, C] of uint8 or uint16, as jpg, png, tif or npy; red, green and blue come first."""
+    if image_format == "npy":
+        file = io.BytesIO()
+        np.save(file, image)
+        return file.getvalue()
+    if image_format == "tif":
+        file = io.BytesIO()
+        kind = "rgb" if image.shape[2] == 3 else "minisblack"
+        tifffile.imwrite(file, image, photometric=kind, planarconfig="contig", compression="deflate")
+        return file.getvalue()
+    order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[image.shape[2]]  # OpenCV's
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if image_format == "jpg" else []
-    _, data = cv2.imencode(f".{image_format}", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+    _, data = cv2.imencode(f".{image_format}", np.ascontiguousarray(image[:, :, order]), options)
     return data.tobytes()
 
 
@@ -167,6 +190,14 @@ def _shuffled(names: list[str], seed: int | None) -> list[str]:
     if seed is None:
         return names
     return [names[i] for i in np.random.Generator(np.random.Philox(seed)).permutation(len(names))]
+
+
+def _images(files: dict[str, T]) -> dict[str, T]:
+    """Those that are images by their names: pictures, or arrays where there are none."""
+    for kind in (PICTURES, ARRAYS):
+        if found := {name: file for name, file in files.items() if _extension(name) in kind}:
+            return found
+    return {}
 
 
 def _extension(name: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import cv2
 import numpy as np
-from jaxtyping import Float, Float32, UInt8
+from jaxtyping import Float, Float32, UInt
 
 _OVERSAMPLE = 2
 Rng = np.random.Generator
@@ -71,23 +71,27 @@ _OUTLINES: dict[str, tuple[Outline, ...]] = {
 CLASSES: tuple[str, ...] = tuple(_OUTLINES)
 
 
-def render(index: int, size: int, seed: int) -> tuple[UInt8[np.ndarray, "{size} {size} 3"], int]:
-    """Scene `index`: (RGB, class). Classes take turns."""
+def render(
+    index: int, size: int, seed: int, channels: int = 3, bits: int = 8
+) -> tuple[UInt[np.ndarray, "{size} {size} {channels}"], int]:
+    """Scene `index`: (image, class), RGB or any number of channels, whose values fill `bits` bits. Classes take turns."""
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, index))))
     label = index % len(CLASSES)
-    object_colour, ground_colour = _contrasting(rng)
+    object_colour, ground_colour = _contrasting(rng, channels)
     scene = _textured(size, ground_colour, rng)
     paint = _textured(size, object_colour, rng)
     mask = _mask(CLASSES[label], size, rng)
     image = scene + mask[:, :, None] * (paint - scene)
     image += rng.normal(0, rng.uniform(0, 8), image.shape)
-    return image.clip(0, 255).astype(np.uint8), label
+    if bits == 8:
+        return image.clip(0, 255).astype(np.uint8), label
+    return (image.clip(0, 255) * ((2**bits - 1) / 255)).astype(np.uint16), label
 
 
-def _contrasting(rng: Rng) -> tuple[Float[np.ndarray, "3"], Float[np.ndarray, "3"]]:
+def _contrasting(rng: Rng, channels: int) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
     """Two colours whose brightness differs enough for the outline to be seen; either may be the lighter."""
     while True:
-        a, b = rng.uniform(0, 255, 3), rng.uniform(0, 255, 3)
+        a, b = rng.uniform(0, 255, channels), rng.uniform(0, 255, channels)
         if abs(a.mean() - b.mean()) > 45:
             return a, b
 
@@ -108,10 +112,10 @@ def _mask(name: str, size: int, rng: Rng) -> Float32[np.ndarray, "{size} {size}"
     return cv2.resize(mask, (size, size), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
 
 
-def _textured(size: int, colour: Float[np.ndarray, "3"], rng: Rng) -> Float32[np.ndarray, "{size} {size} 3"]:
+def _textured(size: int, colour: Float[np.ndarray, " c"], rng: Rng) -> Float32[np.ndarray, "{size} {size} c"]:
     """Colours around `colour`; their mean stays near it, so that contrast survives."""
     pattern = _PATTERNS[rng.integers(len(_PATTERNS))](size, rng)  # [size, size] in -1..1
-    tint = rng.uniform(-1, 1, 3) * rng.uniform(10, 40)
+    tint = rng.uniform(-1, 1, len(colour)) * rng.uniform(10, 40)
     return (colour + pattern[:, :, None] * tint).astype(np.float32)
 
 

@@ -1,0 +1,65 @@
+"""lejepa shards statistics: what the pixels of shards are, and what to write into a configuration for them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from lejepa_scale.cli.command import Command, add_range, positive, ranges
+
+if TYPE_CHECKING:
+    from lejepa_scale.data.statistics import Statistics
+
+_DESCRIPTION = """  lejepa shards statistics data/photos
+  lejepa shards statistics data/sentinel2 --channels 13
+  lejepa shards statistics data/sentinel2 --channels 13 --range 0 10000
+
+For images with other bands than red, green and blue, or more than 8 bits. Prints the values that the images are stored with;
+choose a range by them, and repeat the command with it: it then prints data.mean and data.std, as shares of that range."""
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shards", nargs="+", help="tar files, folders, URLs; braces allowed")
+    parser.add_argument("--channels", type=positive, default=3, help="bands of an image (default 3)")
+    add_range(parser, "none, which 8-bit images do not need")
+    parser.add_argument("--images", type=positive, default=1000, help="how many are read, evenly spaced (default 1000)")
+
+
+def _run(a: argparse.Namespace) -> int:
+    from lejepa_scale.data.images.pixels import Pixels
+    from lejepa_scale.data.statistics import QUANTILES, pixel_statistics
+    from lejepa_scale.errors import UserError
+
+    given = ranges(a.range)
+    if given is not None and len(given) not in (1, a.channels):
+        raise UserError(
+            f"--range has {len(given)} intervals: one is for all channels, or --channels {a.channels} for each."
+        )
+    found = pixel_statistics(a.shards, Pixels(a.channels, given), images=a.images)
+    print(f"{found.images:,} of {found.of:,} images; stored values: {', '.join(found.kinds)}")
+    names = ("channel", "least", *(f"{share:.1%}" for share in QUANTILES), "largest")
+    print("".join(f"{name:>12}" for name in names))
+    for channel, row in enumerate(zip(found.low, *found.quantiles, found.high, strict=True)):
+        print(f"{channel:>12}" + "".join(f"{value:>12.6g}" for value in row))
+    print("\n".join(_advice(found, a)))
+    return 0
+
+
+def _advice(found: Statistics, a: argparse.Namespace) -> list[str]:
+    if found.mean is None or found.std is None:
+        low, high = found.quantiles[0].min(), found.quantiles[-1].max()
+        lines = [f"repeat with --range {low:g} {high:g} (99.8 % of the values)"]
+        if found.bits is not None:
+            lines.append(f"       or --range 0 {2**found.bits - 1} (all of {found.bits} bits)")
+        return ["nothing says which of these values are black and white:", *lines]
+    lines = []
+    if a.range is not None:
+        lines.append(f"{found.clipped:.2%} of the values lie beyond the range and are clipped to it")
+        pairs = ", ".join(f"[{low:g}, {high:g}]" for low, high in ranges(a.range) or ())
+        pairs = f"[{pairs}]" if len(a.range) > 2 else pairs
+        lines.append(f"data.shards=[{{shards: [{', '.join(a.shards)}], range: {pairs}}}]")
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
+    return [*lines, f"data.channels={a.channels}", f"data.mean=[{mean}]", f"data.std=[{std}]"]
+
+
+COMMAND = Command("statistics", "say what the pixels of shards are", _DESCRIPTION, _add_arguments, _run)
