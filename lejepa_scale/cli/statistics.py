@@ -17,6 +17,8 @@ _DESCRIPTION = """  lejepa shards statistics data/photos
 For images with other bands than red, green and blue, or more than 8 bits. Prints the values that the images are stored with;
 choose a range by them, and repeat the command with it: it then prints data.mean and data.std, as shares of that range."""
 
+_MUCH = 0.1  # of the values clipped
+
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="tar files, folders, URLs; braces allowed")
@@ -54,7 +56,8 @@ def _advice(found: Statistics, a: argparse.Namespace) -> list[str]:
         return ["nothing says which of these values are black and white:", *lines]
     lines = []
     if a.range is not None:
-        lines.append(f"{found.clipped:.2%} of the values lie beyond the range and are clipped to it")
+        doubt = ": is this range meant?" if found.clipped > _MUCH else ""
+        lines.append(f"{found.clipped:.2%} of the values lie beyond the range and are clipped to it{doubt}")
         pairs = ", ".join(f"[{low:g}, {high:g}]" for low, high in ranges(a.range) or ())
         pairs = f"[{pairs}]" if len(a.range) > 2 else pairs
         lines.append(f"data.shards=[{{shards: [{', '.join(a.shards)}], range: {pairs}}}]")

@@ -178,10 +178,9 @@ def _colours(config: schema.Config) -> str | None:
     asked = [name for name, value in {**jitter, "grayscale": augment.grayscale}.items() if value]
     if config.data.channels == 3 or not asked:
         return None
-    keys = [f"data.augment.{name}" for name in asked]
     return (
-        f"{' and '.join(keys)} change(s) colours, which data.channels = {config.data.channels} has none of: set "
-        f"{' '.join(f'{key}=0' for key in keys)}"
+        f"data.augment: {', '.join(asked)} need red, green and blue, which data.channels = {config.data.channels} does not "
+        f"have: set {' '.join(f'data.augment.{name}=0' for name in asked)}"
     )
 
 

@@ -91,8 +91,8 @@ class _Samples(Dataset[Batch]):
         first, last = faults[-attempts], faults[-1]
         raise UserError(
             f"{attempts} images in a row of shard {shard.url} cannot be used (data.max_faults = {self.max_faults}), from "
-            f"{first.key} ({first.reason}) to {last.key} ({last.reason}). Write the shard again, or remove it "
-            "from data.shards."
+            f"{first.key} to {last.key}: {last.reason}. A shard that is damaged is to be written again, or removed from "
+            "data.shards."
         )
 
 

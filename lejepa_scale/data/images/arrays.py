@@ -69,12 +69,11 @@ def read_tiff(data: bytes, pixels: Pixels, max_pixels: int) -> Real[np.ndarray, 
             series, page = file.series[0], file.pages.first
             height, width, bands = _layout(series)
             _bounded(height, width, max_pixels)
-            kept = bands
-            if bands - sum(kind in _ALPHA for kind in page.extrasamples) == _SAMPLES.get(page.photometric):
-                if pixels.channels in (1, 3) and page.bitspersample <= 8 and series.dtype in (np.uint8, np.bool_):
-                    return None
-                if bands != pixels.channels:
-                    kept = _SAMPLES[page.photometric]  # without transparency
+            colours, alpha = _SAMPLES.get(page.photometric), sum(kind in _ALPHA for kind in page.extrasamples)
+            eight = page.bitspersample <= 8 and series.dtype in (np.uint8, np.bool_)
+            if bands == colours and eight and pixels.channels in (1, 3):
+                return None
+            kept = bands - alpha if bands - alpha == colours and bands != pixels.channels else bands
             if page.photometric not in _AS_STORED or page.bitspersample < 8:
                 name = getattr(page.photometric, "name", page.photometric)
                 raise DecodeError(

@@ -167,9 +167,14 @@ def encode(image: np.ndarray, image_format: str, quality: int) -> bytes:
         np.save(file, image)
         return file.getvalue()
     if image_format == "tif":
-        file = io.BytesIO()
-        kind = "rgb" if image.shape[2] == 3 else "minisblack"
-        tifffile.imwrite(file, image, photometric=kind, planarconfig="contig", compression="deflate")
+        file, several = io.BytesIO(), image.shape[2] > 1
+        tifffile.imwrite(
+            file,
+            image if several else image[:, :, 0],
+            photometric="rgb" if image.shape[2] == 3 else "minisblack",
+            planarconfig="contig" if several else None,
+            compression="deflate",
+        )
         return file.getvalue()
     order = {1: [0], 3: [2, 1, 0], 4: [2, 1, 0, 3]}[image.shape[2]]  # OpenCV's
     options = [cv2.IMWRITE_JPEG_QUALITY, quality] if image_format == "jpg" else []

@@ -85,7 +85,7 @@ def render(
     image += rng.normal(0, rng.uniform(0, 8), image.shape)
     if bits == 8:
         return image.clip(0, 255).astype(np.uint8), label
-    return (image.clip(0, 255) * ((2**bits - 1) / 255)).astype(np.uint16), label
+    return np.rint(image.clip(0, 255) * ((2**bits - 1) / 255)).astype(np.uint16), label
 
 
 def _contrasting(rng: Rng, channels: int) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
