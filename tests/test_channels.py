@@ -14,11 +14,11 @@ import pytest
 import tifffile
 import timm
 import torch
-from conftest import small_config
+from conftest import ROOT, Command, small_config
 from safetensors import safe_open
 from timm.models import adapt_input_conv
 
-from lejepa_scale.checkpoint import load_encoder
+from lejepa_scale.checkpoint import load_encoder, pretrained
 from lejepa_scale.checkpoint.convert import export_encoder, verify_export
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import BatchPlan, validate
@@ -27,7 +27,7 @@ from lejepa_scale.data import evaluation_batches
 from lejepa_scale.data.images.pixels import of_run
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation import evaluate, extract
-from lejepa_scale.model import Encoder, check
+from lejepa_scale.model import Encoder, build_encoder, check
 from lejepa_scale.training.loop import train
 
 MEAN, STD = [0.5, 0.4, 0.3, 0.6], [0.25, 0.2, 0.3, 0.35]
@@ -93,12 +93,14 @@ def test_three_channels_become_four_as_timm_has_it(deep: Path, scenes: Path, tmp
     config = config_of(
         tmp_path / "run", deep, model={"init_from": str(tmp_path / "rgb")}, train={"steps": 2, "global_batch": 16}
     )
+    rgb, four = load_encoder(tmp_path / "rgb")[0], build_encoder(config)
+    loaded = pretrained.load(config.model.init_from, four)
+    name = "patch_embed.proj.weight"
+    assert torch.equal(loaded.weights[name], adapt_input_conv(4, rgb.backbone.state_dict()[name]))
     train(config)
-    rgb, four = load_encoder(tmp_path / "rgb")[0], load_encoder(tmp_path / "run", trained=False)[0]
-    weight = rgb.backbone.patch_embed.proj.weight
-    torch.testing.assert_close(four.backbone.patch_embed.proj.weight, adapt_input_conv(4, weight))
+    five = {"channels": 5, "mean": [0.5] * 5, "std": [0.2] * 5}
     with pytest.raises(UserError, match=r"patch_embed\.proj\.weight"):
-        train(validate(small_config(tmp_path / "run", scenes, train={"steps": 3, "global_batch": 16})))
+        train(config_of(tmp_path / "run", deep, data=five, train={"steps": 3, "global_batch": 16}))
 
 
 def test_what_is_wrong_with_channels_is_said_by_its_key(deep: Path, tmp_path: Path) -> None:
@@ -118,16 +120,19 @@ def test_what_is_wrong_with_channels_is_said_by_its_key(deep: Path, tmp_path: Pa
     assert Encoder("vit_nano", image_size=32, channels=4, options={"in_chans": 4, "depth": 1}).channels == 4
 
 
-def test_the_advice_of_the_errors_works(deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_advice_of_the_errors_works(
+    command: Command, deep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From RGB settings to a run, by doing what each error says."""
     views = "{global: {count: 2, size: 32}, local: {count: 0}}"
-    words = ["train", "--config", "quickstart", f"run.dir={tmp_path / 'run'}", "engine.name=single", "train.steps=1"]
+    words = [ROOT / "launchers/train.py", "--config", "quickstart", f"run.dir={tmp_path / 'run'}", "engine.name=single", "train.steps=1"]
     words += ["train.global_batch=8", f"data.views={views}", f"data.shards={deep}", "model.encoder=vit_nano"]
     words += ["model.options={depth: 1}", "optim.warmup_steps=0"]
 
     def said(more: list[str], status: int = 2) -> str:
-        assert main([*words, *more]) == status
-        return capsys.readouterr().err
+        result = command(*words, *more)
+        assert result.returncode == status, result.stderr
+        return str(result.stderr)
 
     assert "4 bands (32 x 32 x 4), not data.channels = 3" in said([])
     assert "lejepa shards statistics" in said(["data.channels=4"])
