@@ -125,9 +125,9 @@ def test_the_advice_of_the_errors_works(
 ) -> None:
     """From RGB settings to a run, by doing what each error says."""
     views = "{global: {count: 2, size: 32}, local: {count: 0}}"
-    words = [ROOT / "launchers/train.py", "--config", "quickstart", f"run.dir={tmp_path / 'run'}", "engine.name=single", "train.steps=1"]
-    words += ["train.global_batch=8", f"data.views={views}", f"data.shards={deep}", "model.encoder=vit_nano"]
-    words += ["model.options={depth: 1}", "optim.warmup_steps=0"]
+    words = [ROOT / "launchers/train.py", "--config", "quickstart", f"run.dir={tmp_path / 'run'}", "engine.name=single"]
+    words += ["train.steps=1", "train.global_batch=8", f"data.views={views}", f"data.shards={deep}"]
+    words += ["model.encoder=vit_nano", "model.options={depth: 1}", "optim.warmup_steps=0"]
 
     def said(more: list[str], status: int = 2) -> str:
         result = command(*words, *more)

@@ -18,6 +18,7 @@ For images with other bands than red, green and blue, or more than 8 bits. Print
 choose a range by them, and repeat the command with it: it then prints data.mean and data.std, as shares of that range."""
 
 _MUCH = 0.1  # of the values clipped
+_CONSTANT = 1e-6  # of the range: a standard deviation below it is that of rounding
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +49,8 @@ def _run(a: argparse.Namespace) -> int:
 
 
 def _advice(found: Statistics, a: argparse.Namespace) -> list[str]:
+    import numpy as np
+
     if found.mean is None or found.std is None:
         low, high = found.quantiles[0].min(), found.quantiles[-1].max()
         lines = [f"repeat with --range {low:g} {high:g} (99.8 % of the values)"]
@@ -61,8 +64,14 @@ def _advice(found: Statistics, a: argparse.Namespace) -> list[str]:
         pairs = ", ".join(f"[{low:g}, {high:g}]" for low, high in ranges(a.range) or ())
         pairs = f"[{pairs}]" if len(a.range) > 2 else pairs
         lines.append(f"data.shards=[{{shards: [{', '.join(a.shards)}], range: {pairs}}}]")
-    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, found.std))
-    return [*lines, f"data.channels={a.channels}", f"data.mean=[{mean}]", f"data.std=[{std}]"]
+    for channel in np.flatnonzero(found.std < _CONSTANT):
+        lines.append(
+            f"channel {channel} has one value in all of these images, {found.mean[channel]:.4g} of the range, and tells nothing:"
+            " leave it out of them if you can; its data.std is written as 1"
+        )
+    std = np.where(found.std < _CONSTANT, 1, found.std)
+    means, stds = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, std))
+    return [*lines, f"data.channels={a.channels}", f"data.mean=[{means}]", f"data.std=[{stds}]"]
 
 
 COMMAND = Command("statistics", "say what the pixels of shards are", _DESCRIPTION, _add_arguments, _run)

@@ -16,6 +16,7 @@ import torchvision.transforms.v2.functional as reference
 import webdataset as wds
 from PIL import Image, ImageOps
 
+from lejepa_scale.cli.main import main
 from lejepa_scale.config import Augment, BatchPlan, Data, ViewGroup
 from lejepa_scale.data import Loader, evaluation_batches, open_mixture
 from lejepa_scale.data.images import photometric, views
@@ -428,3 +429,14 @@ def test_evaluation_takes_the_range_of_the_run() -> None:
     ):
         of_run(several)
     assert of_run(several, ((0, 1),)).range == ((0, 1),)
+
+
+def test_a_channel_of_one_value_is_said_and_has_a_std_that_a_run_takes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = [np.dstack([np.arange(100, dtype=np.uint16).reshape(10, 10), np.full((10, 10), 7, np.uint16)])] * 3
+    shards = written(tmp_path / "s", images, labels=False)
+    assert main(["shards", "statistics", str(shards), "--channels", "2", "--range", "0", "100"]) == 0
+    printed = capsys.readouterr().out
+    assert "channel 1 has one value in all of these images, 0.07 of the range" in printed
+    assert "data.std=[0.2887, 1]" in printed  # sqrt((100^2 - 1) / 12) / 100, and the one that is written
