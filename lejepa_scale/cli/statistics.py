@@ -66,8 +66,8 @@ def _advice(found: Statistics, a: argparse.Namespace) -> list[str]:
         lines.append(f"data.shards=[{{shards: [{', '.join(a.shards)}], range: {pairs}}}]")
     for channel in np.flatnonzero(found.std < _CONSTANT):
         lines.append(
-            f"channel {channel} has one value in all of these images, {found.mean[channel]:.4g} of the range, and tells nothing:"
-            " leave it out of them if you can; its data.std is written as 1"
+            f"channel {channel} has one value in all of these images, {found.mean[channel]:.4g} of the range, and tells "
+            "nothing: leave it out of them if you can; its data.std is written as 1"
         )
     std = np.where(found.std < _CONSTANT, 1, found.std)
     means, stds = (", ".join(f"{value:.4g}" for value in values) for values in (found.mean, std))
