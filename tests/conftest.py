@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,14 @@ def on_a_gpu(test: Any) -> Any:
     for mark in _ON_A_GPU:
         test = mark(test)
     return test
+
+
+@pytest.fixture(autouse=True)
+def _logger_of_a_library() -> None:
+    """As a new process has it: a command that was called in this one shows the package's messages from then on."""
+    logger = logging.getLogger("lejepa_scale")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ from lejepa_scale.cli.main import main
 from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.cost import step_flops, step_memory
 from lejepa_scale.data import evaluation_batches
-from lejepa_scale.data.images.pixels import of_run
+from lejepa_scale.data.images.pixels import RGB, of_run
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation import evaluate, extract
 from lejepa_scale.model import Encoder, build_encoder, check
@@ -85,6 +85,15 @@ def test_a_run_of_four_channels_and_twelve_bits(kind: str, deep: Path, tmp_path:
     found = evaluate(tmp_path / "run", str(deep), str(deep))
     torch.testing.assert_close(found.features.rows, expected, rtol=1e-4, atol=1e-4)
     assert [row.width for row in found.scores][-1] == 4 * 32 * 32
+    alone = evaluate(encoder, str(deep), str(deep), image_size=32, pixels=of_run(config.data))
+    assert torch.equal(alone.features.rows, found.features.rows)
+    for wrong in ({"value_range": ((0, 4095),)}, {"pixels": RGB}, {}):
+        with pytest.raises(
+            UserError, match=r"an Encoder of 4 channel\(s\) takes .* pixels=Pixels\(4, range, mean, std\)"
+        ):
+            evaluate(encoder, str(deep), str(deep), image_size=32, **wrong)
+    with pytest.raises(UserError, match="knows its pixels"):
+        evaluate(tmp_path / "run", str(deep), str(deep), pixels=RGB)
 
 
 def test_three_channels_become_four_as_timm_has_it(deep: Path, scenes: Path, tmp_path: Path) -> None:
@@ -150,9 +159,15 @@ def test_the_advice_of_the_errors_works(
     assert main(["evaluate", str(tmp_path / "run"), "--train", str(deep), "--test", str(deep)]) == 0
     assert main(["picture", str(tmp_path / "run"), "--shards", str(deep), "--out", str(tmp_path / "p.png")]) == 0
     capsys.readouterr()
-    again = ["evaluate", str(tmp_path / "run"), "--train", str(deep), "--test", str(deep), "--range", "5"]
-    assert main(again) == 2
-    assert "--range takes LOW HIGH" in capsys.readouterr().err
+    again = ["evaluate", str(tmp_path / "run"), "--train", str(deep), "--test", str(deep), "--range"]
+    for numbers, refusal in (
+        ("5", "--range takes LOW HIGH"),
+        ("5 1", "low < high, got [5, 1]"),
+        ("0 inf", "low < high, got [0, inf]"),
+        ("0 1 0 1", "a range of 2 intervals, [0, 1] [0, 1]: one is for all channels, or 4 for each"),
+    ):
+        assert main([*again, *numbers.split()]) == 2
+        assert refusal in capsys.readouterr().err
     assert main(["shards", "make", "synthetic", "--count", "1", "--channels", "5", "--out", str(tmp_path / "x")]) == 2
     assert "--format jpg cannot hold 5 channels of 8 bits" in capsys.readouterr().err
 

@@ -6,7 +6,6 @@ import ast
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
 
@@ -25,13 +24,10 @@ FILES = sorted((ROOT / "lejepa_scale").rglob("*.py"))
 
 
 @pytest.fixture
-def shown(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """The package's logger as a new process has it, and as it was again afterwards."""
-    before = PACKAGE.handlers[:], PACKAGE.level
+def shown(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Of a process that is no rank."""
     monkeypatch.delenv("RANK", raising=False)
-    PACKAGE.handlers[:] = []
-    yield monkeypatch
-    PACKAGE.handlers[:], PACKAGE.level = before[0], before[1]
+    return monkeypatch
 
 
 def test_lines_are_shown_once_and_other_loggers_stay(shown: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,15 +95,14 @@ def add_range(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def ranges(numbers: Sequence[float] | None) -> tuple[tuple[float, float], ...] | None:
-    """Pairs. Raises UserError for what is none."""
+    """Pairs of them. Raises UserError for an odd count."""
     if numbers is None:
         return None
-    pairs = tuple(zip(numbers[::2], numbers[1::2], strict=False))
-    if len(numbers) % 2 or any(not low < high for low, high in pairs):
+    if len(numbers) % 2:
         raise UserError(
             f"--range takes LOW HIGH, or such a pair for each channel, not {' '.join(f'{n:g}' for n in numbers)}."
         )
-    return pairs
+    return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 class _Parser(argparse.ArgumentParser):

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lejepa_scale.cli.command import Command, add_range, positive, ranges
-
-if TYPE_CHECKING:
-    from lejepa_scale.data.statistics import Statistics
 
 _DESCRIPTION = """  lejepa shards statistics data/photos
   lejepa shards statistics data/sentinel2 --channels 13
@@ -29,16 +26,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(a: argparse.Namespace) -> int:
-    from lejepa_scale.data.images.pixels import Pixels
+    from lejepa_scale.data import Pixels
     from lejepa_scale.data.statistics import QUANTILES, pixel_statistics
-    from lejepa_scale.errors import UserError
 
-    given = ranges(a.range)
-    if given is not None and len(given) not in (1, a.channels):
-        raise UserError(
-            f"--range has {len(given)} intervals: one is for all channels, or --channels {a.channels} for each."
-        )
-    found = pixel_statistics(a.shards, Pixels(a.channels, given), images=a.images)
+    found = pixel_statistics(a.shards, Pixels(a.channels, ranges(a.range)), images=a.images)
     print(f"{found.images:,} of {found.of:,} images; stored values: {', '.join(found.kinds)}")
     names = ("channel", "least", *(f"{share:.1%}" for share in QUANTILES), "largest")
     print("".join(f"{name:>12}" for name in names))
@@ -48,7 +39,8 @@ def _run(a: argparse.Namespace) -> int:
     return 0
 
 
-def _advice(found: Statistics, a: argparse.Namespace) -> list[str]:
+def _advice(found: Any, a: argparse.Namespace) -> list[str]:
+    """Of data.statistics.Statistics, which are imported once there is work."""
     import numpy as np
 
     if found.mean is None or found.std is None:

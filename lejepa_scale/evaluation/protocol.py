@@ -11,8 +11,8 @@ import torch
 
 from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.config import Config
-from lejepa_scale.data import evaluation_batches
-from lejepa_scale.data.images.pixels import Pixels, Ranges, of_run
+from lejepa_scale.data import Pixels, evaluation_batches
+from lejepa_scale.data.images.pixels import Ranges, of_run
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Batches, Features, extract, raw_pixels
 from lejepa_scale.evaluation.report import Scores, score
@@ -40,16 +40,18 @@ def evaluate(
     device: torch.device | str | None = None,
     image_size: int | None = None,
     value_range: Ranges | None = None,
+    pixels: Pixels | None = None,
 ) -> Evaluation:
     """Nearest neighbours and a linear classifier on frozen features: fitted on `train`, scored on `test`.
 
     encoder: a run directory or checkpoint, whose first weights are scored too (`untrained`; `init_from`, if they are still
     there), or an Encoder, which is left on `device`.
     train, test: labelled shards, as folders, files or brace patterns. device: unset, the GPU where there is one. image_size:
-    side in pixels; unset, that of the checkpoint. value_range: (low, high) of the stored values, or one for each
-    channel; unset, that of the run's own images (of an Encoder: 8 bits, and ImageNet's mean and standard deviation). Raises
-    UserError for what is not a checkpoint or a shard, for images without labels, for a device that is not here, and where
-    the run's sources have several ranges.
+    side in pixels; unset, that of the checkpoint. value_range, of a checkpoint: ((low, high),) of the stored values, or a
+    pair for each channel; unset, that of the run's own images. pixels, of an Encoder: what its images are; unset, 8-bit RGB
+    with ImageNet's mean and standard deviation. Raises UserError for what is not a checkpoint or a shard, for images
+    without labels, for a device that is not here, for pixels that are not the encoder's, and where the run's sources have
+    several ranges.
     """
     if k < 1 or batch < 1:
         raise UserError(f"evaluation needs at least 1 neighbour and 1 image a batch, not k={k} and batch={batch}.")
@@ -58,8 +60,15 @@ def evaluate(
     if isinstance(encoder, Encoder):
         if image_size is None:
             raise UserError("evaluate() of an Encoder needs image_size, the side in pixels that it is scored at.")
-        models["encoder"], pixels = encoder, Pixels(encoder.channels, value_range)
+        models["encoder"], pixels = encoder, pixels or Pixels()
+        if value_range is not None or pixels.channels != encoder.channels:
+            raise UserError(
+                f"evaluate() of an Encoder of {encoder.channels} channel(s) takes what its images are as "
+                f"pixels=Pixels({encoder.channels}, range, mean, std)."
+            )
     else:
+        if pixels is not None:
+            raise UserError("evaluate() of a checkpoint knows its pixels: value_range alone may be another.")
         models["trained"], config = load_encoder(Path(encoder))
         models |= _first(Path(encoder), config)
         image_size, pixels = image_size or config.image_size, of_run(config.data, value_range)

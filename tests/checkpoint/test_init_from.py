@@ -35,8 +35,8 @@ Tensors = dict[str, Tensor]
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 
 
-def vit(image_size: int = 32, **options: Any) -> Encoder:
-    return Encoder("vit_nano", image_size=image_size, options={**SMALL, **options})
+def vit(image_size: int = 32, channels: int = 3, **options: Any) -> Encoder:
+    return Encoder("vit_nano", image_size=image_size, channels=channels, options={**SMALL, **options})
 
 
 def other_weights(encoder: Encoder) -> Tensors:
@@ -235,7 +235,7 @@ def test_a_grid_that_is_not_square_is_told_by_the_folder(tmp_path: Path) -> None
 
 
 def test_channels_are_adapted_as_timm_does(tmp_path: Path) -> None:
-    source = vit(in_chans=1)
+    source = vit(channels=1)
     weights = other_weights(source)
     loaded = load(_pth(tmp_path, weights), vit())
     name = "patch_embed.proj.weight"

@@ -3,6 +3,7 @@ encoder expects of them. Every image is brought to 0..255, in which crops and co
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -28,12 +29,25 @@ class DecodeError(SampleFault):
 class Pixels:
     """Of one source. range: the stored values (low, high) that become 0 and 255, for all channels or a pair for each; None:
     8-bit images, as they are. mean, std: of each channel, as a share of the range, by which the encoder's input is
-    standardized."""
+    standardized; those of ImageNet are for 3 channels. Raises UserError for ranges that are not one or `channels` pairs
+    with low < high."""
 
     channels: int = 3
     range: Ranges | None = None
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+
+    def __post_init__(self) -> None:
+        if self.range is None:
+            return
+        if len(self.range) not in (1, self.channels):
+            raise UserError(
+                f"a range of {len(self.range)} intervals, {_pairs(self)}: one is for all channels, or {self.channels} for "
+                "each."
+            )
+        for low, high in self.range:
+            if not -math.inf < low < high < math.inf:
+                raise UserError(f"a range must satisfy low < high, got [{low:g}, {high:g}].")
 
     @property
     def bounds(self) -> Float64[np.ndarray, "2 _c"]:
