@@ -10,17 +10,22 @@ from torch import Tensor
 from lejepa_scale.checkpoint.fitting import Fit, Target, below_prefixes, left_out, listed
 from lejepa_scale.checkpoint.sources import Source, read, refusal
 from lejepa_scale.checkpoint.store import not_finite
+from lejepa_scale.config import Data
 from lejepa_scale.config.schema import InitFrom
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder
 
+_CLOSE = 2e-3  # as two ways of rounding the same values, 0.485 and 0.4845, are
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """`weights` of the backbone under timm's names, on the CPU in the encoder's dtypes; a line that says what they are."""
+    """`weights` of the backbone under timm's names, on the CPU in the encoder's dtypes; a line that says what they are; mean
+    and standard deviation of each channel that their inputs were standardized by, None where the source does not say."""
 
     weights: dict[str, Tensor]
     line: str
+    standardization: tuple[list[float], list[float]] | None
 
 
 def load(settings: InitFrom, encoder: Encoder) -> Loaded:
@@ -55,7 +60,25 @@ def load(settings: InitFrom, encoder: Encoder) -> Loaded:
         raise refusal(settings.source, f"{fault}. Use another copy of these weights.")
     notes = "; ".join([*fit.notes, "the projector starts anew"])
     counts = f"{len(fit.weights)} of {len(target.expected)} tensors of {encoder.name}"
-    return Loaded(fit.weights, f"model.init_from: {counts} from {source.where} ({notes}).")
+    line = f"model.init_from: {counts} from {source.where} ({notes})."
+    return Loaded(fit.weights, line, source.standardization)
+
+
+def of_other_inputs(loaded: Loaded, data: Data) -> str | None:
+    """What to say where the weights have learned on inputs standardized otherwise than the run's."""
+    if loaded.standardization is None or len(loaded.standardization[0]) != data.channels:
+        return None
+    ours = [*data.mean, *data.std]
+    if (
+        max(abs(a - b) for a, b in zip(ours, [*loaded.standardization[0], *loaded.standardization[1]], strict=True))
+        < _CLOSE
+    ):
+        return None
+    mean, std = (", ".join(f"{value:.4g}" for value in values) for values in loaded.standardization)
+    return (
+        f"model.init_from: these weights have learned on other inputs than data.mean and data.std make: data.mean=[{mean}] "
+        f"data.std=[{std}] give them theirs."
+    )
 
 
 def _ambiguous(settings: InitFrom, fits: list[Fit]) -> UserError:

@@ -16,11 +16,13 @@ from typing import Any
 
 import timm
 import torch
+import yaml
 from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict_from_hf
 from torch import Tensor
 
 from lejepa_scale.checkpoint.store import find, verify
+from lejepa_scale.config import Data
 from lejepa_scale.errors import UserError
 
 TAG = "timm:"
@@ -36,7 +38,9 @@ class Source:
 
     where: str
     sets: dict[str, dict[str, Tensor]]
-    about: dict[str, Any] = field(default_factory=dict)  # config.json of a folder, metadata of an export
+    about: dict[str, Any] = field(
+        default_factory=dict
+    )  # config.json of a folder, metadata of an export, a run's config
 
     @property
     def model(self) -> str | None:
@@ -56,6 +60,17 @@ class Source:
             size = int(self.about["image_size"])
         return tuple(size) if isinstance(size, list | tuple) else size
 
+    @property
+    def standardization(self) -> tuple[list[float], list[float]] | None:
+        """Mean and standard deviation of each channel that its inputs were standardized by, where it says so."""
+        pretrained = self.about.get("pretrained_cfg")
+        said = pretrained if isinstance(pretrained, dict) else self.about
+        try:
+            mean, std = (json.loads(v) if isinstance(v, str) else list(v) for v in (said["mean"], said["std"]))
+            return [float(value) for value in mean], [float(value) for value in std]
+        except (KeyError, TypeError, ValueError):
+            return None
+
 
 def read(named: str) -> Source:
     """The tensors that `named` means, on the CPU and as they are stored. Raises UserError, which says what to do."""
@@ -71,7 +86,9 @@ def read(named: str) -> Source:
             verify(checkpoint := find(path))
         except UserError as error:
             raise refusal(named, str(error)) from error
-        return Source(str(checkpoint), {"": _safetensors(named, checkpoint / _WHOLE[0])[0]})
+        recorded = yaml.safe_load((checkpoint / "config.yaml").read_text())["data"]
+        about = {name: recorded.get(name, Data.model_fields[name].default) for name in ("mean", "std")}
+        return Source(str(checkpoint), {"": _safetensors(named, checkpoint / _WHOLE[0])[0]}, about)
     if path.is_dir():
         return _folder(named, path)
     return _file(named, path)
@@ -120,8 +137,8 @@ def _released(named: str) -> Source:
             f"the weights could not be fetched ({reason}). Fetch them where there is a network ({where}), bring them here, "
             "and name the folder or the file in place of the tag; or bring the cache (HF_HOME), which is looked into first.",
         ) from error
-    about = {"architecture": released.architecture, "pretrained_cfg": {"input_size": released.input_size}}
-    return Source(named, dict(_sets(found)), about)
+    says = {"input_size": released.input_size, "mean": released.mean, "std": released.std}
+    return Source(named, dict(_sets(found)), {"architecture": released.architecture, "pretrained_cfg": says})
 
 
 def _folder(named: str, folder: Path) -> Source:

@@ -103,6 +103,8 @@ def first_weights(config: Config, store: Store, shapes: LeJEPA) -> dict[str, Ten
         loaded = pretrained.load(settings, shapes.encoder)
         held.update({f"{PREFIX}{name}": tensor for name, tensor in loaded.weights.items()})
         logger.info(loaded.line)
+        if notice := pretrained.of_other_inputs(loaded, config.data):
+            logger.warning(notice)
 
     collectives.on_rank_zero(read)
     return held

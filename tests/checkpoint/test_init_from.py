@@ -208,6 +208,35 @@ def test_a_tag_is_fetched_by_timm(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hf download timm/resnet10t.c3_in1k" in message
 
 
+def test_weights_that_learned_on_other_inputs_are_named(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The values of a tag are those by which timm's own transforms standardize; what the warning says is right ends it."""
+    encoder = Encoder("vit_tiny_patch16_224", image_size=224, options={"depth": 1})
+    monkeypatch.setattr(sources, "load_state_dict_from_hf", lambda *_, **__: other_weights(encoder))
+    for tag in ("vit_tiny_patch16_224.augreg_in21k", "resnet50_clip.openai", "resnet10t.c3_in1k"):
+        truth = timm.data.resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(tag).to_dict())
+        assert sources.read(f"timm:{tag}").standardization == (list(truth["mean"]), list(truth["std"])), tag
+
+    half = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.25, 0.5]}
+    (tmp_path / "hf").mkdir()
+    folder = _hugging_face(tmp_path / "hf", other_weights(vit()))
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"pretrained_cfg": half}))
+    train(validate(_run(tmp_path / "run", scenes, folder, train={"steps": 1, "global_batch": 16})))
+    said = "data.mean=[0.5, 0.5, 0.5] data.std=[0.5, 0.25, 0.5] give them theirs"
+    assert said in caplog.text
+    export_encoder(tmp_path / "run", tmp_path / "encoder.safetensors")
+    for source in (tmp_path / "run", tmp_path / "encoder.safetensors"):
+        assert load(source, vit()).standardization == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    caplog.clear()
+    short = {"steps": 1, "global_batch": 16}
+    train(validate(_run(tmp_path / "again", scenes, folder, data=half, train=short)))
+    train(validate(_run(tmp_path / "more", scenes, tmp_path / "again", data=half, train=short)))
+    assert "give them theirs" not in caplog.text
+    assert load(_pth(tmp_path, other_weights(vit())), vit()).standardization is None
+
+
 # -- what is made of names, sizes and precision
 
 
