@@ -40,7 +40,7 @@ def test_a_wrong_shape_is_refused() -> None:
 @checked
 def test_a_wrong_kind_of_number_is_refused() -> None:
     with pytest.raises(TypeCheckError, match=r"parameter 'images'"):
-        normalize(torch.rand(1, 3, 4, 4))
+        normalize(torch.ones(1, 3, 4, 4, dtype=torch.bool))
     with pytest.raises(TypeCheckError, match=r"parameter 'knots'"):
         SIGReg(knots=17.5)  # type: ignore[arg-type]
 

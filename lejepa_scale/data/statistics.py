@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from jaxtyping import Float64, Real
+from jaxtyping import Float64, Shaped
 from tqdm import tqdm
 
 from lejepa_scale.data.faults import Fault, SampleFault
@@ -115,7 +115,7 @@ def pixel_statistics(shards: Sequence[str], pixels: Pixels, *, images: int = 100
     )
 
 
-def _share_of_range(image: Real[np.ndarray, "h w c"], pixels: Pixels) -> Float64[np.ndarray, "n c"] | None:
+def _share_of_range(image: Shaped[np.ndarray, "h w c"], pixels: Pixels) -> Float64[np.ndarray, "n c"] | None:
     if pixels.range is None and image.dtype != np.uint8:
         return None
     return scaled(image, pixels).reshape(-1, pixels.channels).astype(np.float64) / 255

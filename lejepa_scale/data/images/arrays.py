@@ -7,7 +7,7 @@ import logging
 
 import numpy as np
 import tifffile
-from jaxtyping import Real
+from jaxtyping import Shaped
 
 from lejepa_scale.data.images.pixels import DecodeError, Pixels, as_channels, too_many
 
@@ -36,7 +36,7 @@ def is_tiff(data: bytes) -> bool:
     return data[:4] in _TIFF
 
 
-def read_npy(data: bytes, pixels: Pixels, max_pixels: int) -> Real[np.ndarray, "h w c"]:
+def read_npy(data: bytes, pixels: Pixels, max_pixels: int) -> Shaped[np.ndarray, "h w c"]:
     """An array [H, W], [H, W, C] or [C, H, W]. Raises DecodeError: also for one that is cut short or holds objects."""
     file = io.BytesIO(data)
     try:
@@ -61,7 +61,7 @@ def read_npy(data: bytes, pixels: Pixels, max_pixels: int) -> Real[np.ndarray, "
     return as_channels(_native(array), pixels)
 
 
-def read_tiff(data: bytes, pixels: Pixels, max_pixels: int) -> Real[np.ndarray, "h w c"] | None:
+def read_tiff(data: bytes, pixels: Pixels, max_pixels: int) -> Shaped[np.ndarray, "h w c"] | None:
     """The first image of the file with all of its bands, which may be planes or pages; None for an 8-bit picture, whose
     colours a decoder of pictures knows. Raises DecodeError."""
     try:
@@ -113,7 +113,7 @@ def _bounded(height: int, width: int, max_pixels: int) -> None:
         raise too_many(height, width, max_pixels)
 
 
-def _native(array: Real[np.ndarray, "h w c"]) -> Real[np.ndarray, "h w c"]:
+def _native(array: Shaped[np.ndarray, "h w c"]) -> Shaped[np.ndarray, "h w c"]:
     """In this machine's order of bytes."""
     return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
@@ -122,7 +122,7 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def oriented(image: Real[np.ndarray, "..."], orientation: int) -> Real[np.ndarray, "..."]:
+def oriented(image: Shaped[np.ndarray, "..."], orientation: int) -> Shaped[np.ndarray, "..."]:
     """Upright, from how EXIF and TIFF say that it lies: 1 to 8 (TIFF 6.0, Orientation). Other numbers say nothing."""
     if orientation not in range(2, 9):
         return image

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from jaxtyping import Float32, Real, UInt8
+from jaxtyping import Float32, Shaped, UInt8
 from PIL import ExifTags, Image
 
 from lejepa_scale.config import Data
@@ -53,7 +53,7 @@ def decode(
 
 def stored(
     data: bytes, enough: MinResolution | None = None, max_pixels: int = MAX_PIXELS, pixels: Pixels = RGB
-) -> Real[np.ndarray, "h w {pixels.channels}"]:
+) -> Shaped[np.ndarray, "h w {pixels.channels}"]:
     """The same image with the values that it is stored with."""
     image = None
     if is_npy(data):
@@ -65,7 +65,7 @@ def stored(
 
 def _picture(
     data: bytes, enough: MinResolution | None, max_pixels: int, pixels: Pixels
-) -> Real[np.ndarray, "h w {pixels.channels}"]:
+) -> Shaped[np.ndarray, "h w {pixels.channels}"]:
     factor, channels = 1, pixels.channels
     if (size := dimensions(data)) is not None:
         if size[0] * size[1] > max_pixels:
@@ -89,8 +89,8 @@ def _picture(
 
 
 def _with_alpha(
-    data: bytes, image: Real[np.ndarray, "..."], pixels: Pixels
-) -> Real[np.ndarray, "h w {pixels.channels}"]:
+    data: bytes, image: Shaped[np.ndarray, "..."], pixels: Pixels
+) -> Shaped[np.ndarray, "h w {pixels.channels}"]:
     """The stored bands in their order, from what OpenCV gives unchanged: blue first, not upright, and four bands also of a
     grey picture with transparency, or of one with a palette."""
     bands = image.reshape(*image.shape[:2], -1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float32, Float64, Real, UInt8
+from jaxtyping import Float32, Float64, Shaped, UInt8
 
 from lejepa_scale.config import Data
 from lejepa_scale.data.faults import SampleFault
@@ -80,7 +80,7 @@ def dtype_of_views(data: Data) -> torch.dtype:
 
 
 def scaled(
-    image: Real[np.ndarray, "h w c"], pixels: Pixels
+    image: Shaped[np.ndarray, "h w c"], pixels: Pixels
 ) -> UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]:
     """Values 0..255: of the range, clipped to it, or those of 8 bits as they are. Raises DecodeError where nothing says what
     the values mean, where they are not numbers, or where what is said cannot be true of them."""
@@ -119,7 +119,7 @@ def too_many(height: int, width: int, max_pixels: int) -> DecodeError:
     return DecodeError(f"{width} x {height} = {height * width} pixels, more than data.max_pixels = {max_pixels}")
 
 
-def as_channels(image: Real[np.ndarray, "h w c"], pixels: Pixels) -> Real[np.ndarray, "h w {pixels.channels}"]:
+def as_channels(image: Shaped[np.ndarray, "h w c"], pixels: Pixels) -> Shaped[np.ndarray, "h w {pixels.channels}"]:
     """One band is that of all three colours; else there are as many as the run has channels. Raises DecodeError."""
     height, width, count = image.shape
     if count == 1 and pixels.channels == 3:
@@ -129,7 +129,7 @@ def as_channels(image: Real[np.ndarray, "h w c"], pixels: Pixels) -> Real[np.nda
     return image
 
 
-def _described(image: Real[np.ndarray, "h w c"]) -> str:
+def _described(image: Shaped[np.ndarray, "h w c"]) -> str:
     return f"its values are {image.dtype}, from {image.min():g} to {image.max():g}"
 
 
