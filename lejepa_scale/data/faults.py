@@ -8,6 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 
+def printable(text: str) -> str:
+    """A name as it may be shown: control characters, which a terminal would obey, and bytes that are no text are escaped."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
+
+
 class SampleFault(Exception):
     """One sample cannot be used; the message is the reason. The shard's other samples may be sound."""
 
@@ -22,7 +27,7 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.shard}, sample {self.key} at byte {self.offset}: {self.reason}"
+        return f"{printable(self.shard)}, sample {printable(self.key)} at byte {self.offset}: {self.reason}"
 
 
 def append_to_quarantine(path: Path, faults: Iterable[Fault], step: int) -> None:

@@ -104,6 +104,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_race_reports(command: Command, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks at toy size: every arrangement of the recipe is tried; the best in one process and the best on two ranks
     meet ours. Rates are not checked."""
@@ -111,7 +112,7 @@ def test_the_race_reports(command: Command, scenes: Path, tmp_path: Path, monkey
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # threads that spin for each other starve on a busy machine
     driver, out = tmp_path / "driver.py", tmp_path / "rows.json"
     driver.write_text(DRIVER)
-    result = command(driver, command.config(tree), out, ranks=2)
+    result = command(driver, command.config(tree), out, ranks=2, timeout=900)
     assert result.returncode == 0, result.stderr
     *tried, ours, published, on_ranks, race, other = json.loads(out.read_text())
     assert len(tried) == len(race.arrangements(race.cores(), 2))

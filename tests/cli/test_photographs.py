@@ -37,11 +37,12 @@ def test_raw_pixels_score_what_is_known(shards: dict[str, Path]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_minute_of_training_helps(command: Command, shards: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     result = command(
         ROOT / "launchers/train.py", "--config", ROOT / "configs/vits_cifar10.yaml", f"run.dir={run}",
-        f"data.shards={shards['train']}", "train.steps=100", "optim.warmup_steps=10", ranks=2,
+        f"data.shards={shards['train']}", "train.steps=100", "optim.warmup_steps=10", ranks=2, timeout=900,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     result = command(ROOT / "tools/evaluate.py", run, "--train", shards["train"], "--test", shards["test"])

@@ -40,18 +40,33 @@ def members(count: int = COUNT) -> dict[str, bytes]:
     return found
 
 
-def tar_of(files: dict[str, bytes] | list[tuple[str, bytes]], links: tuple[str, ...] = ()) -> bytes:
+def tar_of(files: dict[str, bytes] | list[tuple[str, bytes]], links: list[tarfile.TarInfo] | None = None) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for name, data in files.items() if isinstance(files, dict) else files:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-        for name in links:
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = tarfile.LNKTYPE, "000.png"
+        for info in links or ():
             tar.addfile(info)
     return buffer.getvalue()
+
+
+def linking(target: str, kind: bytes = tarfile.LNKTYPE, name: str = "linked.png") -> bytes:
+    """A shard whose last member is a link."""
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return tar_of(members(), [info])
+
+
+def sparse(name: str) -> bytes:
+    """A shard whose member is of the type that GNU tar gives to files with holes."""
+    data = tar_of(members())
+    at = place(data, name)
+    header = bytearray(data[at : at + 512])
+    header[156:157], header[148:156] = b"S", b" " * 8
+    header[148:156] = f"{sum(header):06o}\0 ".encode()
+    return replaced(data, at, bytes(header))
 
 
 def place(data: bytes, name: str) -> int:
@@ -90,8 +105,19 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "no images": (tar_of({"a.txt": b"hello", "b.cls": b"1"}), "holds no images"),
     "same key twice": (tar_of([*members().items(), ("003.png", picture(9))]), "holds 003.png twice"),
     "compressed": (gzip.compress(GOOD), "is compressed"),
-    "link for an image": (tar_of(members(), links=("linked.png",)), "linked.png is a link"),
-    "label that is no number": (tar_of({**members(), "004.cls": b"cat"}), "004.cls holds b'cat'"),
+    "link for an image": (linking("000.png", tarfile.SYMTYPE), "linked.png is a link or a device"),
+    "link to what is not there": (linking("999.png"), "linked.png is a link to 999.png, which is no image before it"),
+    "link for a label": (linking("000.cls", name="linked.cls"), "linked.cls is a link"),
+    "sparse image": (sparse("000.png"), "000.png is a sparse file"),
+    "label of bytes": (tar_of({**members(), "004.cls": b"\xff\xfe"}), "004.cls holds b'\\xff\\xfe'"),
+    "label of several lines": (tar_of({**members(), "004.cls": b"a\nb"}), "not a class number or name"),
+    "no label": (tar_of({**members(), "004.cls": b" "}), "not a class number or name"),
+    "negative label": (tar_of({**members(), "004.cls": b"-7"}), "004.cls holds -7: class numbers begin at 0"),
+    "a book for a label": (tar_of({**members(), "004.cls": b"a" * 5000}), "004.cls holds 5,000 bytes"),
+    "several dots": (
+        tar_of({"a.left.png": picture(0), "a.cls": b"1"}),
+        "names as a.left.png have several dots, and WebDataset ends a name at the first. Set image_key=left.png",
+    ),
     "text": (b"<html>not found</html>", "not a readable tar"),
 }
 

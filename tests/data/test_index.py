@@ -41,9 +41,9 @@ def scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     seen: list[str] = []
     original = module.scan
 
-    def counted(url: str, reader: Reader) -> object:
+    def counted(url: str, *arguments: object) -> object:
         seen.append(Path(url).name)
-        return original(url, reader)
+        return original(url, *arguments)
 
     monkeypatch.setattr(module, "scan", counted)
     return seen
@@ -182,10 +182,10 @@ def test_interrupted_indexing_goes_on_where_it_was(
 ) -> None:
     counted = module.scan
 
-    def interrupted(url: str, reader: Reader) -> object:
+    def interrupted(url: str, *arguments: object) -> object:
         if url.endswith("2.tar"):
             raise KeyboardInterrupt
-        return counted(url, reader)
+        return counted(url, *arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "scan", interrupted)

@@ -37,7 +37,9 @@ def run(function: Callable[[], None], world: int, port: int, statuses: Path) -> 
         return
     ended = [os.waitpid(pid, os.WUNTRACED)[1] for pid in ranks]
     codes = [None if os.WIFSTOPPED(status) else os.waitstatus_to_exitcode(status) for status in ended]
-    statuses.write_text(repr(codes))
+    unfinished = statuses.with_suffix(".partial")
+    unfinished.write_text(repr(codes))
+    unfinished.replace(statuses)  # whoever waits for the file finds it whole
     os._exit(0)
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lejepa_scale.data.faults import printable
 from lejepa_scale.errors import UserError
 
 Header = dict[str, Any]
@@ -57,12 +58,8 @@ def header_line(header: Header) -> str:
 def record_line(step: int, record: Record) -> str:
     """What came at a position, as a line of a log."""
     *numbers, name, replacement = record
-    names = [_printable(text) for text in (name, replacement) if text]
+    names = [printable(text) for text in (name, replacement) if text]
     return "\t".join([str(step), *map(str, numbers), *names]) + "\n"
-
-
-def _printable(text: str) -> str:
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 class KeyLog:

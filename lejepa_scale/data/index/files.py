@@ -13,6 +13,7 @@ import numpy as np
 
 from lejepa_scale.config import is_remote
 from lejepa_scale.config.paths import user_cache
+from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.index.scan import ShardIndex
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
@@ -20,29 +21,30 @@ from lejepa_scale.errors import UserError
 logger = logging.getLogger(__name__)
 
 _VERSION = 2
-_MANIFEST = "manifest.index.npz"
+WORDS = -1  # in place of a number of classes: labels are words
 MANIFEST_ROW = np.dtype(
     [("count", "<i8"), ("labelled", "<i8"), ("classes", "<i8"), ("nbytes", "<i8"), ("digest", "S32")]
 )
 
 
 def row_of(index: ShardIndex) -> np.void:
-    """What a manifest says of a shard, a MANIFEST_ROW."""
+    """What a manifest says of a shard, a MANIFEST_ROW. classes: 1 + the largest label, or WORDS."""
     labels = index.labels
+    classes = WORDS if index.words is not None else int(labels.max()) + 1
     rows = np.zeros(1, MANIFEST_ROW)
-    rows[0] = (len(index), int((labels >= 0).sum()), int(labels.max()) + 1, index.nbytes, index.digest.encode())
+    rows[0] = (len(index), int((labels >= 0).sum()), classes, index.nbytes, index.digest.encode())
     return rows[0]
 
 
 class IndexLocation:
     """Where the index files of one folder of shards lie: beside them, or in a folder of our own where that cannot be
-    written. With `index_dir` they are written there alone."""
+    written. With `index_dir` they are written there alone. `mark`: SampleKeys'."""
 
-    def __init__(self, folder: str, index_dir: Path | None, reader: Reader) -> None:
+    def __init__(self, folder: str, index_dir: Path | None, reader: Reader, mark: str = "") -> None:
         address = folder if is_remote(folder) else str(Path(folder).absolute())
         mirror = hashlib.blake2b(address.encode(), digest_size=8).hexdigest()
         beside = [] if folder == "pipe:" else [folder]
-        self.folder, self.reader = folder, reader
+        self.folder, self.reader, self._ending = folder, reader, f"{mark and '.'}{mark}.index"
         if index_dir is not None:
             self.places, self.written = [str(index_dir / mirror), *beside], [str(index_dir / mirror)]
         else:
@@ -63,12 +65,13 @@ class IndexLocation:
 
     def sidecar(self, url: str, row: np.void | None = None) -> ShardIndex | None:
         """The sound sidecar of a shard, the one that `row` of the manifest describes where it is given."""
-        for data in self._candidates(f"{shard_name(url)}.index.npz"):
+        for data in self._candidates(f"{shard_name(url)}{self._ending}.npz"):
             try:
                 a = _unpacked(data)
                 index = ShardIndex(
-                    url, a["keys"], a["offsets"], a["sizes"], a["labels"], a["checksums"], int(a["nbytes"])
-                )
+                    url, a["keys"], a["offsets"], a["sizes"], a["labels"], a["checksums"], int(a["nbytes"]), a.get("words"),
+                    PassedOver.unpacked(a["passed"].tobytes()) if "passed" in a else PassedOver(),
+                )  # fmt: skip
                 if a["digest"].tobytes().decode() == index.digest and (row is None or row == row_of(index)):
                     return index
             except Exception:  # numpy and zipfile raise all sorts for a file that is cut or altered
@@ -77,12 +80,12 @@ class IndexLocation:
 
     def write_sidecar(self, index: ShardIndex) -> None:
         """Write the index of one shard. Raises UserError where no folder for it can be written."""
-        self._write(f"{shard_name(index.url)}.index.npz", _packed(_sidecar_arrays(index)))
+        self._write(f"{shard_name(index.url)}{self._ending}.npz", _packed(_sidecar_arrays(index)))
 
     def manifest(self) -> dict[str, np.void]:
         """The row of every shard by its name; none where there is no sound manifest."""
         damaged = False
-        for data in self._candidates(_MANIFEST):
+        for data in self._candidates(f"manifest{self._ending}.npz"):
             try:
                 arrays = _unpacked(data)
                 names = arrays["names"].tobytes().decode().split("\n")
@@ -99,11 +102,12 @@ class IndexLocation:
     def write_manifest(self, rows: dict[str, np.void]) -> None:
         """Write the rows of all shards of the folder, by name. Raises UserError where no folder for them can be
         written."""
-        self._write(_MANIFEST, _packed(_manifest_arrays(rows)))
+        self._write(f"manifest{self._ending}.npz", _packed(_manifest_arrays(rows)))
 
 
 def _sidecar_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
-    return {
+    words = {} if index.words is None else {"words": index.words}
+    return words | {
         "nbytes": np.array(index.nbytes),
         "digest": np.frombuffer(index.digest.encode(), np.uint8),
         "keys": index.keys,
@@ -111,6 +115,7 @@ def _sidecar_arrays(index: ShardIndex) -> dict[str, np.ndarray]:
         "sizes": index.sizes,
         "labels": index.labels,
         "checksums": index.checksums,
+        "passed": np.frombuffer(index.passed.packed(), np.uint8),
     }
 
 

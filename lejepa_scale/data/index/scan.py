@@ -1,27 +1,60 @@
 """One shard read from front to back: where its images lie, their checksums and labels. Refuses a tar that is damaged, cut
-short, or holds what training would pass over in silence."""
+short, or whose samples would be lost in silence; counts what it passes over."""
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt32
 
+from lejepa_scale.data.faults import printable
+from lejepa_scale.data.index import passed
+from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
-PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "tif", "tiff"})
+PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif", "avif", "jp2"})
 ARRAYS = frozenset({"npy"})  # images where there are no pictures; beside those, something about them
 IMAGE_EXTENSIONS = PICTURES | ARRAYS
 _BLOCK = 512  # of the tar format
 NO_IMAGE = -1  # as the size of a sample whose image is missing
+_META = re.compile(r"__[^/]*__($|/)")  # WebDataset's rule for members that are about the shard
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")  # such as int64 holds
+_LONGEST_LABEL = 4096  # bytes
+
+
+@dataclass(frozen=True)
+class SampleKeys:
+    """Which members of a sample are its image and its label, by their endings. image: the preferred one first; empty: all of
+    images. path: where in the JSON document of that ending the label stands; empty: the member is the label."""
+
+    image: tuple[str, ...] = ()
+    label: str = "cls"
+    path: tuple[str, ...] = ()
+
+    @classmethod
+    def parsed(cls, image_key: str, label_key: str) -> SampleKeys:
+        """Of a source's `image_key`, as `left.jpg;left.png`, and `label_key`, as `cls` or `json:category.id`."""
+        label, _, path = label_key.partition(":")
+        image = tuple(key.strip().lower() for key in image_key.split(";") if key.strip())
+        return cls(image, label.strip().lower(), tuple(part for part in path.split(".") if part))
+
+    @property
+    def mark(self) -> str:
+        """By which index files of another choice have names of their own; empty for the default."""
+        return "" if self == DEFAULT_KEYS else hashlib.blake2b(repr(self).encode(), digest_size=4).hexdigest()
+
+
+DEFAULT_KEYS = SampleKeys()
 
 
 @dataclass(frozen=True)
@@ -33,9 +66,11 @@ class ShardIndex:
     keys: Shaped[np.ndarray, " n"]  # bytes, UTF-8
     offsets: Int64[np.ndarray, " n"]
     sizes: Int64[np.ndarray, " n"]
-    labels: Int64[np.ndarray, " n"]  # -1 where the sample has no .cls member
+    labels: Int64[np.ndarray, " n"]  # class numbers, or rows of `words`; -1 where the sample has none
     checksums: UInt32[np.ndarray, " n"]  # CRC-32 of the image's bytes
     nbytes: int  # of the tar
+    words: Shaped[np.ndarray, " words"] | None = None  # bytes, UTF-8, sorted: where labels are no numbers
+    passed: PassedOver = field(default_factory=PassedOver, compare=False)  # members that are no part of a sample
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -49,76 +84,179 @@ class ShardIndex:
         """The name that the members of a sample share."""
         return self.keys[member].decode("utf-8", "surrogateescape")
 
+    def label(self, member: int) -> int | str | None:
+        """The sample's class as it is stored: a number, a word, or none."""
+        number = int(self.labels[member])
+        if number < 0:
+            return None
+        return number if self.words is None else self.words[number].decode()
+
     @cached_property
     def digest(self) -> str:
-        """Of everything here but the address."""
+        """Of everything here but the address and what was passed over."""
         state = hashlib.blake2b(f"{self.nbytes} {self.keys.dtype}".encode(), digest_size=16)
         for array in (self.keys, self.offsets, self.sizes, self.labels, self.checksums):
             state.update(np.ascontiguousarray(array).tobytes())
+        if self.words is not None:
+            state.update(f"{self.words.dtype}".encode() + self.words.tobytes())
         return state.hexdigest()
 
 
-class _Members:
-    """What a scan has seen so far, by key."""
+@dataclass
+class _Sample:
+    """What a scan has seen of one key. The image is that of the least rank, and of several such the first."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.pictures: dict[str, tuple[int, int, int]] = {}  # offset, size, CRC-32
-        self.arrays: dict[str, tuple[int, int, int]] = {}
-        self.labels: dict[str, int] = {}
-        self.first: dict[str, tuple[int, set[str]]] = {}  # offset of the first member, all extensions
+    first: int  # offset of its first member
+    endings: set[str] = field(default_factory=set)
+    image: tuple[int, int, int] | None = None  # offset, size, CRC-32
+    image_ending: str = ""
+    rank: int = 0
+    label: int | str | None = None
+
+
+class _Members:
+    """What a scan has seen so far."""
+
+    def __init__(self, url: str, keys: SampleKeys) -> None:
+        self.url, self.keys = url, keys
+        self.samples: dict[str, _Sample] = {}
+        self.images: dict[str, tuple[int, int, int]] = {}  # by the name of the member, for hard links to it
+        self.pictures = False  # whether there are any
+        self.passed = PassedOver()
 
     def add(self, member: tarfile.TarInfo, stream: _Stream) -> None:
-        key, dot, extension = _split(member.name)
-        if not dot or member.isdir():
+        """Raises UserError for what would be lost."""
+        if member.isdir():
             return
-        if not member.isfile():
-            if extension in IMAGE_EXTENSIONS:
-                raise UserError(
-                    f"shard {self.url}: {member.name} is a link, not a file. Write the shard with its images."
-                )
+        key, dot, ending = _split(member.name)
+        rank, is_label = self._rank(ending), ending == self.keys.label
+        if _META.match(member.name) or key.rpartition("/")[2] == "":
+            self.passed.add(passed.HIDDEN, member.name)
             return
-        _, extensions = self.first.setdefault(key, (member.offset_data, set()))
-        if extension in extensions:
+        if not dot:
+            self.passed.add(passed.NO_ENDING, member.name)
+            return
+        if member.issparse() or not (member.isfile() or (member.islnk() and member.linkname in self.images)):
+            if rank is not None or is_label:
+                raise self._no_file(member)
+            self.passed.add(passed.LINK, member.name, ending)
+            return
+        sample = self.samples.setdefault(key, _Sample(member.offset_data))
+        if ending in sample.endings:
             raise UserError(
-                f"shard {self.url} holds {member.name} twice (again at byte {member.offset}). "
+                f"shard {self.url} holds {printable(member.name)} twice (again at byte {member.offset}). "
                 "Keys must differ within a shard: write it again."
             )
-        extensions.add(extension)
-        if extension == "cls":
-            self.labels[key] = _label(stream.exactly(min(member.size, 64)), self.url, key)
-        elif extension in ARRAYS and not self.pictures:
-            self.arrays[key] = (member.offset_data, member.size, stream.checksum(member.size))
-        elif extension in PICTURES and key not in self.pictures:
-            self.pictures[key] = (member.offset_data, member.size, stream.checksum(member.size))
+        sample.endings.add(ending)
+        if is_label:
+            sample.label = self._label(member, stream)
+        elif rank is not None:
+            self.pictures |= ending in PICTURES
+            if member.islnk():
+                image = self.images[member.linkname]
+            else:
+                image = member.offset_data, member.size, stream.checksum(member.size)
+            self.images[member.name] = image
+            if sample.image is None or rank < sample.rank:
+                sample.image, sample.image_ending, sample.rank = image, ending, rank
+
+    def _rank(self, ending: str) -> int | None:
+        """Of a member among those that may be the image of its sample; None: it may not."""
+        if self.keys.image:
+            return self.keys.image.index(ending) if ending in self.keys.image else None
+        if ending in PICTURES:
+            return 0
+        return 1 if ending in ARRAYS and not self.pictures else None
+
+    def _no_file(self, member: tarfile.TarInfo) -> UserError:
+        kind = "a sparse file" if member.issparse() else "a link or a device, not a file"
+        if member.islnk():
+            kind = f"a link to {printable(member.linkname)}, which is no image before it in the shard"
+        return UserError(
+            f"shard {self.url}: {printable(member.name)} is {kind}. Write the shard with its images and labels."
+        )
+
+    def _label(self, member: tarfile.TarInfo, stream: _Stream) -> int | str | None:
+        where, path = f"shard {self.url}: {printable(member.name)}", self.keys.path
+        if member.islnk():
+            raise self._no_file(member)
+        if member.size > _LONGEST_LABEL and not path:
+            raise UserError(f"{where} holds {member.size:,} bytes, which are no class number or name.")
+        data = stream.exactly(member.size)
+        try:
+            label = _class(_at(json.loads(data), path) if path else data.decode().strip())
+        except ValueError as error:
+            wanted = f"a class number or name at {'.'.join(path)}" if path else "a class number or name"
+            raise UserError(f"{where} holds {data[:20]!r}, not {wanted}.") from error
+        if label == -1 or label is None:
+            self.passed.add(passed.NO_LABEL if label == -1 else passed.NO_VALUE, member.name, self.keys.label)
+            return None
+        if isinstance(label, int) and label < 0:
+            raise UserError(f"{where} holds {label}: class numbers begin at 0, and -1 is no class.")
+        return label
 
     def index(self, nbytes: int) -> ShardIndex:
         """Every key with an image, and every key that has what goes with the images of this shard, but none itself."""
-        images = self.pictures or self.arrays
+        arrays = not self.pictures and not self.keys.image
+        images = {
+            key: sample
+            for key, sample in self.samples.items()
+            if sample.image is not None and (arrays or self.keys.image or sample.rank == 0)
+        }
         if not images:
-            raise UserError(
-                f"shard {self.url} holds no images (members ending in {', '.join(sorted(IMAGE_EXTENSIONS))}). "
-                "Check data.shards, or write shards with `lejepa shards make`."
-            )
-        companions = {"cls"}.union(*(self.first[key][1] for key in images))
-        keys = [key for key, (_, extensions) in self.first.items() if key in images or extensions & companions]
-        rows = [images.get(key, (self.first[key][0], NO_IMAGE, 0)) for key in keys]
-        offsets, sizes, checksums = zip(*rows, strict=True)
+            raise self._without_images()
+        companions = {self.keys.label}.union(*(sample.endings for sample in images.values()))
+        chosen = {key: s for key, s in self.samples.items() if key in images or s.endings & companions}
+        for key, sample in self.samples.items():
+            for ending in sorted(sample.endings - {self.keys.label}):
+                if key not in images or ending != sample.image_ending:
+                    self.passed.add(self._reason(key, ending, images, chosen), f"{key}.{ending}", ending)
+        rows = [images[key].image if key in images else None for key in chosen]
+        labels, words = _numbered([sample.label for sample in chosen.values()])
+        if self.keys.label != "cls" and not (labels >= 0).any():
+            at = ":".join(filter(None, (self.keys.label, ".".join(self.keys.path))))
+            raise UserError(f"shard {self.url}: no sample has a label at {at}. Check label_key.")
         return ShardIndex(
             self.url,
-            np.array([key.encode("utf-8", "surrogateescape") for key in keys]),
-            np.array(offsets, np.int64),
-            np.array(sizes, np.int64),
-            np.array([self.labels.get(key, -1) for key in keys], np.int64),
-            np.array(checksums, np.uint32),
+            np.array([key.encode("utf-8", "surrogateescape") for key in chosen]),
+            np.array([row[0] if row else s.first for row, s in zip(rows, chosen.values(), strict=True)], np.int64),
+            np.array([row[1] if row else NO_IMAGE for row in rows], np.int64),
+            labels,
+            np.array([row[2] if row else 0 for row in rows], np.uint32),
             nbytes,
+            words,
+            self.passed,
+        )
+
+    def _reason(self, key: str, ending: str, images: dict[str, _Sample], chosen: dict[str, _Sample]) -> str:
+        """Why a member is neither the image nor the label of a sample."""
+        if key in images:
+            return passed.SECOND if self._rank(ending) is not None else passed.COMPANION
+        if key in chosen:
+            return passed.NO_IMAGE
+        return passed.SEVERAL_DOTS if _dotted(ending) else passed.OTHER
+
+    def _without_images(self) -> UserError:
+        names = [(key, ending) for key, sample in self.samples.items() for ending in sorted(sample.endings)]
+        for key, ending in names:
+            if _dotted(ending) and not self.keys.image:
+                return UserError(
+                    f"shard {self.url} holds no images: names as {printable(f'{key}.{ending}')} have several dots, and "
+                    f"WebDataset ends a name at the first. Set image_key={printable(ending)}, or rename them."
+                )
+        found = sorted({ending for _, ending in names})[:8]
+        there = f" Its members end in {', '.join(map(printable, found))}." if found else ""
+        return UserError(
+            f"shard {self.url} holds no images (members ending in "
+            f"{', '.join(self.keys.image or sorted(IMAGE_EXTENSIONS))}).{there} "
+            "Check data.shards, or write shards with `lejepa shards make`."
         )
 
 
-def scan(url: str, reader: Reader) -> ShardIndex:
+def scan(url: str, reader: Reader, keys: SampleKeys = DEFAULT_KEYS) -> ShardIndex:
     """Read a shard once. Raises UserError that names it and what to do."""
     stream = _Stream(reader.stream(url))
-    members = _Members(url)
+    members = _Members(url, keys)
     end = 0
     try:
         with tarfile.open(fileobj=stream, mode="r:") as tar:  # type: ignore[call-overload]
@@ -221,8 +359,42 @@ def _split(name: str) -> tuple[str, str, str]:
     return folder + slash + stem, dot, extension.lower()
 
 
-def _label(text: bytes, url: str, key: str) -> int:
-    try:
-        return int(text)
-    except ValueError as error:
-        raise UserError(f"shard {url}: {key}.cls holds {text[:20]!r}, not a class number.") from error
+def _dotted(ending: str) -> bool:
+    """Whether it is that of an image, but for what stands before its last dot."""
+    return "." in ending and ending.rpartition(".")[2] in IMAGE_EXTENSIONS
+
+
+def _at(document: object, path: tuple[str, ...]) -> object:
+    """What stands there, or None."""
+    for part in path:
+        if isinstance(document, list) and part.isdigit() and int(part) < len(document):
+            document = document[int(part)]
+        elif isinstance(document, dict):
+            document = document.get(part)
+        else:
+            return None
+    return document
+
+
+def _class(found: object) -> int | str | None:
+    """A class number, or a name. Raises ValueError for what is neither."""
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | str):
+        raise ValueError("neither a number nor a name")
+    text = str(found)
+    if not text or not text.isprintable() or len(text) > _LONGEST_LABEL:
+        raise ValueError("no name")
+    return int(text) if _INTEGER.fullmatch(text) else text
+
+
+def _numbered(
+    labels: list[int | str | None],
+) -> tuple[Int64[np.ndarray, " n"], Shaped[np.ndarray, " words"] | None]:
+    """Numbers as they are; where a label is a word, rows of the sorted labels as words."""
+    if not any(isinstance(label, str) for label in labels):
+        return np.array([-1 if label is None else label for label in labels], np.int64), None
+    words = sorted({str(label).encode() for label in labels if label is not None})
+    row = {word: number for number, word in enumerate(words)}
+    numbers = [-1 if label is None else row[str(label).encode()] for label in labels]
+    return np.array(numbers, np.int64), np.array(words)

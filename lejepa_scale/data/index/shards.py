@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +18,8 @@ from tqdm import tqdm
 
 from lejepa_scale.config import is_remote
 from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
-from lejepa_scale.data.index.scan import ShardIndex, scan
+from lejepa_scale.data.index.passed import PassedOver
+from lejepa_scale.data.index.scan import DEFAULT_KEYS, SampleKeys, ShardIndex, scan
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.data.io.threads import Pool
 from lejepa_scale.errors import UserError
@@ -38,6 +39,7 @@ class Shards:
     urls: list[str]
     rows: Shaped[np.ndarray, " shards"]  # of MANIFEST_ROW
     homes: dict[str, IndexLocation]
+    passed: PassedOver = field(default_factory=PassedOver)  # in the shards whose own index was read or made just now
 
     def __post_init__(self) -> None:
         self._held: OrderedDict[int, ShardIndex] = OrderedDict()
@@ -81,6 +83,7 @@ class Shards:
 def index_shards(
     urls: list[str],
     *,
+    keys: SampleKeys = DEFAULT_KEYS,
     reader: Reader | None = None,
     index_dir: Path | None = None,
     workers: int = 8,
@@ -98,7 +101,7 @@ def index_shards(
     """
     reader = reader or Reader()
     _refuse_repeats(urls)
-    homes = {folder: IndexLocation(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
+    homes = _homes(urls, index_dir, reader, keys)
     rows = np.zeros(len(urls), MANIFEST_ROW)
     known = {folder: home.manifest() for folder, home in homes.items()}
     lacking = [
@@ -114,9 +117,10 @@ def index_shards(
             f"which rank 0 has just read or written in {homes[_folder(urls[lacking[0]])].written}. "
             "Set data.index_dir to a folder that every node sees."
         )
-    if lacking:
-        _index(urls, rows, lacking, homes, reader, workers, rebuild)
     shards = Shards(urls, rows, homes)
+    if lacking:
+        scanned = partial(_scanned, keys=keys, reader=reader)
+        shards.passed.update(_index(shards, lacking, scanned, workers, rebuild))
     if lacking and manifest:
         for number, url in enumerate(urls):
             known[_folder(url)][shard_name(url)] = rows[number]
@@ -125,14 +129,16 @@ def index_shards(
     return shards
 
 
-def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: int) -> list[str]:
+def verify(
+    urls: list[str], *, keys: SampleKeys = DEFAULT_KEYS, reader: Reader, index_dir: Path | None, workers: int
+) -> list[str]:
     """Read every shard again and compare it with its sidecar; the differences, one sentence per shard. A shard that
     cannot be read is one too."""
-    homes = {folder: IndexLocation(folder, index_dir, reader) for folder in dict.fromkeys(map(_folder, urls))}
+    homes = _homes(urls, index_dir, reader, keys)
 
     def compare(url: str) -> str | None:
         try:
-            stored, found = homes[_folder(url)].sidecar(url), scan(url, reader)
+            stored, found = homes[_folder(url)].sidecar(url), scan(url, reader, keys)
         except UserError as error:
             return str(error)
         if stored is None:
@@ -149,55 +155,62 @@ def verify(urls: list[str], *, reader: Reader, index_dir: Path | None, workers: 
 
 
 def _index(
-    urls: list[str],
-    rows: Shaped[np.ndarray, " shards"],
+    shards: Shards,
     lacking: list[int],
-    homes: dict[str, IndexLocation],
-    reader: Reader,
+    scanned: Callable[[str, IndexLocation], ShardIndex | UserError],
     workers: int,
     rebuild: bool,
-) -> None:
-    """Fill the rows of the shards `lacking`, from sidecars where they are sound, else by scanning."""
+) -> Iterator[PassedOver]:
+    """Fill the rows of the shards `lacking`, from sound sidecars, else by scanning; what either passed over."""
+    places = {number: (shards.urls[number], shards.homes[_folder(shards.urls[number])]) for number in lacking}
 
-    def sidecar(number: int) -> ShardIndex | None:
-        url = urls[number]
-        stored = homes[_folder(url)].sidecar(url)
+    def sidecar(url: str, home: IndexLocation) -> ShardIndex | None:
+        stored = home.sidecar(url)
         return stored if stored is not None and _fits(url, row_of(stored)) else None
 
-    def scanned(number: int) -> ShardIndex | UserError:
-        url = urls[number]
-        try:
-            index = scan(url, reader)
-            homes[_folder(url)].write_sidecar(index)
-        except UserError as error:
-            return error
-        return index
-
-    numbers = [(number,) for number in lacking]
-    found = [None] * len(lacking) if rebuild else list(_each(workers, sidecar, numbers))
-    for number, index in zip(lacking, found, strict=True):
-        if index is not None:
-            rows[number] = row_of(index)
-    missing = [number for number, index in zip(lacking, found, strict=True) if index is None]
+    missing = lacking
+    if not rebuild:
+        missing = []
+        for number, index in zip(lacking, _each(workers, sidecar, list(places.values())), strict=True):
+            if index is None:
+                missing.append(number)
+            else:
+                shards.rows[number] = row_of(index)
+                yield index.passed
     if not missing:
         return
     logger.info(
         "%d of %d shards have no index that fits them: reading them once. "
         "`lejepa shards index` does this beforehand, on as many machines as you like.",
         len(missing),
-        len(urls),
+        len(shards),
     )
     faults: list[str] = []
-    results = _progress(_each(workers, scanned, [(number,) for number in missing]), len(missing), "indexing")
+    results = _progress(_each(workers, scanned, [places[number] for number in missing]), len(missing), "indexing")
     for number, result in zip(missing, results, strict=True):
         if isinstance(result, UserError):
             faults.append(str(result))
         else:
-            rows[number] = row_of(result)
+            shards.rows[number] = row_of(result)
+            yield result.passed
     if faults:
         more = f" And {len(faults) - _SHOWN} shards more." if len(faults) > _SHOWN else ""
         many = f"{len(faults)} shards cannot be used. " if len(faults) > 1 else ""
         raise UserError(many + " ".join(faults[:_SHOWN]) + more)
+
+
+def _scanned(url: str, home: IndexLocation, *, keys: SampleKeys, reader: Reader) -> ShardIndex | UserError:
+    """Read once, and its index written."""
+    try:
+        index = scan(url, reader, keys)
+        home.write_sidecar(index)
+    except UserError as error:
+        return error
+    return index
+
+
+def _homes(urls: list[str], index_dir: Path | None, reader: Reader, keys: SampleKeys) -> dict[str, IndexLocation]:
+    return {f: IndexLocation(f, index_dir, reader, keys.mark) for f in dict.fromkeys(map(_folder, urls))}
 
 
 def _refuse_repeats(urls: list[str]) -> None:
