@@ -94,6 +94,19 @@ def add_range(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
+def add_keys(parser: argparse.ArgumentParser, default: str = "any image's, and cls", *, label: bool = True) -> None:
+    """`--image-key` and `--label-key`, as `data.shards` has them."""
+    parser.add_argument(
+        "--image-key",
+        metavar="ENDING",
+        help=f"of the member that is a sample's image, as left.jpg (default: {default})",
+    )
+    if label:
+        parser.add_argument(
+            "--label-key", metavar="ENDING", help="of its label, with a path in JSON documents, as json:category.id"
+        )
+
+
 def ranges(numbers: Sequence[float] | None) -> tuple[tuple[float, float], ...] | None:
     """Pairs of them. Raises UserError for an odd count."""
     if numbers is None:

@@ -7,7 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from lejepa_scale.cli.command import Command, add_range, ranges
+from lejepa_scale.cli.command import Command, add_keys, add_range, ranges
 
 _DESCRIPTION = """  lejepa evaluate runs/quickstart --train data/scenes/train --test data/scenes/test
 
@@ -24,6 +24,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     add_range(parser, "that of the run's shards")
+    add_keys(parser, "those of the run's shards")
     parser.add_argument("--isotropy", action="store_true", help="one-dimensional tests of normality of the features")
     parser.add_argument("--json", type=Path, help="where the numbers go")
 
@@ -31,7 +32,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(a: argparse.Namespace) -> int:
     from lejepa_scale.evaluation import as_table, evaluate, isotropy, isotropy_table
 
-    found = evaluate(a.checkpoint, a.train, a.test, k=a.k, batch=a.batch, device=a.device, value_range=ranges(a.range))
+    found = evaluate(
+        a.checkpoint,
+        a.train,
+        a.test,
+        k=a.k,
+        batch=a.batch,
+        device=a.device,
+        value_range=ranges(a.range),
+        image_key=a.image_key,
+        label_key=a.label_key,
+    )
     target = a.json or a.checkpoint / "evaluation.json"
     target.write_text(json.dumps([asdict(row) for row in found.scores], indent=1))
     print(as_table(found.scores))

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lejepa_scale.cli.command import Command, positive
+from lejepa_scale.cli.command import Command, add_keys, positive
 
 _DESCRIPTION = """So that training starts at once: a sidecar per tar (offsets, checksums, labels), a manifest per folder.
 
@@ -22,6 +22,7 @@ be written in the user's cache; --out chooses another folder, which training is 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="tar files, folders, URLs; braces allowed")
     parser.add_argument("--out", type=Path, help="folder for the index files (data.index_dir)")
+    add_keys(parser)
     parser.add_argument("--workers", type=positive, default=8, help="shards read at once (default 8)")
     parser.add_argument(
         "--job", type=_job, metavar="i/n", help="index the i-th of n parts, counted from 0; no manifest"
@@ -41,9 +42,12 @@ def _job(text: str) -> tuple[int, int]:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    from lejepa_scale.data.index.classes import class_numbers
+    from lejepa_scale.data.index.scan import SampleKeys
     from lejepa_scale.data.index.shards import index_shards, verify
     from lejepa_scale.data.io.reader import Reader, expand
 
+    keys = SampleKeys.parsed(arguments.image_key or "", arguments.label_key or "cls")
     reader = Reader(read_timeout=arguments.read_timeout, retries=arguments.retries)
     urls = expand(arguments.shards)
     if arguments.job:
@@ -52,13 +56,14 @@ def _run(arguments: argparse.Namespace) -> int:
             print("no shard falls to this job.")
             return 0
     if arguments.verify:
-        faults = verify(urls, reader=reader, index_dir=arguments.out, workers=arguments.workers)
+        faults = verify(urls, keys=keys, reader=reader, index_dir=arguments.out, workers=arguments.workers)
         for fault in faults:
             print(f"error: {fault}", file=sys.stderr)
         print(f"{len(urls) - len(faults)} of {len(urls)} shards are as their index says")
         return 2 if faults else 0
     shards = index_shards(
         urls,
+        keys=keys,
         reader=reader,
         index_dir=arguments.out,
         workers=arguments.workers,
@@ -67,7 +72,10 @@ def _run(arguments: argparse.Namespace) -> int:
         manifest=arguments.job is None,
     )
     samples, labelled = int(shards.counts.sum()), int(shards.rows["labelled"].sum())
-    print(f"{len(shards)} shards, {samples:,} images, {labelled:,} with a label")
+    classes = f" of {class_numbers([shards], rebuild=arguments.rebuild).count:,} classes" if labelled else ""
+    print(f"{len(shards):,} shards, {samples:,} samples, {labelled:,} with a label{classes}")
+    if lines := shards.passed.lines():
+        print("\n  ".join(["passed over:", *lines]))
     return 0
 
 

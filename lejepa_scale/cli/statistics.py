@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lejepa_scale.cli.command import Command, add_range, positive, ranges
+from lejepa_scale.cli.command import Command, add_keys, add_range, positive, ranges
 
 _DESCRIPTION = """  lejepa shards statistics data/photos
   lejepa shards statistics data/sentinel2 --channels 13
@@ -22,6 +22,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shards", nargs="+", help="tar files, folders, URLs; braces allowed")
     parser.add_argument("--channels", type=positive, default=3, help="bands of an image (default 3)")
     add_range(parser, "none, which 8-bit images do not need")
+    add_keys(parser, "any image's", label=False)
     parser.add_argument("--images", type=positive, default=1000, help="how many are read, evenly spaced (default 1000)")
 
 
@@ -29,7 +30,9 @@ def _run(a: argparse.Namespace) -> int:
     from lejepa_scale.data import Pixels
     from lejepa_scale.data.statistics import QUANTILES, pixel_statistics
 
-    found = pixel_statistics(a.shards, Pixels(a.channels, ranges(a.range)), images=a.images)
+    found = pixel_statistics(
+        a.shards, Pixels(a.channels, ranges(a.range)), images=a.images, image_key=a.image_key or ""
+    )
     print(f"{found.images:,} of {found.of:,} images; stored values: {', '.join(found.kinds)}")
     names = ("channel", "least", *(f"{share:.1%}" for share in QUANTILES), "largest")
     print("".join(f"{name:>12}" for name in names))

@@ -84,6 +84,16 @@ class Source(Section):
 
     shards: list[str] = Field(description="tar shards: paths or URLs, braces allowed")
     weight: float = Field(1.0, gt=0, description="share of the samples drawn from this source")
+    image_key: str = Field(
+        "",
+        pattern=r"^[^/:]*$",
+        description="ending of the member that is the image, several by preference as left.jpg;left.png; empty: any image's",
+    )
+    label_key: str = Field(
+        "cls",
+        pattern=r"^[^/:;]+(:[^/:;]+)?$",
+        description="ending of the member that is the label, a number or a name; with a path, as json:category.id, in JSON",
+    )
     range: Interval | list[Interval] | None = Field(
         None,
         description="[low, high] of the stored values, or a list with that of each channel; unset: 8-bit images",

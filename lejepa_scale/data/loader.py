@@ -55,7 +55,7 @@ class _Samples(Dataset[Batch]):
             for i, (group, draws) in enumerate(zip(self.groups, self._draws(location), strict=True)):
                 cut[i][:, b] = views.cut_views(image, group, draws[:, : views.DRAWS])
                 colours[i][:, b] = draws[:, views.DRAWS :]
-            labels.append(int(shard.labels[member]))
+            labels.append(self.mixture.classes.of(shard, member))
             keys.append(shard.key(member))
             records.append(self.mixture.record(position, location, keys[-1]))
         drawn = [photometric.draw(x.reshape(-1, photometric.DRAWS), self.augment) for x in colours]

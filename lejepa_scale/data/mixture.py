@@ -11,6 +11,8 @@ from jaxtyping import Int64
 
 from lejepa_scale.config import Data
 from lejepa_scale.data.audit.keylog import Header, Record
+from lejepa_scale.data.index.classes import ClassNumbers, class_numbers
+from lejepa_scale.data.index.scan import SampleKeys
 from lejepa_scale.data.index.shards import Shards, index_shards
 from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.data.order import Location
@@ -24,6 +26,7 @@ class Mixture:
 
     shards: list[Shards]
     weights: list[float]
+    classes: ClassNumbers
 
     @property
     def counts(self) -> list[Int64[np.ndarray, " _shards"]]:
@@ -42,8 +45,8 @@ class Mixture:
 
     @property
     def num_classes(self) -> int:
-        """1 + the largest label where every sample has one, else 0."""
-        return max(int(s.rows["classes"].max()) for s in self.shards) if self.num_labelled == self.num_samples else 0
+        """Of all samples where every one has a label, else 0."""
+        return self.classes.count if self.num_labelled == self.num_samples else 0
 
     @property
     def fingerprint(self) -> str:
@@ -75,10 +78,19 @@ def open_mixture(data: Data, *, build: bool = True) -> Mixture:
     Without `build`, only what another process has indexed is read."""
     reader = reader_of(data)
     shards = [
-        index_shards(expand(source.shards), reader=reader, index_dir=data.index_dir, build=build)
+        index_shards(
+            expand(source.shards),
+            keys=SampleKeys.parsed(source.image_key, source.label_key),
+            reader=reader,
+            index_dir=data.index_dir,
+            build=build,
+        )
         for source in data.shards
     ]
-    mixture = Mixture(shards, [source.weight for source in data.shards])
+    mixture = Mixture(shards, [source.weight for source in data.shards], class_numbers(shards, build=build))
+    for source in shards:
+        if source.passed.notable:
+            logger.warning("passed over in %s: %s", source.urls[0], "; ".join(source.passed.lines()))
     if build and 0 < mixture.num_labelled < mixture.num_samples:
         missing = mixture.num_samples - mixture.num_labelled
         logger.warning("%d of %d samples have no label: the online probe is off.", missing, mixture.num_samples)

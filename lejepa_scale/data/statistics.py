@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lejepa_scale.data.faults import Fault, SampleFault
 from lejepa_scale.data.images.decode import stored
 from lejepa_scale.data.images.pixels import Pixels, scaled
+from lejepa_scale.data.index.scan import SampleKeys
 from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.data.samples import read_image
@@ -69,11 +70,12 @@ class Statistics:
         return max(8, int(self.high.max()).bit_length()) if whole else None
 
 
-def pixel_statistics(shards: Sequence[str], pixels: Pixels, *, images: int = 1000) -> Statistics:
-    """Statistics of up to `images` images, evenly spaced over the shards. Those that cannot be used are named and left out.
-    Raises UserError where a shard is missing or damaged, or no image can be used."""
+def pixel_statistics(shards: Sequence[str], pixels: Pixels, *, images: int = 1000, image_key: str = "") -> Statistics:
+    """Statistics of up to `images` images, evenly spaced over the shards; image_key as of a source in the configuration.
+    Images that cannot be used are named and left out. Raises UserError where a shard is missing or damaged, or no image can
+    be used."""
     reader, rng = Reader(), np.random.default_rng(0)
-    indexed = index_shards(expand(list(shards)), reader=reader)
+    indexed = index_shards(expand(list(shards)), keys=SampleKeys.parsed(image_key, "cls"), reader=reader)
     ends = np.cumsum(indexed.counts)
     total = int(ends[-1])
     chosen = np.unique(np.linspace(0, total - 1, min(images, total)).round().astype(int))

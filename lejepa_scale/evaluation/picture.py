@@ -15,6 +15,9 @@ from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.data.images.pixels import Ranges, of_run
+from lejepa_scale.data.index.scan import keys_of_run
+from lejepa_scale.data.index.shards import index_shards
+from lejepa_scale.data.io.reader import expand
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.pca import dense_features, pca_maps
 
@@ -29,9 +32,11 @@ def draw(
     images: int = 8,
     size: int | None = None,
     value_range: Ranges | None = None,
+    image_key: str | None = None,
 ) -> None:
     """Write the picture of a run directory with the first `images` of the shards, `size` pixels a side (unset: twice the
-    training size), values as those of the run's own images unless `value_range` is given. Of three and more channels the
+    training size), values and members as those of the run's own images unless `value_range` or
+    `image_key` is given. Of three and more channels the
     first three are shown, of others the first. Raises UserError for what is no run directory, and where matplotlib is
     absent."""
     pyplot = _pyplot()
@@ -41,9 +46,11 @@ def draw(
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     encoder, config = load_encoder(run)
     side = size or 2 * config.image_size
-    patterns = shards if isinstance(shards, str) else list(shards)
+    indexed = index_shards(
+        expand([shards] if isinstance(shards, str) else list(shards)), keys=keys_of_run(config.data, image_key)
+    )
     pixels = of_run(config.data, value_range)
-    batches = evaluation_batches(patterns, image_size=side, batch_size=images, limit=images, pixels=pixels)
+    batches = evaluation_batches(indexed, image_size=side, batch_size=images, limit=images, pixels=pixels)
     pictures, _ = next(iter(batches))
     maps = pca_maps(dense_features(encoder, normalize(pictures, pixels), _SHIFTS))
 

@@ -13,6 +13,10 @@ from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.config import Config
 from lejepa_scale.data import Pixels, evaluation_batches
 from lejepa_scale.data.images.pixels import Ranges, of_run
+from lejepa_scale.data.index.classes import class_numbers
+from lejepa_scale.data.index.scan import SampleKeys, keys_of_run
+from lejepa_scale.data.index.shards import Shards, index_shards
+from lejepa_scale.data.io.reader import expand
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Batches, Features, extract, raw_pixels
 from lejepa_scale.evaluation.report import Scores, score
@@ -41,6 +45,8 @@ def evaluate(
     image_size: int | None = None,
     value_range: Ranges | None = None,
     pixels: Pixels | None = None,
+    image_key: str | None = None,
+    label_key: str | None = None,
 ) -> Evaluation:
     """Nearest neighbours and a linear classifier on frozen features: fitted on `train`, scored on `test`.
 
@@ -49,9 +55,10 @@ def evaluate(
     train, test: labelled shards, as folders, files or brace patterns. device: unset, the GPU where there is one. image_size:
     side in pixels; unset, that of the checkpoint. value_range, of a checkpoint: ((low, high),) of the stored values, or a
     pair for each channel; unset, that of the run's own images. pixels, of an Encoder: what its images are; unset, 8-bit RGB
-    with ImageNet's mean and standard deviation. Raises UserError for what is not a checkpoint or a shard, for images
-    without labels, for a device that is not here, for pixels that are not the encoder's, and where the run's sources have
-    several ranges.
+    with ImageNet's mean and standard deviation. image_key, label_key: as of a source in the configuration; unset, those of
+    the checkpoint's sources, of an Encoder the defaults. Raises UserError for what is not a checkpoint or a shard, for
+    images without labels, for a device that is not here, for pixels that are not the encoder's, and where the run's
+    sources have several ranges or keys.
     """
     if k < 1 or batch < 1:
         raise UserError(f"evaluation needs at least 1 neighbour and 1 image a batch, not k={k} and batch={batch}.")
@@ -61,6 +68,7 @@ def evaluate(
         if image_size is None:
             raise UserError("evaluate() of an Encoder needs image_size, the side in pixels that it is scored at.")
         models["encoder"], pixels = encoder, pixels or Pixels()
+        keys = SampleKeys.parsed(image_key or "", label_key or "cls")
         if value_range is not None or pixels.channels != encoder.channels:
             raise UserError(
                 f"evaluate() of an Encoder of {encoder.channels} channel(s) takes what its images are as "
@@ -72,22 +80,24 @@ def evaluate(
         models["trained"], config = load_encoder(Path(encoder))
         models |= _first(Path(encoder), config)
         image_size, pixels = image_size or config.image_size, of_run(config.data, value_range)
+        keys = keys_of_run(config.data, image_key, label_key)
+    sets = [index_shards(expand([s] if isinstance(s, str) else list(s)), keys=keys) for s in (train, test)]
+    classes = class_numbers(sets)
 
-    def batches(shards: str | Sequence[str]) -> Batches:
-        patterns = shards if isinstance(shards, str) else list(shards)
-        return evaluation_batches(patterns, image_size=image_size, batch_size=batch, pixels=pixels)
+    def batches(shards: Shards) -> Batches:
+        return evaluation_batches(shards, image_size=image_size, batch_size=batch, pixels=pixels, classes=classes)
 
-    found: list[tuple[Features, Features]] = []
+    found: list[Features] = []
     scores: list[Scores] = []
     for name, model in models.items():
         training = model.training
-        pair = extract(model, batches(train), place, name, pixels), extract(model, batches(test), place, name, pixels)
+        fitted, held_out = (extract(model, batches(shards), place, name, pixels) for shards in sets)
         model.train(training)
-        found.append(pair)
-        scores.append(score(name, *pair, k=k))
-    raw = raw_pixels(batches(train), pixels=pixels), raw_pixels(batches(test), pixels=pixels)
-    scores.append(score("raw pixels", *raw, k=k))
-    return Evaluation(scores, found[0][1])
+        found.append(held_out)
+        scores.append(score(name, fitted, held_out, k=k))
+    fitted, held_out = (raw_pixels(batches(shards), pixels=pixels) for shards in sets)
+    scores.append(score("raw pixels", fitted, held_out, k=k))
+    return Evaluation(scores, found[0])
 
 
 def _first(checkpoint: Path, config: Config) -> dict[str, Encoder]:

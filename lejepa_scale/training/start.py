@@ -16,6 +16,7 @@ from lejepa_scale.checkpoint.store import not_finite
 from lejepa_scale.config import BatchPlan, Config, check_world
 from lejepa_scale.data import Loader, Mixture, ahead, open_mixture
 from lejepa_scale.data.audit.keylog import KeyLog
+from lejepa_scale.data.index.classes import MOST
 from lejepa_scale.engine import Engine, Factory, build_engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import LeJEPA, build, check
@@ -141,6 +142,9 @@ def started(
 def start_probe(config: Config, engine: Engine, classes: int, state: dict[str, Tensor]) -> OnlineProbe | None:
     """The online probe, at `state` where it is not empty; None where it is off or there are no classes to tell apart."""
     if not config.probe.enabled or classes < 2:
+        return None
+    if classes > MOST:
+        logger.info("the online probe is off: %d classes are more than the %d that it is for.", classes, MOST)
         return None
     width = engine.module.encoder.embed_dim
     probe = OnlineProbe(width, classes, config.probe.lr, config.run.seed, engine.device)

@@ -131,7 +131,7 @@ def test_the_tool_writes_and_then_has_nothing_to_do(command: Command, tmp_path: 
     assert "wrote 3 shards" in command(*arguments).stdout
     assert "holds this dataset already" in command(*arguments).stdout
     index = command(ROOT / "tools/index_shards.py", tmp_path / "s")
-    assert "3 shards, 12 images, 12 with a label" in index.stdout
+    assert "3 shards, 12 samples, 12 with a label of 10 classes" in index.stdout
     with tarfile.open(tmp_path / "s/shard-000000.tar") as tar:
         assert [m.name for m in tar.getmembers()][:2] == ["00000000.cls", "00000000.jpg"]
         assert io.BytesIO(tar.extractfile("00000000.cls").read()).read() == b"0"  # type: ignore[union-attr]

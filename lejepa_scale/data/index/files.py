@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,21 @@ class IndexLocation:
         """Write the rows of all shards of the folder, by name. Raises UserError where no folder for them can be
         written."""
         self._write(f"manifest{self._ending}.npz", _packed(_manifest_arrays(rows)))
+
+    def labels(self, name: str) -> list[int | str] | None:
+        """The labels that were written under that name; None where there is no sound file."""
+        for data in self._candidates(f"labels.{name}{self._ending}.json"):
+            try:
+                stored = json.loads(data)["labels"]
+            except (ValueError, TypeError, KeyError):
+                continue
+            if isinstance(stored, list) and all(type(label) in (int, str) for label in stored):
+                return stored
+        return None
+
+    def write_labels(self, name: str, labels: list[int | str]) -> None:
+        """Write all labels of a set of shards, for people too. Raises UserError as `write_manifest` does."""
+        self._write(f"labels.{name}{self._ending}.json", json.dumps({"labels": labels}, indent=0).encode())
 
 
 def _sidecar_arrays(index: ShardIndex) -> dict[str, np.ndarray]:

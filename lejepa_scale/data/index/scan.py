@@ -16,6 +16,7 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt32
 
+from lejepa_scale.config import Data
 from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index import passed
 from lejepa_scale.data.index.passed import PassedOver
@@ -55,6 +56,20 @@ class SampleKeys:
 
 
 DEFAULT_KEYS = SampleKeys()
+
+
+def keys_of_run(data: Data, image_key: str | None = None, label_key: str | None = None) -> SampleKeys:
+    """Of shards that a run did not name: as its own, but for a key that is given. Raises UserError where its sources have
+    several."""
+    image_keys, label_keys = ({getattr(s, key) for s in data.shards} for key in ("image_key", "label_key"))
+    for name, given, found in (("image_key", image_key, image_keys), ("label_key", label_key, label_keys)):
+        if given is None and len(found) > 1:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"the run's sources have several values of {name}: say which these shards have ({option}).")
+    return SampleKeys.parsed(
+        next(iter(image_keys)) if image_key is None else image_key,
+        next(iter(label_keys)) if label_key is None else label_key,
+    )
 
 
 @dataclass(frozen=True)
@@ -208,9 +223,12 @@ class _Members:
         companions = {self.keys.label}.union(*(sample.endings for sample in images.values()))
         chosen = {key: s for key, s in self.samples.items() if key in images or s.endings & companions}
         for key, sample in self.samples.items():
+            if key in chosen and key not in images:
+                self.passed.add(passed.NO_IMAGE, key)
+                continue
             for ending in sorted(sample.endings - {self.keys.label}):
                 if key not in images or ending != sample.image_ending:
-                    self.passed.add(self._reason(key, ending, images, chosen), f"{key}.{ending}", ending)
+                    self.passed.add(self._reason(ending, key in images), f"{key}.{ending}", ending)
         rows = [images[key].image if key in images else None for key in chosen]
         labels, words = _numbered([sample.label for sample in chosen.values()])
         if self.keys.label != "cls" and not (labels >= 0).any():
@@ -228,12 +246,10 @@ class _Members:
             self.passed,
         )
 
-    def _reason(self, key: str, ending: str, images: dict[str, _Sample], chosen: dict[str, _Sample]) -> str:
+    def _reason(self, ending: str, companion: bool) -> str:
         """Why a member is neither the image nor the label of a sample."""
-        if key in images:
+        if companion:
             return passed.SECOND if self._rank(ending) is not None else passed.COMPANION
-        if key in chosen:
-            return passed.NO_IMAGE
         return passed.SEVERAL_DOTS if _dotted(ending) else passed.OTHER
 
     def _without_images(self) -> UserError:

@@ -79,6 +79,26 @@ class Shards:
             self._held.popitem(last=False)
         return index
 
+    def distinct_labels(self, *, build: bool = True, rebuild: bool = False) -> list[int | str]:
+        """All labels, each once, sorted: from their file, which is written where it is not there, or anew. Raises UserError
+        without `build`, where it is not."""
+        home = self.homes[_folder(self.urls[0])]
+        name = self.fingerprint.hex()[:16]
+        if not rebuild and (known := home.labels(name)) is not None:
+            return known
+        if not build:
+            raise UserError(
+                f"this rank does not see the labels of {self.urls[0]} and others, which rank 0 has just written to "
+                f"{home.written[0]}. Set data.index_dir to a folder that every node sees."
+            )
+        found: set[int | str] = set()
+        for index in _progress(self, len(self), "reading labels"):
+            numbers = np.unique(index.labels[index.labels >= 0])
+            found.update(numbers.tolist() if index.words is None else (w.decode() for w in index.words.tolist()))
+        labels = sorted(found, key=lambda label: (isinstance(label, str), label))
+        home.write_labels(name, labels)
+        return labels
+
 
 def index_shards(
     urls: list[str],

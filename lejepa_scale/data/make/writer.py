@@ -51,7 +51,7 @@ def write_shards(
     out.mkdir(parents=True, exist_ok=True)
     (out / ".writing").touch()
     (out / _MARKER).unlink(missing_ok=True)
-    for old in [*out.glob("shard-*.tar*"), *out.glob("*.index.npz")]:
+    for old in [*out.glob("shard-*.tar*"), *out.glob("*.index.npz"), *out.glob("labels.*.index.json")]:
         old.unlink()
     shards: list[Path] = []
     writer: wds.TarWriter | None = None
