@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def _huggingface(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name")
     parser.add_argument("--split", default="train")
     parser.add_argument("--image-key", default="image")
-    parser.add_argument("--label-key", default="label")
+    parser.add_argument("--label-key", help="column of the labels (default: label, where there is one)")
 
 
 def _open(kind: str, a: argparse.Namespace) -> Any:
@@ -100,7 +101,11 @@ def _write(kind: str, a: argparse.Namespace) -> int:
         classes=source.classes,
         description=described,
     )
-    print(f"wrote {len(shards)} shards to {a.out}")
+    written = json.loads((a.out / "dataset.json").read_text())
+    classes = f" of {len(source.classes):,} classes" if source.classes else ""
+    print(f"wrote {len(shards):,} shards to {a.out}: {written['count']:,} images{classes}")
+    if lines := source.passed.lines():
+        print("\n  ".join(["passed over:", *lines]))
     return 0
 
 

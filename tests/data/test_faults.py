@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import lzma
 import struct
 import tarfile
 import zlib
@@ -118,7 +119,10 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         tar_of({"a.left.png": picture(0), "a.cls": b"1"}),
         "names as a.left.png have several dots, and WebDataset ends a name at the first. Set image_key=left.png",
     ),
-    "text": (b"<html>not found</html>", "not a readable tar"),
+    "a web page": (b"<html>not found</html>", "is a web page"),
+    "text": (b"not found" * 100, "not a readable tar"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "run `git lfs pull`"),
+    "compressed otherwise": (lzma.compress(GOOD), "is compressed (xz)"),
 }
 
 

@@ -53,6 +53,23 @@ def test_with_it_engines_draw_the_same_and_numbers_of_ranks_do_not(encoder: str)
     assert abs(none[0] - two[0]) > 1e-4 * two[0]
 
 
+def _features_of_the_same_images(drop_path: float) -> torch.Tensor:
+    """Of the first step, on every rank."""
+    model = {"options": {"depth": 3}, "drop_path": drop_path}
+    config = validate(small_config("u", "u", train={"global_batch": 8}, engine={"name": "ddp"}, model=model))
+    module, plan = start(config)
+    generator = torch.Generator().manual_seed(1)
+    views = [torch.randn(2, 4, 3, side, side, generator=generator) for side in (64, 32)]
+    return take_step(module, plan, of_this_rank([torch.cat([v, v], 1) for v in views], plan), 0).outputs[0]["features"]
+
+
+def test_ranks_draw_for_themselves() -> None:
+    first, second = run_ranks(_features_of_the_same_images, 2, 0.0)
+    assert torch.equal(first, second)
+    first, second = run_ranks(_features_of_the_same_images, 2, 0.5)
+    assert (first - second).abs().max() > 1e-2 * first.abs().max()
+
+
 def notices(tmp_path: Path, ranks: int, **sections: Any) -> str:
     config = validate(small_config(tmp_path, "s", engine={"name": "ddp"}, **sections))
     return summary._draws_notice(config, check_world(config, ranks), check(config))

@@ -20,6 +20,7 @@ from lejepa_scale.config import Data
 from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index import passed
 from lejepa_scale.data.index.passed import PassedOver
+from lejepa_scale.data.io.kinds import compression, not_a_tar
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
@@ -288,12 +289,14 @@ def scan(url: str, reader: Reader, keys: SampleKeys = DEFAULT_KEYS) -> ShardInde
             raise UserError(f"shard {url} is empty. Write it again or remove it from data.shards.") from error
         if not stream.last:
             raise _cut(url, stream.tell()) from error
-        packed = (
-            " It is compressed; only plain tars can be read at any place." if stream.head[:2] == b"\x1f\x8b" else ""
-        )
-        raise UserError(
-            f"shard {url} is not a readable tar file: {error}.{packed} Write it again or remove it."
-        ) from error
+        if fault := not_a_tar(stream.head):
+            raise UserError(f"shard {url} {fault}.") from error
+        if method := compression(stream.head):
+            raise UserError(
+                f"shard {url} is compressed ({method}), and samples are read at any place: unpack it, or write shards of it "
+                "with `lejepa shards make tar`."
+            ) from error
+        raise UserError(f"shard {url} is not a readable tar file: {error}. Write it again or remove it.") from error
     if len(stream.last) < _BLOCK:
         raise _cut(url, end)
     if any(stream.last):

@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
+import shutil
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any
 
 import cv2
 import numpy as np
 import tifffile
 
+from lejepa_scale.data.index.passed import BESIDE, HIDDEN, LINK, NO_ENDING, OTHER, STRAY, PassedOver
 from lejepa_scale.data.index.scan import ARRAYS, IMAGE_EXTENSIONS, PICTURES
+from lejepa_scale.data.io.kinds import HEAD, compression, not_a_tar
 from lejepa_scale.data.make import synthetic
 from lejepa_scale.data.make.writer import Sample
 from lejepa_scale.errors import UserError
 
-T = TypeVar("T")
+_OPENERS: dict[str, Callable[[Path], Any]] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
+_TAKEN = 0.5  # of the images lie in folders, at least, where those are classes
 
 
 @dataclass(frozen=True)
 class Source:
-    """Samples to be written, how many (None: unknown) and the names of the classes (empty: no labels)."""
+    """Samples to be written, how many (None: unknown), the names of the classes (empty: no labels), what is passed over."""
 
     samples: Iterator[Sample]
     total: int | None
     classes: tuple[str, ...] = ()
+    passed: PassedOver = field(default_factory=PassedOver)
 
 
 def scenes(
@@ -50,49 +60,53 @@ def scenes(
 
 
 def folder(root: Path, shuffle: int | None, labelled: bool) -> Source:
-    """Every image below `root`; its class is the first folder of its path, where all images lie in folders.
+    """Every image below `root`, links followed; its class is the first folder of its path, where images lie in folders.
     shuffle: the seed of their order; None: sorted. Raises UserError where there is no image."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder.")
-    paths = sorted(p for p in root.rglob("*") if p.is_file())
-    parts = _images({str(p.relative_to(root)): p for p in paths})
-    names, classes = _classes(list(parts), f"folder {root}", labelled)
-    keys = _keys(list(parts))
+    passed = PassedOver()
+    files = dict(sorted(_below(root, "", passed, frozenset())))
+    source = _listed(files, f"folder {root}", labelled, passed)
 
     def samples() -> Iterator[Sample]:
-        for name in _shuffled(list(parts), shuffle):
-            yield Sample(keys[name], _extension(name), parts[name].read_bytes(), names[name])
+        for name in _shuffled(list(source.keys), shuffle):
+            yield Sample(source.keys[name], _ending(name), files[name].read_bytes(), source.labels[name])
 
-    return Source(samples(), len(parts), classes)
+    return Source(samples(), len(source.keys), source.classes, passed)
 
 
 def tar(path: Path, prefix: str, shuffle: int | None, labelled: bool) -> Source:
-    """A plain tar of an image folder; `prefix` selects members and is cut off their names. shuffle: as for
+    """A tar of an image folder, plain or compressed; `prefix` selects members and is cut off their names. shuffle: as for
     `folder`. Raises UserError where it is no tar or holds no image."""
     if not path.is_file():
         raise UserError(f"{path} is not a file.")
+    passed, members = PassedOver(), dict[str, tarfile.TarInfo]()
     try:
-        archive = tarfile.open(path)
-        members = _images(
-            {
-                m.name.removeprefix("./").removeprefix(prefix).lstrip("/"): m
-                for m in archive.getmembers()
-                if m.isfile() and m.name.removeprefix("./").startswith(prefix)
-            }
-        )
-    except tarfile.TarError as error:
+        archive = tarfile.open(fileobj=_plain(path), mode="r:")
+        for member in archive:
+            name = member.name.removeprefix("./")
+            if member.isdir() or not name.startswith(prefix):
+                continue
+            name = name.removeprefix(prefix).lstrip("/")
+            if not (member.isfile() or member.islnk()):
+                passed.add(LINK, name)
+            elif any(_hidden(part) for part in name.split("/")):
+                passed.add(HIDDEN, name)
+            else:
+                members[name] = member
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise UserError(f"{path} is not a readable tar file: {error}.") from error
-    names, classes = _classes(sorted(members), f"tar {path}" + (f" under {prefix}" if prefix else ""), labelled)
-    keys = _keys(sorted(members))
+    members = dict(sorted(members.items()))
+    source = _listed(members, f"tar {path}" + (f" under {prefix}" if prefix else ""), labelled, passed)
 
     def samples() -> Iterator[Sample]:
         with archive:
-            for name in _shuffled(sorted(members), shuffle):
+            for name in _shuffled(list(source.keys), shuffle):
                 file = archive.extractfile(members[name])
                 assert file is not None
-                yield Sample(keys[name], _extension(name), file.read(), names[name])
+                yield Sample(source.keys[name], _ending(name), file.read(), source.labels[name])
 
-    return Source(samples(), len(members), classes)
+    return Source(samples(), len(source.keys), source.classes, passed)
 
 
 def torchvision(name: str, root: Path, split: str | None, download: bool, image_format: str, quality: int) -> Source:
@@ -105,8 +119,12 @@ def torchvision(name: str, root: Path, split: str | None, download: bool, image_
         raise UserError(f"torchvision has no dataset {name}; see torchvision.datasets for the names.")
     arguments: dict[str, Any] = {"root": str(root)}
     parameters = kind.__init__.__code__.co_varnames
-    if split is not None:
-        arguments |= {"train": split == "train"} if "train" in parameters else {"split": split}
+    if split is not None and "train" in parameters:
+        if split not in ("train", "test"):
+            raise UserError(f"torchvision.datasets.{name} has the splits train and test, not {split}.")
+        arguments["train"] = split == "train"
+    elif split is not None:
+        arguments["split"] = split
     if download and "download" in parameters:
         arguments["download"] = True
     if "root" not in parameters:
@@ -129,8 +147,9 @@ def torchvision(name: str, root: Path, split: str | None, download: bool, image_
 def huggingface(
     name: str, split: str, image_key: str, label_key: str | None, image_format: str, quality: int
 ) -> Source:
-    """A Hugging Face dataset, streamed; encoded images are kept as they are where the dataset holds them. Raises
-    UserError where the package is missing, the dataset cannot be opened or has no such column."""
+    """A Hugging Face dataset, streamed; encoded images are kept as they are where the dataset holds them. label_key: unset,
+    `label` where there is such a column. Raises UserError where the package is missing, the dataset cannot be opened or has
+    no such column."""
     try:
         import datasets
     except ImportError as error:
@@ -141,7 +160,12 @@ def huggingface(
         raise UserError(f"cannot open the Hugging Face dataset {name}, split {split}: {error}") from error
     if image_key not in (stream.features or {image_key: None}):
         raise UserError(f"{name} has no column {image_key}; it has {', '.join(stream.features)}. Use --image-key.")
-    feature = (stream.features or {}).get(label_key)
+    columns = stream.features or {}
+    if label_key is None:
+        label_key = "label" if "label" in columns else None
+    elif label_key not in columns:
+        raise UserError(f"{name} has no column {label_key}; it has {', '.join(columns)}. Use another --label-key.")
+    feature = columns.get(label_key)
     stream = stream.cast_column(image_key, datasets.Image(decode=False))
 
     def samples() -> Iterator[Sample]:
@@ -155,7 +179,7 @@ def huggingface(
             if extension not in IMAGE_EXTENSIONS:
                 image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
                 extension, data = image_format, encode(image, image_format, quality)
-            yield Sample(f"{i:08d}", extension, data, None if label is None else int(label))
+            yield Sample(f"{i:08d}", extension, data, label)
 
     return Source(samples(), None, tuple(getattr(feature, "names", ()) or ()))
 
@@ -182,13 +206,75 @@ def encode(image: np.ndarray, image_format: str, quality: int) -> bytes:
     return data.tobytes()
 
 
-def _classes(names: list[str], where: str, labelled: bool) -> tuple[dict[str, int | None], tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Listed:
+    """Images by their paths, which are the keys of both tables, in order."""
+
+    keys: dict[str, str]
+    labels: dict[str, int | None]
+    classes: tuple[str, ...]
+
+
+def _listed(files: Iterable[str], where: str, labelled: bool, passed: PassedOver) -> _Listed:
+    """What is taken of sorted paths: pictures, or arrays where there are none; and which classes they are of."""
+    by_kind = {kind: [name for name in files if _ending(name) in kind] for kind in (PICTURES, ARRAYS)}
+    names = by_kind[PICTURES] or by_kind[ARRAYS]
+    taken = set(names)
+    for name in files:
+        if name not in taken:
+            ending = _ending(name)
+            passed.add(BESIDE if ending in ARRAYS else OTHER if ending else NO_ENDING, name, ending)
     if not names:
-        raise UserError(f"{where} holds no image ({', '.join(sorted(IMAGE_EXTENSIONS))}).")
-    if not labelled or any("/" not in name for name in names):
-        return dict.fromkeys(names), ()
-    classes = sorted({name.split("/")[0] for name in names})
-    return {name: classes.index(name.split("/")[0]) for name in names}, tuple(classes)
+        found = "; ".join(passed.lines()[:3])
+        raise UserError(f"{where} holds no image ({', '.join(sorted(IMAGE_EXTENSIONS))}){found and f', but {found}'}.")
+    in_folders = [name for name in names if "/" in name]
+    if not labelled or len(in_folders) < _TAKEN * len(names):
+        return _Listed(_keys(names), dict.fromkeys(names), ())
+    for name in names:
+        if "/" not in name:
+            passed.add(STRAY, name, _ending(name))
+    classes = sorted({name.partition("/")[0] for name in in_folders})
+    number = {name: i for i, name in enumerate(classes)}
+    return _Listed(_keys(in_folders), {n: number[n.partition("/")[0]] for n in in_folders}, tuple(classes))
+
+
+def _below(folder: Path, prefix: str, passed: PassedOver, above: frozenset[Path]) -> Iterator[tuple[str, Path]]:
+    """Every file, with its path from the top; `above`: the folders on the way here, so that links back to them end."""
+    here = folder.resolve()
+    for path in sorted(folder.iterdir()):
+        name = prefix + path.name
+        if _hidden(path.name):
+            passed.add(HIDDEN, f"{name}/" if path.is_dir() else name)
+        elif path.is_dir():
+            if path.resolve() in above | {here}:
+                passed.add(LINK, name)
+            else:
+                yield from _below(path, f"{name}/", passed, above | {here})
+        elif path.is_file():
+            yield name, path
+        else:
+            passed.add(LINK, name, _ending(name))
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _plain(path: Path) -> IO[bytes]:
+    """The file, or what it is compressed from, in a temporary one: members are read in any order. Raises UserError for what
+    is known not to be a tar."""
+    with path.open("rb") as file:
+        head = file.read(HEAD)
+    if fault := not_a_tar(head):
+        raise UserError(f"{path} {fault}.")
+    opener = _OPENERS.get(compression(head) or "")
+    if opener is None:
+        return path.open("rb")
+    unpacked = tempfile.TemporaryFile()
+    with opener(path) as packed:
+        shutil.copyfileobj(packed, unpacked, 1 << 20)
+    unpacked.seek(0)
+    return unpacked
 
 
 def _shuffled(names: list[str], seed: int | None) -> list[str]:
@@ -197,16 +283,8 @@ def _shuffled(names: list[str], seed: int | None) -> list[str]:
     return [names[i] for i in np.random.Generator(np.random.Philox(seed)).permutation(len(names))]
 
 
-def _images(files: dict[str, T]) -> dict[str, T]:
-    """Those that are images by their names: pictures, or arrays where there are none."""
-    for kind in (PICTURES, ARRAYS):
-        if found := {name: file for name, file in files.items() if _extension(name) in kind}:
-            return found
-    return {}
-
-
-def _extension(name: str) -> str:
-    return name.rpartition(".")[2].lower()
+def _ending(name: str) -> str:
+    return name.rpartition("/")[2].rpartition(".")[2].lower() if "." in name.rpartition("/")[2] else ""
 
 
 def _keys(names: list[str]) -> dict[str, str]:

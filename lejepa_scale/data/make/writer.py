@@ -18,12 +18,12 @@ _MARKER = "dataset.json"
 
 @dataclass(frozen=True)
 class Sample:
-    """One image: its encoded bytes as they came, and its class number where known."""
+    """One image: its encoded bytes as they came, and its class, a number or a name, where known."""
 
     key: str
     extension: str
     image: bytes
-    label: int | None = None
+    label: int | str | None = None
 
 
 def is_written(out: Path, description: dict[str, Any], overwrite: bool) -> bool:
