@@ -13,7 +13,9 @@ import pytest
 from conftest import ROOT, Command
 from torchvision.datasets import FakeData
 
+from lejepa_scale.cli.main import main
 from lejepa_scale.data.index.shards import index_shards
+from lejepa_scale.data.io.reader import WRITING, expand
 from lejepa_scale.data.make import sources, synthetic
 from lejepa_scale.data.make.writer import is_written, write_shards
 from lejepa_scale.errors import UserError
@@ -82,6 +84,91 @@ def test_folders_and_tars_of_folders(tmp_path: Path) -> None:
     assert all(s.label is None for s in sources.folder(root, None, False).samples)
 
 
+def messy(root: Path) -> Path:
+    """A folder as people have them: 6 images of two classes, one of them behind a link, and what lies beside."""
+    for name in (
+        "cat/a.png", "cat/b.JPG", "cat/deep/c.png", "stray.png", ".ipynb_checkpoints/a-checkpoint.png",
+        "__MACOSX/cat/._a.png", "cat/.hidden.png", "cat/._a.png",
+    ):  # fmt: skip
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(len(name)))
+    elsewhere = root.parent / "elsewhere"
+    elsewhere.mkdir()
+    for i in range(3):
+        (elsewhere / f"{i}.png").write_bytes(picture(100 + i))
+    for name in ("cat/a.jxl", "cat/d.jxl", "cat/mask.npy", "README", "cat/notes.txt"):
+        (root / name).write_text("x")
+    (root / "dog").symlink_to(elsewhere)
+    (root / "cat/loop").symlink_to(root)
+    (root / "cat/gone.png").symlink_to(root / "nothing")
+    return root
+
+
+def test_a_messy_folder_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = messy(tmp_path / "photos"), tmp_path / "shards"
+    words = ["shards", "make", "folder", str(root), "--shuffle", "-1", "--out"]
+    assert main([*words, str(out)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"wrote 1 shards to {out}: 6 images of 2 classes",
+        "passed over:",
+        "  4 hidden, or what systems and WebDataset keep for themselves, for instance .ipynb_checkpoints/",
+        "  2 .jxl of another ending than images have, for instance cat/a.jxl",
+        "  1 .npy arrays beside pictures, for instance cat/mask.npy",
+        "  1 .png beside the folders of the classes (--no-labels takes all images, without labels), for instance stray.png",
+        "  1 .png links or devices, not files, for instance cat/gone.png",
+        "  1 .txt of another ending than images have, for instance cat/notes.txt",
+        "  1 links or devices, not files, for instance cat/loop",
+        "  1 without an ending, for instance README",
+    ]
+    (index,) = index_shards([str(out / "shard-000000.tar")])
+    assert [index.key(m) for m in range(6)] == ["cat_a", "cat_b", "cat_deep_c", "dog_0", "dog_1", "dog_2"]
+    assert index.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert main([*words, str(tmp_path / "all"), "--no-labels"]) == 0
+    assert ": 7 images\n" in capsys.readouterr().out
+
+
+def test_folders_are_classes_where_most_images_lie_in_them(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "c.png", "raw/d.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture(1))
+    source = sources.folder(tmp_path, None, True)
+    assert (source.total, source.classes, source.passed.kinds) == (4, (), {})
+
+
+@pytest.mark.parametrize("method", ["gz", "bz2", "xz"])
+def test_compressed_tars_are_those_they_hold(method: str, tmp_path: Path) -> None:
+    root = messy(tmp_path / "photos")
+    for name in (f"a.tar.{method}", "a.tar"):
+        with tarfile.open(tmp_path / name, f"w:{method if name.endswith(method) else ''}") as tar:  # type: ignore[call-overload]
+            tar.add(root, ".")
+    packed, plain = (sources.tar(tmp_path / name, "", 3, True) for name in (f"a.tar.{method}", "a.tar"))
+    assert list(packed.samples) == list(plain.samples)
+    assert (packed.total, packed.classes) == (3, ("cat",))  # a link to a folder holds nothing in a tar
+    assert packed.passed.kinds == plain.passed.kinds
+    data = (tmp_path / f"a.tar.{method}").read_bytes()
+    (tmp_path / "cut").write_bytes(data[: len(data) // 2])
+    with pytest.raises(UserError, match="cut is not a readable tar file"):
+        sources.tar(tmp_path / "cut", "", None, True)
+
+
+def test_folders_without_shards_say_what_to_do(tmp_path: Path) -> None:
+    root = messy(tmp_path / "photos")
+    with pytest.raises(UserError, match=rf"holds images, as .*: lejepa shards make folder {root} --out SHARDS"):
+        expand([str(root)])
+    (tmp_path / "packed").mkdir()
+    (tmp_path / "packed/a.tgz").touch()
+    with pytest.raises(UserError, match=r"a\.tgz, which is compressed.* lejepa shards make tar .*a\.tgz --out SHARDS"):
+        expand([str(tmp_path / "packed")])
+    shards = tmp_path / "shards"
+    write(sources.scenes(5, 16, 0, "jpg", 90), shards)
+    (shards / "._shard-000000.tar").touch()
+    (shards / "shard-000000.tar").rename(shards / "shard-000000.TAR")
+    assert expand([str(shards)]) == [str(shards / "shard-000000.TAR")]
+    (shards / WRITING).touch()
+    with pytest.raises(UserError, match="is being written by `lejepa shards make`, or that was interrupted"):
+        expand([str(shards)])
+
+
 def test_images_whose_names_differ_in_the_ending_stay_apart(tmp_path: Path) -> None:
     for name in ("a.b.png", "a_b.png", "a_b.jpg"):
         (tmp_path / name).write_bytes(picture(5))
@@ -113,6 +200,11 @@ def test_wrong_sources_are_named(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"no tar")
     with pytest.raises(UserError, match=r"x\.tar is not a readable tar"):
         sources.tar(tmp_path / "x.tar", "", None, True)
+    (tmp_path / "y.tar").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UserError, match="run `git lfs pull`"):
+        sources.tar(tmp_path / "y.tar", "", None, True)
+    with pytest.raises(UserError, match="CIFAR10 has the splits train and test, not training"):
+        sources.torchvision("CIFAR10", tmp_path, "training", False, "png", 90)
     with pytest.raises(UserError, match="no dataset CIFAR11"):
         sources.torchvision("CIFAR11", tmp_path, None, False, "png", 90)
 

@@ -20,13 +20,10 @@ from lejepa_scale.config import Data
 from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index import passed
 from lejepa_scale.data.index.passed import PassedOver
-from lejepa_scale.data.io.kinds import compression, not_a_tar
+from lejepa_scale.data.io.kinds import ARRAYS, IMAGES, PICTURES, compression, not_a_tar
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
-PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif", "avif", "jp2"})
-ARRAYS = frozenset({"npy"})  # images where there are no pictures; beside those, something about them
-IMAGE_EXTENSIONS = PICTURES | ARRAYS
 _BLOCK = 512  # of the tar format
 NO_IMAGE = -1  # as the size of a sample whose image is missing
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's rule for members that are about the shard
@@ -265,7 +262,7 @@ class _Members:
         there = f" Its members end in {', '.join(map(printable, found))}." if found else ""
         return UserError(
             f"shard {self.url} holds no images (members ending in "
-            f"{', '.join(self.keys.image or sorted(IMAGE_EXTENSIONS))}).{there} "
+            f"{', '.join(self.keys.image or sorted(IMAGES))}).{there} "
             "Check data.shards, or write shards with `lejepa shards make`."
         )
 
@@ -380,7 +377,7 @@ def _split(name: str) -> tuple[str, str, str]:
 
 def _dotted(ending: str) -> bool:
     """Whether it is that of an image, but for what stands before its last dot."""
-    return "." in ending and ending.rpartition(".")[2] in IMAGE_EXTENSIONS
+    return "." in ending and ending.rpartition(".")[2] in IMAGES
 
 
 def _at(document: object, path: tuple[str, ...]) -> object:

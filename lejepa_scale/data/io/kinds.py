@@ -1,7 +1,11 @@
-"""What a file is by its first bytes, whatever its name says: for messages, and for tars that are compressed."""
+"""What a file is: by its ending, what is taken for an image; by its first bytes, what is no tar, or a compressed one."""
 
 from __future__ import annotations
 
+PICTURES = frozenset({"jpg", "jpeg", "png", "webp", "bmp", "ppm", "pgm", "tif", "tiff", "gif", "avif", "jp2"})
+ARRAYS = frozenset({"npy"})  # images where there are no pictures; beside those, something about them
+IMAGES = PICTURES | ARRAYS
+COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 HEAD = 512  # bytes that are looked at
 _COMPRESSED = {
     b"\x1f\x8b": "gzip",

@@ -10,6 +10,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from glob import glob
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +20,14 @@ from lejepa_scale.config import is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.faults import SampleFault
 from lejepa_scale.data.io.cache import Cache
+from lejepa_scale.data.io.kinds import COMPRESSED_TARS, IMAGES
 from lejepa_scale.data.io.threads import Pool, result
 from lejepa_scale.data.io.transport import THREADS, Refused, Transport, expect_size
 from lejepa_scale.errors import UserError
 
 _OPEN_FILES = 128
+_LOOKED_AT = 10_000  # files of a folder without shards
+WRITING = ".writing"  # a file in a folder of shards that is not finished
 
 
 def expand(patterns: list[str]) -> list[str]:
@@ -34,17 +38,47 @@ def expand(patterns: list[str]) -> list[str]:
         expanded = expand_urls(pattern) if pattern else []
         for url in expanded:
             if not is_remote(url) and Path(url).is_dir():
-                urls += sorted(str(path) for path in Path(url).glob("*.tar"))
+                urls += _in_folder(Path(url))
             elif not is_remote(url) and any(c in url for c in "*?["):
                 urls += sorted(glob(url, recursive=True))
             else:
                 urls.append(url)
     if not urls:
+        hints = [hint for url in patterns if not is_remote(url) and Path(url).is_dir() for hint in _instead(Path(url))]
         raise UserError(
-            f"data.shards = {', '.join(patterns) or 'nothing'} matches no shard. Give tar files, a folder that holds some, "
-            "or a brace pattern such as shards/train-{000000..000099}.tar."
+            f"data.shards = {', '.join(patterns) or 'nothing'} matches no shard. "
+            + (
+                " ".join(hints)
+                or "Give tar files, a folder that holds some, or a brace pattern such as shards/train-{000000..000099}.tar."
+            )
         )
     return urls
+
+
+def _in_folder(folder: Path) -> list[str]:
+    """Its tars, but for what systems leave beside them."""
+    if (folder / WRITING).exists():
+        raise UserError(
+            f"{folder} is being written by `lejepa shards make`, or that was interrupted: wait for it, or repeat its "
+            "command."
+        )
+    return sorted(str(p) for p in folder.iterdir() if p.suffix.lower() == ".tar" and not p.name.startswith("."))
+
+
+def _instead(folder: Path) -> list[str]:
+    """What to do with a folder without tars, by what lies in it."""
+    compressed = [p.name for p in folder.iterdir() if p.name.lower().endswith(COMPRESSED_TARS)]
+    if compressed:
+        return [
+            f"{folder} holds {compressed[0]}, which is compressed, and samples are read at any place: unpack it, or make "
+            f"shards of it: lejepa shards make tar {folder / compressed[0]} --out SHARDS."
+        ]
+    below = (path for path in islice(folder.rglob("*"), _LOOKED_AT) if path.suffix[1:].lower() in IMAGES)
+    if image := next(below, None):
+        return [
+            f"{folder} holds images, as {image}: make shards of them: lejepa shards make folder {folder} --out SHARDS."
+        ]
+    return []
 
 
 def shard_name(url: str) -> str:

@@ -20,8 +20,7 @@ import numpy as np
 import tifffile
 
 from lejepa_scale.data.index.passed import BESIDE, HIDDEN, LINK, NO_ENDING, OTHER, STRAY, PassedOver
-from lejepa_scale.data.index.scan import ARRAYS, IMAGE_EXTENSIONS, PICTURES
-from lejepa_scale.data.io.kinds import HEAD, compression, not_a_tar
+from lejepa_scale.data.io.kinds import ARRAYS, HEAD, IMAGES, PICTURES, compression, not_a_tar
 from lejepa_scale.data.make import synthetic
 from lejepa_scale.data.make.writer import Sample
 from lejepa_scale.errors import UserError
@@ -176,7 +175,7 @@ def huggingface(
             if data is None:
                 data = Path(row[image_key]["path"]).read_bytes()
             extension = (Image.open(io.BytesIO(data)).format or "").lower().replace("jpeg", "jpg")
-            if extension not in IMAGE_EXTENSIONS:
+            if extension not in IMAGES:
                 image = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
                 extension, data = image_format, encode(image, image_format, quality)
             yield Sample(f"{i:08d}", extension, data, label)
@@ -226,7 +225,7 @@ def _listed(files: Iterable[str], where: str, labelled: bool, passed: PassedOver
             passed.add(BESIDE if ending in ARRAYS else OTHER if ending else NO_ENDING, name, ending)
     if not names:
         found = "; ".join(passed.lines()[:3])
-        raise UserError(f"{where} holds no image ({', '.join(sorted(IMAGE_EXTENSIONS))}){found and f', but {found}'}.")
+        raise UserError(f"{where} holds no image ({', '.join(sorted(IMAGES))}){found and f', but {found}'}.")
     in_folders = [name for name in names if "/" in name]
     if not labelled or len(in_folders) < _TAKEN * len(names):
         return _Listed(_keys(names), dict.fromkeys(names), ())

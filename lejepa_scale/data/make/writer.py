@@ -11,6 +11,7 @@ from typing import Any
 import webdataset as wds
 from tqdm import tqdm
 
+from lejepa_scale.data.io.reader import WRITING
 from lejepa_scale.errors import UserError
 
 _MARKER = "dataset.json"
@@ -30,7 +31,7 @@ def is_written(out: Path, description: dict[str, Any], overwrite: bool) -> bool:
     """Whether `out` already holds this dataset. Raises UserError where it holds another, unless `overwrite`."""
     marker = out / _MARKER
     if overwrite or not marker.exists():
-        if not overwrite and any(out.glob("*.tar")) and not (out / ".writing").exists():
+        if not overwrite and any(out.glob("*.tar")) and not (out / WRITING).exists():
             raise UserError(f"{out} holds tar files that this tool did not write; choose another --out.")
         return False
     if json.loads(marker.read_text())["description"] == description:
@@ -49,7 +50,7 @@ def write_shards(
 ) -> list[Path]:
     """Write `shard-000000.tar`, ... and, last, dataset.json. Returns the shards."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / ".writing").touch()
+    (out / WRITING).touch()
     (out / _MARKER).unlink(missing_ok=True)
     for old in [*out.glob("shard-*.tar*"), *out.glob("*.index.npz"), *out.glob("labels.*.index.json")]:
         old.unlink()
@@ -75,7 +76,7 @@ def write_shards(
         "description": description,
     }
     (out / _MARKER).write_text(json.dumps(summary, indent=1))
-    (out / ".writing").unlink()
+    (out / WRITING).unlink()
     return shards
 
 
