@@ -115,9 +115,9 @@ def test_a_messy_folder_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureF
         "  2 .jxl of another ending than images have, for instance cat/a.jxl",
         "  1 .npy arrays beside pictures, for instance cat/mask.npy",
         "  1 .png beside the folders of the classes (--no-labels takes all images, without labels), for instance stray.png",
+        "  1 links or devices, not files, for instance cat/loop",
         "  1 .png links or devices, not files, for instance cat/gone.png",
         "  1 .txt of another ending than images have, for instance cat/notes.txt",
-        "  1 links or devices, not files, for instance cat/loop",
         "  1 without an ending, for instance README",
     ]
     (index,) = index_shards([str(out / "shard-000000.tar")])
