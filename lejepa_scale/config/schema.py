@@ -181,6 +181,9 @@ class Data(Section):
         min_length=1,
         description="tar shards: a path or URL with braces, a list of those, or a mixture [{shards, weight}, ...]",
     )
+    exif: bool = Field(
+        True, description="turn images as their EXIF or TIFF orientation says; false: as they are stored"
+    )
     channels: Positive = Field(3, description="bands of every image, which the encoder takes; 3: RGB")
     mean: tuple[float, ...] = Field(
         (0.485, 0.456, 0.406),

@@ -229,13 +229,19 @@ def test_cut_and_resized_as_pillow_does(size: int, scale: tuple[float, float]) -
         assert difference.double().mean() < 0.2
 
 
-def test_views_have_their_shapes_and_tiny_or_long_images_work() -> None:
+def test_views_have_their_shapes_and_tiny_or_long_images_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    original = geometry._resized
     group = ViewGroup(count=3, size=16, scale=(0.05, 0.3))
     for shape in ((1, 1), (2, 300), (300, 2), (64, 48)):
         image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
         draws = np.random.default_rng(1).random((3, geometry.DRAWS))
         assert geometry.cut_views(image, group, draws).shape == (3, 3, 16, 16)
         assert geometry.centre_square(image, 20).shape == (20, 20, 3)
+    for shape in ((10_000, 1), (1, 10_000)):  # of which no more than the middle is made larger
+        resized: list[tuple[int, int]] = []
+        monkeypatch.setattr(geometry, "_resized", lambda *a, to=resized: to.append(a[1:]) or original(*a))
+        assert geometry.centre_square(np.zeros((*shape, 3), np.uint8), 224).shape == (224, 224, 3)
+        assert max(resized[0]) <= 8 * 224
     for side in (1, 2, 3):
         tiny = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
         sharp = reference.adjust_hue(tiny / 255, 0.1)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import io
+import struct
 import time
+import zlib
 
 import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from lejepa_scale.config import ViewGroup, Views
 from lejepa_scale.data.images import views as geometry
 from lejepa_scale.data.images.decode import DecodeError, MinResolution, decode, dimensions
+from lejepa_scale.data.images.pixels import Pixels
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -162,3 +165,87 @@ def test_resolution_follows_the_most_demanding_group() -> None:
     assert geometry.min_resolution([ViewGroup(count=0, size=999, scale=(0.1, 1)), coarse]) == geometry.min_resolution(
         [coarse]
     )
+
+
+ORIENTED = {"JPEG": {"quality": 95}, "PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "AVIF": {"quality": 90}}
+
+
+@pytest.mark.parametrize("name", ORIENTED)
+def test_every_format_is_turned_by_one_rule(name: str) -> None:
+    """Against Pillow's own transposition; as they are stored, against the picture that was written."""
+    pixels = np.zeros((40, 64, 3), np.uint8)
+    pixels[:20], pixels[:, :32, 1], pixels[4:12, 40:60] = (200, 30, 30), 180, (0, 0, 255)
+    for orientation in range(1, 9):
+        exif, file = Image.Exif(), io.BytesIO()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.fromarray(pixels).save(file, name, exif=exif, **ORIENTED[name])
+        data = file.getvalue()
+        with Image.open(file) as stored:
+            expected = np.asarray(ImageOps.exif_transpose(stored).convert("RGB"))
+        found = decode(data)
+        assert found.shape == expected.shape, orientation
+        assert np.abs(found.astype(int) - expected).mean() < 1, orientation
+        as_stored = decode(data, pixels=Pixels(upright=False))
+        assert as_stored.shape == pixels.shape
+        assert np.abs(as_stored.astype(int) - pixels).mean() < 4, orientation
+
+
+@pytest.mark.parametrize("name", ["GIF", "AVIF", "JPEG2000", "PPM", "BMP", "WEBP"])
+def test_less_usual_formats_are_those_of_pillow(name: str) -> None:
+    pixels = (np.indices((24, 36)).sum(0)[:, :, None] * np.array([3, 2, 1])).astype(np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, name)
+    with Image.open(file) as stored:
+        expected = np.asarray(stored.convert("RGB")).astype(int)
+    assert np.abs(decode(file.getvalue()) - expected).max() <= 1
+
+
+def test_the_first_picture_of_an_animation_is_taken() -> None:
+    frames = [Image.new("RGB", (20, 16), colour) for colour in ("red", "blue")]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    assert decode(file.getvalue())[0, 0].tolist() == [255, 0, 0]
+
+
+def of_size(name: str, side: int) -> bytes:
+    """A picture whose header says that it has so many pixels a side."""
+    if name == "PPM":
+        return b"P6 %d %d 255\n" % (side, side) + bytes(300)
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, name)
+    data = bytearray(file.getvalue())
+    if name == "BMP":
+        data[18:26] = struct.pack("<ii", side, side)
+    elif name == "GIF":
+        data[6:10] = struct.pack("<HH", side, side)
+    elif name == "PNG":
+        data[16:24] = struct.pack(">II", side, side)
+        data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    else:
+        at = data.index(b"\xff\xc0")
+        data[at + 5 : at + 9] = struct.pack(">HH", side, side)
+        data[20:20] = b"\x00\x00"  # after the first segment: libjpeg steps over it
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", ["PPM", "BMP", "GIF", "PNG", "JPEG"])
+def test_max_pixels_holds_for_every_format_and_is_the_only_limit(name: str) -> None:
+    with pytest.raises(DecodeError, match=r"20000 x 20000 = 400000000 pixels, more than data\.max_pixels = 80000000"):
+        decode(of_size(name, 20_000))
+    assert dimensions(of_size(name, 20_000)) == (20_000, 20_000)  # beyond Pillow's own limit
+    assert dimensions(of_size(name, 16)) == (16, 16)
+
+
+@pytest.mark.parametrize("ending", [".hdr", ".pfm", ".pam", ".sr"])
+def test_formats_whose_size_is_not_known_beforehand_are_refused(ending: str) -> None:
+    pixels = np.zeros((8, 8, 3), np.float32 if ending in (".hdr", ".pfm") else np.uint8)
+    with pytest.raises(DecodeError, match="no decoder recognizes"):
+        decode(cv2.imencode(ending, pixels)[1].tobytes())
+
+
+def test_opencv_is_silent_about_damage(capfd: pytest.CaptureFixture[str]) -> None:
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "GIF")
+    with pytest.raises(DecodeError):
+        decode(file.getvalue()[:200])
+    assert capfd.readouterr().err == ""

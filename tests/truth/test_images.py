@@ -69,7 +69,7 @@ def test_boxes_reach_every_border() -> None:
     assert first[2:] == last[2:] == [37, 37]  # a square of a quarter of the area: sqrt(1350) = 36.74
 
 
-@pytest.mark.parametrize("shape", [(120, 180), (180, 120), (96, 96), (120, 240)])
+@pytest.mark.parametrize("shape", [(120, 180), (180, 120), (96, 96), (120, 240), (20, 400)])
 def test_evaluation_images_are_torchvisions(shape: tuple[int, int]) -> None:
     """Resize of the short side and CenterCrop on a Pillow image."""
     rng = np.random.default_rng(0)

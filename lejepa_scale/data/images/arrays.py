@@ -71,7 +71,11 @@ def read_tiff(data: bytes, pixels: Pixels, max_pixels: int) -> Shaped[np.ndarray
             _bounded(height, width, max_pixels)
             colours, alpha = _SAMPLES.get(page.photometric), sum(kind in _ALPHA for kind in page.extrasamples)
             eight = page.bitspersample <= 8 and series.dtype in (np.uint8, np.bool_)
-            if bands == colours and eight and pixels.channels in (1, 3):
+            lies = page.tags.valueof("Orientation", 1)
+            orientation = lies if pixels.upright else 1
+            if (
+                bands == colours and eight and pixels.channels in (1, 3) and orientation == lies
+            ):  # OpenCV turns every TIFF
                 return None
             kept = bands - alpha if bands - alpha == colours and bands != pixels.channels else bands
             if page.photometric not in _AS_STORED or page.bitspersample < 8:
@@ -86,7 +90,6 @@ def read_tiff(data: bytes, pixels: Pixels, max_pixels: int) -> Shaped[np.ndarray
                 )
             at = series.axes.index("Y"), series.axes.index("X")
             array = np.moveaxis(series.asarray(), at, (0, 1)).reshape(height, width, bands)[:, :, :kept]
-            orientation = page.tags.valueof("Orientation", 1)
     except DecodeError:
         raise
     except Exception as error:  # tifffile and its codecs raise many kinds for damaged files

@@ -5,6 +5,7 @@ views need is decoded at half its size, or less."""
 from __future__ import annotations
 
 import io
+import struct
 from dataclasses import dataclass
 
 import cv2
@@ -22,8 +23,15 @@ _REDUCED = {  # by channels
     3: {2: cv2.IMREAD_REDUCED_COLOR_2, 4: cv2.IMREAD_REDUCED_COLOR_4, 8: cv2.IMREAD_REDUCED_COLOR_8},
 }
 _WHOLE = {1: cv2.IMREAD_GRAYSCALE | cv2.IMREAD_ANYDEPTH, 3: cv2.IMREAD_COLOR_RGB | cv2.IMREAD_ANYDEPTH}
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM", "TIFF", "AVIF", "JPEG2000")  # whose sizes Pillow finds
+_AVIF = (b"ftypavif", b"ftypavis", b"ftypmif1")
 _PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
 _PALETTE, _GREY_AND_ALPHA, _RGBA = 3, 4, 6  # PNG's colour types
+
+Image.init()  # the formats that it knows
+cv2.utils.logging.setLogLevel(
+    cv2.utils.logging.LOG_LEVEL_SILENT
+)  # what cannot be read is raised, and named with its sample
 
 
 @dataclass(frozen=True)
@@ -44,9 +52,10 @@ def decode(
 ) -> UInt8[np.ndarray, "h w c"] | Float32[np.ndarray, "h w c"]:
     """An image with the channels of `pixels`, values 0..255: uint8, or float32 where the source has a value range.
 
-    Of pictures, grey is made RGB for 3 channels, RGB grey for 1, transparency dropped for either, and EXIF orientation
-    applied. A JPEG may come back smaller by a whole factor (libjpeg's scaled inverse transform) where `enough` allows it.
-    Raises DecodeError: also for one that is cut short, has other bands, or values of which nothing says what they mean.
+    Of pictures, grey is made RGB for 3 channels, RGB grey for 1, transparency dropped for either; they are turned upright by
+    their EXIF or TIFF orientation where `pixels` says so. A JPEG may come back smaller by a whole factor (libjpeg's scaled
+    inverse transform) where `enough` allows it. Raises DecodeError: also for one that is cut short, has other bands, or
+    values of which nothing says what they mean.
     """
     return scaled(stored(data, enough, max_pixels, pixels), pixels)
 
@@ -67,25 +76,31 @@ def _picture(
     data: bytes, enough: MinResolution | None, max_pixels: int, pixels: Pixels
 ) -> Shaped[np.ndarray, "h w {pixels.channels}"]:
     factor, channels = 1, pixels.channels
-    if (size := dimensions(data)) is not None:
-        if size[0] * size[1] > max_pixels:
-            raise too_many(*size, max_pixels)
-        if _is_jpeg(data):
-            if data.rfind(b"\xff\xd9") < _frame_header(data):
-                raise DecodeError(
-                    f"a JPEG of {size[1]} x {size[0]} pixels that is cut short: {len(data)} bytes, no end"
-                )
-            factor = enough.reduction(*size) if enough is not None and channels in _REDUCED else 1
+    size = dimensions(data)
+    if size is None:
+        raise DecodeError(f"{len(data)} bytes that no decoder recognizes")
+    if size[0] * size[1] > max_pixels:
+        raise too_many(*size, max_pixels)
+    if _is_jpeg(data):
+        if data.rfind(b"\xff\xd9") < _frame_header(data):
+            raise DecodeError(f"a JPEG of {size[1]} x {size[0]} pixels that is cut short: {len(data)} bytes, no end")
+        factor = enough.reduction(*size) if enough is not None and channels in _REDUCED else 1
     flags = _WHOLE.get(channels, cv2.IMREAD_UNCHANGED) if factor == 1 else _REDUCED[channels][factor]
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags) if data else None
+        image = cv2.imdecode(
+            np.frombuffer(data, np.uint8), flags | (0 if pixels.upright else cv2.IMREAD_IGNORE_ORIENTATION)
+        )
     except cv2.error as error:
         raise DecodeError(str(error).strip()) from error
     if image is None:
         raise DecodeError(f"{len(data)} bytes that no decoder recognizes")
-    if channels == 3:
-        return image if factor == 1 else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-    return image[:, :, None] if channels == 1 else _with_alpha(data, image, pixels)
+    if channels not in _WHOLE:
+        return _with_alpha(data, image, pixels)
+    if factor > 1 and channels == 3:
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    elif pixels.upright and data[4:12] in _AVIF:  # which OpenCV leaves as it is stored
+        image = np.ascontiguousarray(oriented(image, _orientation(data)))
+    return image if channels == 3 else image[:, :, None]
 
 
 def _with_alpha(
@@ -99,13 +114,20 @@ def _with_alpha(
         raise DecodeError(f"it has a palette of colours, not data.channels = {pixels.channels}")
     if bands.shape[2] == 4:
         bands = bands[:, :, 2:] if colour_type == _GREY_AND_ALPHA else cv2.cvtColor(bands, cv2.COLOR_BGRA2RGBA)
-    with Image.open(io.BytesIO(data)) as header:
-        return as_channels(oriented(bands, header.getexif().get(ExifTags.Base.Orientation, 1)), pixels)
+    return as_channels(oriented(bands, _orientation(data)) if pixels.upright else bands, pixels)
+
+
+def _orientation(data: bytes) -> int:
+    """How it lies, 1 to 8 as EXIF counts them; 1 where nothing says so."""
+    header = _header(data)
+    try:
+        return 1 if header is None else int(header.getexif().get(ExifTags.Base.Orientation, 1))
+    except (OSError, ValueError, SyntaxError, TypeError):
+        return 1
 
 
 def dimensions(data: bytes) -> tuple[int, int] | None:
-    """(height, width) as stored, from the header alone; None where it is not understood. Raises DecodeError where
-    that says more pixels than Pillow would open."""
+    """(height, width) as stored, from the header alone; None where it is not understood."""
     if _is_jpeg(data):
         at = _frame_header(data)
         if at < 0:
@@ -113,13 +135,20 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
         return int.from_bytes(data[at + 5 : at + 7], "big"), int.from_bytes(data[at + 7 : at + 9], "big")
     if data[:16] == _PNG and len(data) >= 24:
         return int.from_bytes(data[20:24], "big"), int.from_bytes(data[16:20], "big")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
-    except Image.DecompressionBombError as error:
-        raise DecodeError(str(error)) from error
-    except (OSError, ValueError, SyntaxError):
-        return None
+    header = _header(data)
+    return None if header is None else (header.height, header.width)
+
+
+def _header(data: bytes) -> Image.Image | None:
+    """Pillow's view of a header, of any size: `Image.open` itself has a limit of its own."""
+    for name in _FORMATS:
+        factory, accept = Image.OPEN[name]
+        try:
+            if accept is None or accept(data[:16]):
+                return factory(io.BytesIO(data), "")
+        except (OSError, ValueError, SyntaxError, TypeError, IndexError, struct.error, OverflowError):
+            continue
+    return None
 
 
 def _is_jpeg(data: bytes) -> bool:
@@ -128,16 +157,16 @@ def _is_jpeg(data: bytes) -> bool:
 
 def _frame_header(data: bytes) -> int:
     """Where the segment with a JPEG's size begins (SOF0 to SOF15); -1 where there is none. Other segments are stepped
-    over, so that a thumbnail inside one is not mistaken for the image."""
-    at = 2
-    while at + 9 <= len(data) and data[at] == 0xFF:
+    over, so that a thumbnail inside one is not mistaken for the image, and bytes between segments, as libjpeg does."""
+    at = data.find(b"\xff", 2)
+    while at >= 0 and at + 9 <= len(data):
         marker = data[at + 1]
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             return at
         if marker == 0xFF:  # padding
             at += 1
-        elif marker == 0x01 or 0xD0 <= marker <= 0xD8:  # without content
-            at += 2
+        elif marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD8:  # without content
+            at = data.find(b"\xff", at + 2)
         else:
-            at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+            at = data.find(b"\xff", at + 2 + int.from_bytes(data[at + 2 : at + 4], "big"))
     return -1

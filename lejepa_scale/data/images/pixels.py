@@ -36,6 +36,7 @@ class Pixels:
     range: Ranges | None = None
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    upright: bool = True  # turned as the file's orientation says
 
     def __post_init__(self) -> None:
         if self.range is None:
@@ -60,7 +61,7 @@ RGB = Pixels()
 
 def of_sources(data: Data) -> list[Pixels]:
     """Of each source of the data section."""
-    return [Pixels(data.channels, source.ranges, data.mean, data.std) for source in data.shards]
+    return [Pixels(data.channels, source.ranges, data.mean, data.std, data.exif) for source in data.shards]
 
 
 def of_run(data: Data, value_range: Ranges | None = None) -> Pixels:

@@ -17,6 +17,7 @@ from lejepa_scale.data.images.decode import MinResolution
 _RATIO = (3 / 4, 4 / 3)
 _ATTEMPTS = 10
 DRAWS = 2 * _ATTEMPTS + 2  # uniform numbers per view
+_LONG = 8  # times the other side
 _SPARE = 1.5  # a reduced image keeps this many pixels for each of a view's, along a side
 
 
@@ -66,8 +67,13 @@ def min_resolution(groups: Sequence[ViewGroup]) -> MinResolution:
 
 
 def centre_square(image: Real[np.ndarray, "h w c"], size: int) -> Real[np.ndarray, "{size} {size} c"]:
-    """Resize the short side to `size`, cut the middle, for evaluation."""
+    """Resize the short side to `size`, cut the middle, for evaluation. Of a very long image only the middle is resized."""
     h, w = image.shape[:2]
+    if max(h, w) > _LONG * min(h, w):
+        kept = _LONG * min(h, w)
+        top, left = max(0, h - kept) // 2, max(0, w - kept) // 2
+        image = image[top : top + kept, left : left + kept]
+        h, w = image.shape[:2]
     ratio = size / min(h, w)
     h, w = max(size, round(h * ratio)), max(size, round(w * ratio))
     top, left = (h - size) // 2, (w - size) // 2
