@@ -10,6 +10,7 @@ import tifffile
 from jaxtyping import Shaped
 
 from lejepa_scale.data.images.pixels import DecodeError, Pixels, as_channels, too_many
+from lejepa_scale.data.io import npy
 
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # classic and BigTIFF, either byte order
 _ALPHA = (tifffile.EXTRASAMPLE.ASSOCALPHA, tifffile.EXTRASAMPLE.UNASSALPHA)
@@ -28,7 +29,7 @@ logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what cannot be read 
 
 def is_npy(data: bytes) -> bool:
     """Whether the bytes begin as numpy.save writes."""
-    return data[:6] == b"\x93NUMPY"
+    return data.startswith(npy.MAGIC)
 
 
 def is_tiff(data: bytes) -> bool:
@@ -38,21 +39,13 @@ def is_tiff(data: bytes) -> bool:
 
 def read_npy(data: bytes, pixels: Pixels, max_pixels: int) -> Shaped[np.ndarray, "h w c"]:
     """An array [H, W], [H, W, C] or [C, H, W]. Raises DecodeError: also for one that is cut short or holds objects."""
-    file = io.BytesIO(data)
     try:
-        version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(file)
-    except (ValueError, EOFError) as error:
-        raise DecodeError(f"an array whose header cannot be read: {error}") from error
-    if dtype.hasobject or dtype.names:
-        raise DecodeError(f"an array of {dtype}: whole or floating-point numbers make an image")
-    found, expected = len(data) - file.tell(), int(np.prod(shape, dtype=object)) * dtype.itemsize
-    if found != expected:
-        raise DecodeError(f"an array {_shape(shape)} of {dtype} needs {expected} bytes, and {found} are there")
+        array = npy.read(data)
+    except ValueError as error:
+        raise DecodeError(str(error)) from error
+    shape = array.shape
     if len(shape) not in (2, 3) or 0 in shape:
         raise DecodeError(f"an array {_shape(shape)}: an image is [H, W], [H, W, C] or [C, H, W]")
-    array = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran else "C")
     if array.ndim == 2:
         array = array[:, :, None]
     elif shape[-1] not in (pixels.channels, 1) and shape[0] in (pixels.channels, 1):

@@ -5,7 +5,6 @@ views need is decoded at half its size, or less."""
 from __future__ import annotations
 
 import io
-import struct
 from dataclasses import dataclass
 
 import cv2
@@ -119,10 +118,10 @@ def _with_alpha(
 
 def _orientation(data: bytes) -> int:
     """How it lies, 1 to 8 as EXIF counts them; 1 where nothing says so."""
-    header = _header(data)
     try:
+        header = _header(data)
         return 1 if header is None else int(header.getexif().get(ExifTags.Base.Orientation, 1))
-    except (OSError, ValueError, SyntaxError, TypeError):
+    except Exception:  # as below
         return 1
 
 
@@ -146,7 +145,7 @@ def _header(data: bytes) -> Image.Image | None:
         try:
             if accept is None or accept(data[:16]):
                 return factory(io.BytesIO(data), "")
-        except (OSError, ValueError, SyntaxError, TypeError, IndexError, struct.error, OverflowError):
+        except Exception:  # its formats raise all sorts for damaged headers
             continue
     return None
 

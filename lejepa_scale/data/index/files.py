@@ -15,7 +15,8 @@ import numpy as np
 from lejepa_scale.config import is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.index.passed import PassedOver
-from lejepa_scale.data.index.scan import ShardIndex
+from lejepa_scale.data.index.scan import BLOCK, NO_IMAGE, ShardIndex
+from lejepa_scale.data.io import npy
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
@@ -73,9 +74,9 @@ class IndexLocation:
                     url, a["keys"], a["offsets"], a["sizes"], a["labels"], a["checksums"], int(a["nbytes"]), a.get("words"),
                     PassedOver.unpacked(a["passed"].tobytes()) if "passed" in a else PassedOver(),
                 )  # fmt: skip
-                if a["digest"].tobytes().decode() == index.digest and (row is None or row == row_of(index)):
+                if _sound(index, a["digest"].tobytes()) and (row is None or row == row_of(index)):
                     return index
-            except Exception:  # numpy and zipfile raise all sorts for a file that is cut or altered
+            except (ValueError, KeyError, TypeError):
                 continue
         return None
 
@@ -89,10 +90,12 @@ class IndexLocation:
         for data in self._candidates(f"manifest{self._ending}.npz"):
             try:
                 arrays = _unpacked(data)
-                names = arrays["names"].tobytes().decode().split("\n")
-                return dict(zip(names, arrays["rows"].view(MANIFEST_ROW), strict=True))
-            except Exception:  # as above; the zip format has a checksum of each array
-                damaged = True
+                names, rows = arrays["names"].tobytes().decode().split("\n"), arrays["rows"].view(MANIFEST_ROW)
+                if len(names) == len(rows) and _believable(rows):
+                    return dict(zip(names, rows, strict=True))
+            except (ValueError, KeyError, TypeError):  # the zip format has a checksum of each array
+                pass
+            damaged = True
         if damaged:
             logger.warning(
                 "the manifest of %s is damaged or of another version: made anew from the shards' own index files.",
@@ -149,7 +152,43 @@ def _packed(arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def _unpacked(data: bytes) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
-        if stored["version"] != _VERSION:
-            raise ValueError("another version")
-        return {name: stored[name] for name in stored.files}
+    """Raises ValueError or KeyError for what is no index file of this version."""
+    arrays = npy.read_several(data)
+    if arrays["version"].shape != () or arrays["version"] != _VERSION:
+        raise ValueError("another version")
+    return arrays
+
+
+def _sound(index: ShardIndex, digest: bytes) -> bool:
+    """Whether an index can be that of a tar: no sample beyond its end, as many of everything, the digest that it says."""
+    n, kinds = len(index.keys), {"offsets": np.int64, "sizes": np.int64, "labels": np.int64, "checksums": np.uint32}
+    columns = {name: getattr(index, name) for name in kinds}
+    if (
+        index.keys.dtype.kind != "S"
+        or index.keys.ndim != 1
+        or any(column.shape != (n,) or column.dtype != kinds[name] for name, column in columns.items())
+    ):
+        return False
+    words = index.words
+    if words is not None and (words.dtype.kind != "S" or words.ndim != 1):
+        return False
+    most = np.iinfo(np.int64).max if words is None else len(words)
+    inside = (
+        (index.offsets >= 0) & (index.sizes >= NO_IMAGE) & (index.offsets <= index.nbytes - np.maximum(index.sizes, 0))
+    )
+    numbered = (index.labels >= -1) & (index.labels < most)
+    return 0 < n <= index.nbytes // BLOCK and bool(inside.all() and numbered.all()) and digest == index.digest.encode()
+
+
+def _believable(rows: np.ndarray) -> bool:
+    """Whether all rows of a manifest can be those of tars, in which every sample has a header of its own."""
+    count = rows["count"]
+    return bool(
+        np.all(
+            (count > 0)
+            & (count <= rows["nbytes"] // BLOCK)
+            & (rows["labelled"] >= 0)
+            & (rows["labelled"] <= count)
+            & (rows["classes"] >= WORDS)
+        )
+    )

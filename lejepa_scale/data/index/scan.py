@@ -24,7 +24,7 @@ from lejepa_scale.data.io.kinds import ARRAYS, IMAGES, PICTURES, compression, no
 from lejepa_scale.data.io.reader import Reader, shard_name
 from lejepa_scale.errors import UserError
 
-_BLOCK = 512  # of the tar format
+BLOCK = 512  # of the tar format
 NO_IMAGE = -1  # as the size of a sample whose image is missing
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's rule for members that are about the shard
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")  # such as int64 holds
@@ -277,7 +277,7 @@ def scan(url: str, reader: Reader, keys: SampleKeys = DEFAULT_KEYS) -> ShardInde
             for member in tar:
                 stream.seek(member.offset_data)
                 members.add(member, stream)
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK if member.isfile() else member.offset_data
+                end = member.offset_data + -(-member.size // BLOCK) * BLOCK if member.isfile() else member.offset_data
                 tar.members.clear()
     except EOFError as error:
         raise _cut(url, stream.tell()) from error
@@ -294,17 +294,17 @@ def scan(url: str, reader: Reader, keys: SampleKeys = DEFAULT_KEYS) -> ShardInde
                 "with `lejepa shards make tar`."
             ) from error
         raise UserError(f"shard {url} is not a readable tar file: {error}. Write it again or remove it.") from error
-    if len(stream.last) < _BLOCK:
+    if len(stream.last) < BLOCK:
         raise _cut(url, end)
     if any(stream.last):
         raise UserError(
-            f"shard {url} has a damaged header at byte {stream.tell() - _BLOCK}. "
+            f"shard {url} has a damaged header at byte {stream.tell() - BLOCK}. "
             "Copy or write it again; reading on would silently lose samples."
         )
     closed = stream.tell()
     if not stream.only_zeros_left():
         raise UserError(
-            f"shard {url} goes on after its end-of-archive block at byte {closed - _BLOCK}: a damaged header, or tars "
+            f"shard {url} goes on after its end-of-archive block at byte {closed - BLOCK}: a damaged header, or tars "
             "joined by cat. Write it again; tar readers stop there and would silently lose samples."
         )
     return members.index(stream.tell())
@@ -336,7 +336,7 @@ class _Stream:
 
     def read(self, size: int) -> bytes:
         self.last = b"".join(self._pieces(size))
-        self.head = self.head or self.last[:_BLOCK]
+        self.head = self.head or self.last[:BLOCK]
         return self.last
 
     def exactly(self, size: int) -> bytes:
