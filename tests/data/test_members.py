@@ -158,6 +158,16 @@ def test_a_preferred_image_wins_wherever_it_stands(tmp_path: Path) -> None:
     assert index.passed.kinds == {(passed.SECOND, "b"): (2, "0.b")}
 
 
+def test_arrays_are_no_images_beside_pictures(tmp_path: Path) -> None:
+    """Wherever they stand."""
+    index = only(shard(tmp_path / "s.tar", {"0.npy": b"x", "1.png": png(1), "2.png": png(2), "3.npy": b"x"}))
+    assert [read_image(Reader(), index, m) for m in range(len(index))] == [png(1), png(2)]
+    assert index.passed.kinds == {(passed.BESIDE, "npy"): (2, "0.npy")}
+    both = only(shard(tmp_path / "t.tar", {"1.npy": b"x", "1.png": png(1), "2.png": png(2), "2.npy": b"x"}))
+    assert [read_image(Reader(), both, m) for m in range(len(both))] == [png(1), png(2)]
+    assert both.passed.kinds == {(passed.COMPANION, "npy"): (2, "1.npy")}
+
+
 def test_hard_links_are_the_image_they_name(tmp_path: Path) -> None:
     index = only(shard(tmp_path / "s.tar", {"0.png": png(0), "1.png": png(1)}, {"2.png": "0.png", "3.png": "2.png"}))
     assert [read_image(Reader(), index, m) for m in range(4)] == [png(0), png(1), png(0), png(0)]

@@ -100,6 +100,7 @@ def messy(root: Path) -> Path:
         (root / name).write_text("x")
     (root / "dog").symlink_to(elsewhere)
     (root / "cat/loop").symlink_to(root)
+    (root / "cat/self").symlink_to(root / "cat")
     (root / "cat/gone.png").symlink_to(root / "nothing")
     return root
 
@@ -112,10 +113,10 @@ def test_a_messy_folder_is_accounted_for(tmp_path: Path, capsys: pytest.CaptureF
         f"wrote 1 shards to {out}: 6 images of 2 classes",
         "passed over:",
         "  4 hidden, or what systems and WebDataset keep for themselves, for instance .ipynb_checkpoints/",
+        "  2 links or devices, not files, for instance cat/loop",
         "  2 .jxl of another ending than images have, for instance cat/a.jxl",
         "  1 .npy arrays beside pictures, for instance cat/mask.npy",
         "  1 .png beside the folders of the classes (--no-labels takes all images, without labels), for instance stray.png",
-        "  1 links or devices, not files, for instance cat/loop",
         "  1 .png links or devices, not files, for instance cat/gone.png",
         "  1 .txt of another ending than images have, for instance cat/notes.txt",
         "  1 without an ending, for instance README",

@@ -248,6 +248,8 @@ class _Members:
         """Why a member is neither the image nor the label of a sample."""
         if companion:
             return passed.SECOND if self._rank(ending) is not None else passed.COMPANION
+        if ending in ARRAYS:
+            return passed.BESIDE
         return passed.SEVERAL_DOTS if _dotted(ending) else passed.OTHER
 
     def _without_images(self) -> UserError:
