@@ -35,7 +35,7 @@ class ClassNumbers:
         if str(label) not in self._places:
             raise UserError(
                 f"the label {label} of {shard.key(member)} in shard {shard.url} is not among those of its shards' index: "
-                "run `lejepa shards index --rebuild`."
+                "run `lejepa shards index --rebuild`, with the source's keys."
             )
         return self._places[str(label)]
 

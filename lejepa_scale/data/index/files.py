@@ -17,7 +17,8 @@ from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.index.scan import BLOCK, NO_IMAGE, ShardIndex
 from lejepa_scale.data.io import npy
-from lejepa_scale.data.io.reader import Reader, shard_name
+from lejepa_scale.data.io.address import shard_name
+from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.errors import UserError
 
 logger = logging.getLogger(__name__)

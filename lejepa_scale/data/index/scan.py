@@ -20,8 +20,9 @@ from lejepa_scale.config import Data
 from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index import passed
 from lejepa_scale.data.index.passed import PassedOver
+from lejepa_scale.data.io.address import shard_name
 from lejepa_scale.data.io.kinds import ARRAYS, IMAGES, PICTURES, compression, not_a_tar
-from lejepa_scale.data.io.reader import Reader, shard_name
+from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.errors import UserError
 
 BLOCK = 512  # of the tar format
@@ -46,6 +47,17 @@ class SampleKeys:
         label, _, path = label_key.partition(":")
         image = tuple(key.strip().lower() for key in image_key.split(";") if key.strip())
         return cls(image, label.strip().lower(), tuple(part for part in path.split(".") if part))
+
+    @property
+    def options(self) -> str:
+        """By which commands take them, for messages."""
+        image = f" --image-key '{';'.join(self.image)}'" if self.image else ""
+        return image + (f" --label-key {self.label_key}" if self.label_key != DEFAULT_KEYS.label else "")
+
+    @property
+    def label_key(self) -> str:
+        """As a source has it."""
+        return ":".join(filter(None, (self.label, ".".join(self.path))))
 
     @property
     def mark(self) -> str:
@@ -230,8 +242,7 @@ class _Members:
         rows = [images[key].image if key in images else None for key in chosen]
         labels, words = _numbered([sample.label for sample in chosen.values()])
         if self.keys.label != "cls" and not (labels >= 0).any():
-            at = ":".join(filter(None, (self.keys.label, ".".join(self.keys.path))))
-            raise UserError(f"shard {self.url}: no sample has a label at {at}. Check label_key.")
+            raise UserError(f"shard {self.url}: no sample has a label at {self.keys.label_key}. Check label_key.")
         return ShardIndex(
             self.url,
             np.array([key.encode("utf-8", "surrogateescape") for key in chosen]),

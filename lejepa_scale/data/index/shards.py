@@ -20,7 +20,8 @@ from lejepa_scale.config import is_remote
 from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
 from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.index.scan import DEFAULT_KEYS, SampleKeys, ShardIndex, scan
-from lejepa_scale.data.io.reader import Reader, shard_name
+from lejepa_scale.data.io.address import folder_of, shard_name
+from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.io.threads import Pool
 from lejepa_scale.errors import UserError
 
@@ -39,6 +40,7 @@ class Shards:
     urls: list[str]
     rows: Shaped[np.ndarray, " shards"]  # of MANIFEST_ROW
     homes: dict[str, IndexLocation]
+    keys: SampleKeys = DEFAULT_KEYS
     passed: PassedOver = field(default_factory=PassedOver)  # in the shards whose own index was read or made just now
 
     def __post_init__(self) -> None:
@@ -68,11 +70,11 @@ class Shards:
             self._held.move_to_end(number)
             return self._held[number]
         url, row = self.urls[number], self.rows[number]
-        index = self.homes[_folder(url)].sidecar(url, row)
+        index = self.homes[folder_of(url)].sidecar(url, row)
         if index is None:
             raise UserError(
                 f"the index of shard {url} is missing, damaged, or not the one that its manifest names. "
-                "Run `lejepa shards index` on the shards and start again."
+                f"Run `lejepa shards index{self.keys.options}` on the shards and start again."
             )
         self._held[number] = index
         while sum(len(held) for held in self._held.values()) > _HELD_SAMPLES and len(self._held) > 1:
@@ -82,7 +84,7 @@ class Shards:
     def distinct_labels(self, *, build: bool = True, rebuild: bool = False) -> list[int | str]:
         """All labels, each once, sorted: from their file, which is written where it is not there, or anew. Raises UserError
         without `build`, where it is not."""
-        home = self.homes[_folder(self.urls[0])]
+        home = self.homes[folder_of(self.urls[0])]
         name = self.fingerprint.hex()[:16]
         if not rebuild and (known := home.labels(name)) is not None:
             return known
@@ -125,7 +127,7 @@ def index_shards(
     rows = np.zeros(len(urls), MANIFEST_ROW)
     known = {folder: home.manifest() for folder, home in homes.items()}
     lacking = [
-        number for number, url in enumerate(urls) if not _fill(rows, number, known[_folder(url)].get(shard_name(url)))
+        number for number, url in enumerate(urls) if not _fill(rows, number, known[folder_of(url)].get(shard_name(url)))
     ]
     if build:
         lacking = sorted({*lacking, *_changed(urls, rows, workers)})
@@ -134,16 +136,16 @@ def index_shards(
     if lacking and not build:
         raise UserError(
             f"this rank does not see the index of {len(lacking)} of {len(urls)} shards, for instance {urls[lacking[0]]}, "
-            f"which rank 0 has just read or written in {homes[_folder(urls[lacking[0]])].written}. "
+            f"which rank 0 has just read or written in {homes[folder_of(urls[lacking[0]])].written}. "
             "Set data.index_dir to a folder that every node sees."
         )
-    shards = Shards(urls, rows, homes)
+    shards = Shards(urls, rows, homes, keys)
     if lacking:
         scanned = partial(_scanned, keys=keys, reader=reader)
         shards.passed.update(_index(shards, lacking, scanned, workers, rebuild))
     if lacking and manifest:
         for number, url in enumerate(urls):
-            known[_folder(url)][shard_name(url)] = rows[number]
+            known[folder_of(url)][shard_name(url)] = rows[number]
         for folder, home in homes.items():
             home.write_manifest(known[folder])
     return shards
@@ -158,11 +160,11 @@ def verify(
 
     def compare(url: str) -> str | None:
         try:
-            stored, found = homes[_folder(url)].sidecar(url), scan(url, reader, keys)
+            stored, found = homes[folder_of(url)].sidecar(url), scan(url, reader, keys)
         except UserError as error:
             return str(error)
         if stored is None:
-            return f"shard {url} has no index, or a damaged one. Run `lejepa shards index` on it."
+            return f"shard {url} has no index, or a damaged one. Run `lejepa shards index{keys.options}` on it."
         return (
             None
             if stored.digest == found.digest
@@ -182,7 +184,7 @@ def _index(
     rebuild: bool,
 ) -> Iterator[PassedOver]:
     """Fill the rows of the shards `lacking`, from sound sidecars, else by scanning; what either passed over."""
-    places = {number: (shards.urls[number], shards.homes[_folder(shards.urls[number])]) for number in lacking}
+    places = {number: (shards.urls[number], shards.homes[folder_of(shards.urls[number])]) for number in lacking}
 
     def sidecar(url: str, home: IndexLocation) -> ShardIndex | None:
         stored = home.sidecar(url)
@@ -201,9 +203,10 @@ def _index(
         return
     logger.info(
         "%d of %d shards have no index that fits them: reading them once. "
-        "`lejepa shards index` does this beforehand, on as many machines as you like.",
+        "`lejepa shards index%s` does this beforehand, on as many machines as you like.",
         len(missing),
         len(shards),
+        shards.keys.options,
     )
     faults: list[str] = []
     results = _progress(_each(workers, scanned, [places[number] for number in missing]), len(missing), "indexing")
@@ -230,26 +233,19 @@ def _scanned(url: str, home: IndexLocation, *, keys: SampleKeys, reader: Reader)
 
 
 def _homes(urls: list[str], index_dir: Path | None, reader: Reader, keys: SampleKeys) -> dict[str, IndexLocation]:
-    return {f: IndexLocation(f, index_dir, reader, keys.mark) for f in dict.fromkeys(map(_folder, urls))}
+    return {f: IndexLocation(f, index_dir, reader, keys.mark) for f in dict.fromkeys(map(folder_of, urls))}
 
 
 def _refuse_repeats(urls: list[str]) -> None:
     """Two shards of one name in a folder would share an index, and one shard twice would repeat its samples."""
     seen: set[tuple[str, str]] = set()
     for url in urls:
-        place = (_folder(url), shard_name(url))
+        place = (folder_of(url), shard_name(url))
         if place in seen:
             raise UserError(
                 f"shard {url} is listed twice in data.shards. To draw from it more often, raise its weight."
             )
         seen.add(place)
-
-
-def _folder(url: str) -> str:
-    if url.startswith("pipe:"):
-        return "pipe:"
-    folder, slash, _ = url.partition("?")[0].rpartition("/") if is_remote(url) else url.rpartition("/")
-    return folder or slash or "."
 
 
 def _fill(rows: Shaped[np.ndarray, " shards"], number: int, row: np.void | None) -> bool:

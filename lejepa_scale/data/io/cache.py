@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
+from lejepa_scale.data.io.address import identity
 from lejepa_scale.errors import UserError
 
 _POLL_SECONDS = 0.1
@@ -65,7 +66,9 @@ class Cache:
         self._target(url, digest).unlink(missing_ok=True)
 
     def _target(self, url: str, digest: str) -> Path:
-        return self.folder / (hashlib.blake2b(f"{url} {digest}".encode(), digest_size=12).hexdigest() + ".tar")
+        return self.folder / (
+            hashlib.blake2b(f"{identity(url)} {digest}".encode(), digest_size=12).hexdigest() + ".tar"
+        )
 
     def _last_write(self) -> int:
         """When any copy in the making, which are what one waits for, was last written to."""
@@ -109,7 +112,7 @@ class Cache:
             if position != nbytes:
                 raise UserError(
                     f"shard {url} gave {position} bytes, but its index says {nbytes}. It changed, or its command failed "
-                    "quietly: restore it, or run `lejepa shards index` on it and start again."
+                    "quietly: restore it, or run `lejepa shards index --rebuild` on it and start again."
                 )
             file = _partial(target).open("rb", buffering=0)
             _partial(target).rename(target)

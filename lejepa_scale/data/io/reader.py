@@ -3,7 +3,6 @@ Refuses to know what a shard holds."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -22,7 +21,7 @@ from lejepa_scale.data.faults import SampleFault
 from lejepa_scale.data.io.cache import Cache
 from lejepa_scale.data.io.kinds import COMPRESSED_TARS, IMAGES
 from lejepa_scale.data.io.threads import Pool, result
-from lejepa_scale.data.io.transport import THREADS, Refused, Transport, expect_size
+from lejepa_scale.data.io.transport import THREADS, NoRanges, Refused, Transport, expect_size
 from lejepa_scale.errors import UserError
 
 _OPEN_FILES = 128
@@ -37,6 +36,11 @@ def expand(patterns: list[str]) -> list[str]:
     for pattern in patterns:
         expanded = expand_urls(pattern) if pattern else []
         for url in expanded:
+            if "::" in url.partition("://")[0] and not url.startswith("pipe:"):
+                raise UserError(
+                    f"shard {url}: chained addresses are not read. Give {url.rpartition('::')[2]}, with data.cache_dir for "
+                    "copies on a disk of the node."
+                )
             if not is_remote(url) and Path(url).is_dir():
                 urls += _in_folder(Path(url))
             elif not is_remote(url) and any(c in url for c in "*?["):
@@ -81,13 +85,6 @@ def _instead(folder: Path) -> list[str]:
     return []
 
 
-def shard_name(url: str) -> str:
-    """Its file name, wherever it lies; of a command, a digest."""
-    if url.startswith("pipe:"):
-        return hashlib.blake2b(url.encode(), digest_size=12).hexdigest()
-    return (url.partition("?")[0] if is_remote(url) else url).rpartition("/")[2]
-
-
 class Reader:
     """Reads shards for one process. Connections and open files are its own: a copy in a forked process opens others.
 
@@ -119,7 +116,13 @@ class Reader:
             self._live().files.pop(url, None)
         file = None if fresh and not url.startswith("pipe:") else self._file(url, nbytes, digest)
         if file is None:
-            return b"".join(self._chunks(url, offset, offset + size, nbytes))
+            try:
+                return b"".join(self._chunks(url, offset, offset + size, nbytes))
+            except NoRanges as error:
+                if self._cache_of(url) is None:
+                    raise UserError(f"cannot read shard {url}: {error}") from error
+                file = self._file(url, nbytes, digest, wait=True)
+            assert file is not None
         try:
             data = os.pread(file.fileno(), size, offset)
         except OSError as error:
@@ -192,11 +195,11 @@ class Reader:
     def _cache_of(self, url: str) -> Cache | None:
         return self._pipes if url.startswith("pipe:") else self.cache if is_remote(url) else None
 
-    def _file(self, url: str, nbytes: int, digest: str) -> BinaryIO | None:
+    def _file(self, url: str, nbytes: int, digest: str, *, wait: bool = False) -> BinaryIO | None:
         files = self._live().files
         file = files.get(url)
         if file is None:
-            file = self._opened(url, nbytes, digest)
+            file = self._opened(url, nbytes, digest, wait)
             if file is None:
                 return None
         with self._live().lock:
@@ -206,11 +209,11 @@ class Reader:
                 files.popitem(last=False)  # closed when the last thread that reads it lets go
         return file
 
-    def _opened(self, url: str, nbytes: int, digest: str) -> BinaryIO | None:
+    def _opened(self, url: str, nbytes: int, digest: str, wait: bool) -> BinaryIO | None:
         cache = self._cache_of(url)
         if cache is not None:
-            wait = url.startswith("pipe:")
-            return cache.open(url, nbytes, digest, self._chunks(url, 0, None, nbytes), wait=wait)
+            must = wait or url.startswith("pipe:")
+            return cache.open(url, nbytes, digest, self._chunks(url, 0, None, nbytes), wait=must)
         if is_remote(url):
             return None
         try:
@@ -223,6 +226,8 @@ class Reader:
     def _chunks(self, url: str, start: int, stop: int | None, nbytes: int | None) -> Iterator[bytes]:
         try:
             yield from self._transport.chunks(url, start, stop, nbytes) if is_remote(url) else _local(url)
+        except NoRanges:
+            raise
         except Refused as error:
             raise UserError(f"cannot read shard {url}: {error}") from error
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import urllib3
 
+from lejepa_scale.data.io.address import expired
 from lejepa_scale.data.io.threads import within
 from lejepa_scale.errors import UserError
 
@@ -40,6 +41,10 @@ exec /bin/sh -c "$1"
 
 class Refused(Exception):
     """The other side answered, and its answer will be the same next time."""
+
+
+class NoRanges(Refused):
+    """It sends a shard whole, or not at all."""
 
 
 @dataclass
@@ -221,13 +226,19 @@ def _answered(response: Any, url: str, start: int, stop: int | None) -> int | No
         return int(total) if total.isdigit() else None
     if status == 200:
         if start and stop is not None:
-            raise Refused("the server ignores range requests. Set data.cache_dir, so that shards are copied whole.")
+            raise NoRanges("the server ignores range requests. Set data.cache_dir, so that shards are copied whole.")
         length = response.headers.get("Content-Length", "")
         return int(length) if length.isdigit() else None
     if status == 416:
-        raise Refused(f"it ends before byte {start}, which its index promises. Run `lejepa shards index` on it.")
+        raise Refused(
+            f"it ends before byte {start}, which its index promises. Run `lejepa shards index --rebuild` on it."
+        )
     if status >= 500 or status in _WORTH_A_RETRY:
         raise OSError(f"HTTP status {status}")
+    if ended := expired(url):
+        raise Refused(
+            f"HTTP status {status}: its signature ended on {ended:%Y-%m-%d at %H:%M} UTC. Sign the address anew."
+        )
     raise Refused(f"HTTP status {status}. Check the address and your credentials.")
 
 
@@ -236,7 +247,7 @@ def expect_size(url: str, size: int, nbytes: int) -> None:
     if size != nbytes:
         raise UserError(
             f"shard {url} has {size} bytes, but its index says {nbytes}. It changed: restore it, or run "
-            "`lejepa shards index` on it and start again."
+            "`lejepa shards index --rebuild` on it and start again."
         )
 
 
