@@ -4,6 +4,7 @@ Refuses to know what a shard holds."""
 from __future__ import annotations
 
 import os
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -34,13 +35,13 @@ def expand(patterns: list[str]) -> list[str]:
     where there is no shard among them."""
     urls: list[str] = []
     for pattern in patterns:
+        if re.match(r"[a-z]+::", pattern):  # fsspec's; elsewhere WebDataset's sign between several
+            raise UserError(
+                f"shard {pattern}: chained addresses are not read. Give {pattern.rpartition('::')[2]}, with data.cache_dir "
+                "for copies on a disk of the node."
+            )
         expanded = expand_urls(pattern) if pattern else []
         for url in expanded:
-            if "::" in url.partition("://")[0] and not url.startswith("pipe:"):
-                raise UserError(
-                    f"shard {url}: chained addresses are not read. Give {url.rpartition('::')[2]}, with data.cache_dir for "
-                    "copies on a disk of the node."
-                )
             if not is_remote(url) and Path(url).is_dir():
                 urls += _in_folder(Path(url))
             elif not is_remote(url) and any(c in url for c in "*?["):
