@@ -1,15 +1,21 @@
-"""C++ kernels for the CPU: built by the machine's own compiler in a second or two, kept in the user's cache, loaded once."""
+"""C++ kernels for the CPU: built by the machine's own compiler in a second or two, kept in the user's cache, loaded once.
+What is loaded runs in this process: it lies in a folder that nobody else can write, and is whole."""
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
 import platform
+import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from shutil import which
 
@@ -73,11 +79,12 @@ def build(source: Path, real: str) -> Path:
     if compiler is None:
         raise OSError("no C++ compiler (g++ or clang++) was found")
     key = "\n".join([source.read_text(), compiler, *_FLAGS, *_BEST, platform.machine(), _processor()])
-    folder = user_cache()
-    target = folder / f"{source.stem}-{real}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.so"
-    if target.exists():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = _private_folder()
+    target = folder / f"{source.stem}-{real}-{_digest(key.encode(), 8)}.so"
+    said = target.with_suffix(".digest")
+    with suppress(OSError):
+        if said.read_text() == _digest(target.read_bytes()):
+            return target
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch, target.name)
         for extra in (_BEST, _BEST[:1], _BEST[1:], ()):
@@ -87,8 +94,36 @@ def build(source: Path, real: str) -> Path:
                 break
         else:
             raise OSError(f"{compiler} failed: {result.stderr.strip()[-300:]}")
+        said_there = built.with_suffix(".digest")
+        said_there.write_text(_digest(built.read_bytes()))
         built.replace(target)  # whole or not at all, though several ranks may build
+        said_there.replace(said)
     return target
+
+
+def _digest(data: bytes, size: int = 32) -> str:
+    return hashlib.blake2b(data, digest_size=size).hexdigest()
+
+
+def _private_folder() -> Path:
+    """Of the user's cache, where it is this user's alone; else one that goes with the process."""
+    folder = user_cache() / "kernels"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        there = folder.lstat()
+        writable = stat.S_IMODE(there.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+        if stat.S_ISDIR(there.st_mode) and there.st_uid == os.geteuid() and not writable and os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _own_folder()
+
+
+@cache
+def _own_folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="lejepa_scale-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _processor() -> str:

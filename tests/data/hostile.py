@@ -5,10 +5,12 @@ python hostile.py KIND COUNT FOLDER    prints one JSON object
 
 from __future__ import annotations
 
+import io
 import json
 import resource
 import sys
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +52,17 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
         else:
             out[at : at + 4] = b"\xff\xff\xff\x7f"
     return bytes(out)
+
+
+def mutated_inside(data: bytes, rng: np.random.Generator) -> bytes:
+    """A zip file one of whose members is mutated, with the checksum of that: the next check has to find it."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as there, zipfile.ZipFile(out, "w") as new:
+        names = there.namelist()
+        chosen = names[rng.integers(len(names))]
+        for name in names:
+            new.writestr(name, mutated(there.read(name), rng) if name == chosen else there.read(name))
+    return out.getvalue()
 
 
 def readers(folder: Path) -> dict[str, tuple[list[bytes], Read]]:
@@ -108,7 +121,8 @@ def main(kind: str, count: int, folder: Path) -> None:
     outcomes: Counter[str] = Counter()
     slowest, rng = 0.0, np.random.default_rng(7)
     for number in range(count):
-        data = mutated(originals[number % len(originals)], rng)
+        inside = kind in ("sidecar", "manifest") and number % 2
+        data = (mutated_inside if inside else mutated)(originals[number % len(originals)], rng)
         started = time.monotonic()
         try:
             outcome = str(read(data))

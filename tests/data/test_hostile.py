@@ -162,6 +162,7 @@ def test_a_few_mutated_files(kind: str, count: int, folder: Path) -> None:
     found = fuzzed(kind, count, folder)
     assert set(found["outcomes"]) <= {"read", "absent", "refused"}, found
     assert found["largest"] < 400e6, found
+    print(kind, count, found)
 
 
 @pytest.mark.unchecked
