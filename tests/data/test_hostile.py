@@ -68,6 +68,8 @@ def test_a_manifest_that_cannot_be_true_is_made_anew(
     def change(arrays: Arrays) -> Arrays:
         rows = arrays["rows"].view(MANIFEST_ROW).copy()
         rows[1][field] = value
+        if field == "count":
+            rows[1]["labelled"] = 0
         return arrays | {"rows": rows.view(np.uint8)}
 
     rewrite(folder / "manifest.index.npz", change)
