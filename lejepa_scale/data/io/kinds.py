@@ -14,13 +14,14 @@ _COMPRESSED = {
     b"\x28\xb5\x2f\xfd": "zstd",
     b"\x04\x22\x4d\x18": "lz4",
 }
+_PAGE = "is a web page, not a tar: check the address"
 _OTHERS = {
     b"PK\x03\x04": "is a zip file",
     b"version https://git-lfs": "is a Git LFS pointer, not the file: run `git lfs pull` where it comes from",
     b"7z\xbc\xaf\x27\x1c": "is a 7z archive",
     b"Rar!\x1a\x07": "is a RAR archive",
-    b"<!DOCTYPE": "is a web page",
-    b"<html": "is a web page",
+    b"<!DOCTYPE": _PAGE,
+    b"<html": _PAGE,
 }
 
 
