@@ -44,12 +44,21 @@ def write_config(config: Config) -> None:
     config.run.dir.mkdir(parents=True, exist_ok=True)
     path, text = config.run.dir / "config.yaml", dump(config)
     if path.exists() and (before := path.read_text()) != text:
-        old, new = (_flatten(migrate(yaml.safe_load(t))) for t in (before, text))
-        changed = [
-            f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
-        ]
-        logger.info("configuration changed since this run was started: %s", "; ".join(changed))
+        logger.info("%s", _changes(path, before, text))
     path.write_text(text)
+
+
+def _changes(path: Path, before: str, now: str) -> str:
+    try:
+        old, new = (_flatten(migrate(yaml.safe_load(text))) for text in (before, now))
+    except (yaml.YAMLError, UserError, AttributeError, TypeError) as error:  # edited by hand, or cut short
+        return (
+            f"{path} cannot be read and is written anew ({str(error).splitlines()[0]}); a run goes by its checkpoints'."
+        )
+    changed = [
+        f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
+    ]
+    return f"configuration changed since this run was started: {'; '.join(changed)}"
 
 
 def _refuse_another_order(config: Config, mixture: Mixture, checkpoint: Path, progress: Progress) -> None:

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from conftest import small_config
 
-from lejepa_scale.config import BatchPlan, Config, validate
+from lejepa_scale.config import BatchPlan, Config, dump, validate
 from lejepa_scale.cost import step_flops
 from lejepa_scale.errors import UserError
-from lejepa_scale.training import actions, loop
+from lejepa_scale.training import actions, loop, resume
 
 
 def test_mfu_is_what_the_step_needs_at_the_peak_over_what_it_took(
@@ -62,3 +62,20 @@ def test_another_order_or_model_is_refused_and_changes_nothing(
         loop.train(another)
     loop.train(_saved(tmp_path, scenes, train={"steps": 3, "global_batch": 16, "micro_batch": 8}))
     assert (tmp_path / "checkpoints" / "step_00000003" / "COMPLETE").exists()
+
+
+@pytest.mark.parametrize("text", ["a: [", "edited by hand", "- 1\n- 2", "", "run: 5", "train: {steps: 1"])
+def test_a_config_that_cannot_be_read_is_said_and_written_anew(
+    text: str, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    config = _saved(tmp_path, scenes)
+    resume.write_config(config)
+    (tmp_path / "config.yaml").write_text(text)
+    resume.write_config(config)
+    assert "cannot be read and is written anew" in caplog.text or "configuration changed" in caplog.text
+    assert (tmp_path / "config.yaml").read_text() == dump(config)
+    caplog.clear()
+    resume.write_config(config)
+    resume.write_config(_saved(tmp_path, scenes, run={"seed": 3}))
+    assert "configuration changed since this run was started: run.seed: 0 -> 3" in caplog.text
