@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data import workers
 from lejepa_scale.data.batch import Batch
-from lejepa_scale.data.faults import Fault, SampleFault
+from lejepa_scale.data.faults import Fault, SampleFault, printable
 from lejepa_scale.data.images import photometric, pixels, views
 from lejepa_scale.data.images.decode import decode
 from lejepa_scale.data.index.scan import ShardIndex
@@ -91,8 +91,8 @@ class _Samples(Dataset[Batch]):
         first, last = faults[-attempts], faults[-1]
         raise UserError(
             f"{attempts} images in a row of shard {shard.url} cannot be used (data.max_faults = {self.max_faults}), from "
-            f"{first.key} to {last.key}: {last.reason}. A shard that is damaged is to be written again, or removed from "
-            "data.shards."
+            f"{printable(first.key)} to {printable(last.key)}: {last.reason}. A shard that is damaged is to be "
+            "written again, or removed from data.shards."
         )
 
 

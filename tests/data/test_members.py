@@ -19,8 +19,8 @@ from conftest import small_config
 from ranks import run_ranks
 
 from lejepa_scale.cli.main import main
-from lejepa_scale.config import Data, validate
-from lejepa_scale.data import Mixture, evaluation_batches, open_mixture
+from lejepa_scale.config import BatchPlan, Data, validate
+from lejepa_scale.data import Loader, Mixture, evaluation_batches, open_mixture
 from lejepa_scale.data.index import classes as class_module
 from lejepa_scale.data.index import passed
 from lejepa_scale.data.index.classes import class_numbers
@@ -327,3 +327,17 @@ def test_keys_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*words[:3], plain, "--test", plain, "--image-key", "png", "--label-key", "cls"]) == 0
     assert main(["picture", str(tmp_path / "run"), "--shards", path, "--out", str(tmp_path / "p.png")]) == 0
     assert main(["shards", "statistics", path, "--image-key", "left.png"]) == 0
+
+
+def test_names_in_messages_hold_no_control_characters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    name = "evil\x1b[31m\nname"
+    path = shard(tmp_path / "s.tar", {f"{name}{i}.png": b"no image" for i in range(4)})
+    data = Data.model_validate({"shards": path, "workers": 0, "max_faults": 2})
+    loader = Loader(open_mixture(data), data, BatchPlan(micro_batch=1, ranks=1, accumulation=1), seed=0)
+    with pytest.raises(UserError, match=r"evil\\x1b\[31m\\nname") as caught:
+        next(iter(loader))
+    assert str(caught.value).isprintable()
+    with pytest.raises(UserError) as caught:
+        list(evaluation_batches(path, image_size=16, batch_size=2))
+    assert str(caught.value).isprintable()
+    assert all(record.getMessage().isprintable() for record in caplog.records)

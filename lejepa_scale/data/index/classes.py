@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index.files import WORDS
 from lejepa_scale.data.index.scan import ShardIndex
 from lejepa_scale.data.index.shards import Shards
@@ -34,8 +35,8 @@ class ClassNumbers:
             return int(label)
         if str(label) not in self._places:
             raise UserError(
-                f"the label {label} of {shard.key(member)} in shard {shard.url} is not among those of its shards' index: "
-                "run `lejepa shards index --rebuild`, with the source's keys."
+                f"the label {label} of {printable(shard.key(member))} in shard {shard.url} is not among those of its shards' "
+                "index: run `lejepa shards index --rebuild`, with the source's keys."
             )
         return self._places[str(label)]
 

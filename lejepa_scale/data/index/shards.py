@@ -17,6 +17,7 @@ from jaxtyping import Int64, Shaped
 from tqdm import tqdm
 
 from lejepa_scale.config import is_remote
+from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
 from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.index.scan import DEFAULT_KEYS, SampleKeys, ShardIndex, scan
@@ -297,5 +298,7 @@ def _difference(stored: ShardIndex, found: ShardIndex) -> str:
         where = np.flatnonzero(getattr(stored, what) != getattr(found, what))
         if len(where):
             first = int(where[0])
-            return f"{what} of {len(where)} samples, first {stored.key(first)} at byte {stored.offsets[first]}"
+            return (
+                f"{what} of {len(where)} samples, first {printable(stored.key(first))} at byte {stored.offsets[first]}"
+            )
     return "in nothing but its digest"
