@@ -35,8 +35,8 @@ class ClassNumbers:
             return int(label)
         if str(label) not in self._places:
             raise UserError(
-                f"the label {label} of {printable(shard.key(member))} in shard {shard.url} is not among those of its shards' "
-                "index: run `lejepa shards index --rebuild`, with the source's keys."
+                f"the label {label} of {printable(shard.key(member))} in shard {shard.url} is not among those of its "
+                "shards' index: run `lejepa shards index --rebuild`, with the source's keys."
             )
         return self._places[str(label)]
 
