@@ -214,7 +214,9 @@ def test_labels_in_json_documents(tmp_path: Path) -> None:
     assert labels(only(path)) == [None] * 5
     with pytest.raises(UserError, match=r"no sample has a label at json:a\.x\. Check label_key"):
         only(path, label_key="json:a.x")
+    deep = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
     for wrong, words in (
+        (deep, "not a class number or name at a"),
         (b"{", "not a class number or name at a"),
         (b'{"a": 1.5}', "not a class"),
         (b'{"a": true}', "not a"),

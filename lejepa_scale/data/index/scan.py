@@ -30,6 +30,7 @@ NO_IMAGE = -1  # as the size of a sample whose image is missing
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's rule for members that are about the shard
 _INTEGER = re.compile(r"[+-]?[0-9]{1,18}")  # such as int64 holds
 _LONGEST_LABEL = 4096  # bytes
+_LONGEST_DOCUMENT = 1 << 26  # bytes of JSON that a label stands in
 
 
 @dataclass(frozen=True)
@@ -205,12 +206,12 @@ class _Members:
         where, path = f"shard {self.url}: {printable(member.name)}", self.keys.path
         if member.islnk():
             raise self._no_file(member)
-        if member.size > _LONGEST_LABEL and not path:
-            raise UserError(f"{where} holds {member.size:,} bytes, which are no class number or name.")
+        if member.size > (_LONGEST_DOCUMENT if path else _LONGEST_LABEL):
+            raise UserError(f"{where} holds {member.size:,} bytes, more than a label has.")
         data = stream.exactly(member.size)
         try:
             label = _class(_at(json.loads(data), path) if path else data.decode().strip())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             wanted = f"a class number or name at {'.'.join(path)}" if path else "a class number or name"
             raise UserError(f"{where} holds {data[:20]!r}, not {wanted}.") from error
         if label == -1 or label is None:
