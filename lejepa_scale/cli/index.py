@@ -43,7 +43,7 @@ def _job(text: str) -> tuple[int, int]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from lejepa_scale.data.index.classes import class_numbers
-    from lejepa_scale.data.index.scan import SampleKeys
+    from lejepa_scale.data.index.keys import SampleKeys
     from lejepa_scale.data.index.shards import index_shards, verify
     from lejepa_scale.data.io.reader import Reader, expand
 

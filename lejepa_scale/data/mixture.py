@@ -12,7 +12,7 @@ from jaxtyping import Int64
 from lejepa_scale.config import Data
 from lejepa_scale.data.audit.keylog import Header, Record
 from lejepa_scale.data.index.classes import ClassNumbers, class_numbers
-from lejepa_scale.data.index.scan import SampleKeys
+from lejepa_scale.data.index.keys import SampleKeys
 from lejepa_scale.data.index.shards import Shards, index_shards
 from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.data.order import Location

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lejepa_scale.data.faults import Fault, SampleFault
 from lejepa_scale.data.images.decode import stored
 from lejepa_scale.data.images.pixels import Pixels, scaled
-from lejepa_scale.data.index.scan import SampleKeys
+from lejepa_scale.data.index.keys import SampleKeys
 from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.io.reader import Reader, expand
 from lejepa_scale.data.samples import read_image

@@ -15,7 +15,7 @@ from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.data.images.pixels import Ranges, of_run
-from lejepa_scale.data.index.scan import keys_of_run
+from lejepa_scale.data.index.keys import keys_of_run
 from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.io.reader import expand
 from lejepa_scale.errors import UserError

@@ -14,7 +14,7 @@ from lejepa_scale.config import Config
 from lejepa_scale.data import Pixels, evaluation_batches
 from lejepa_scale.data.images.pixels import Ranges, of_run
 from lejepa_scale.data.index.classes import class_numbers
-from lejepa_scale.data.index.scan import SampleKeys, keys_of_run
+from lejepa_scale.data.index.keys import SampleKeys, keys_of_run
 from lejepa_scale.data.index.shards import Shards, index_shards
 from lejepa_scale.data.io.reader import expand
 from lejepa_scale.errors import UserError

@@ -24,7 +24,8 @@ from lejepa_scale.data import Loader, Mixture, evaluation_batches, open_mixture
 from lejepa_scale.data.index import classes as class_module
 from lejepa_scale.data.index import passed
 from lejepa_scale.data.index.classes import class_numbers
-from lejepa_scale.data.index.scan import SampleKeys, ShardIndex
+from lejepa_scale.data.index.keys import SampleKeys
+from lejepa_scale.data.index.scan import ShardIndex
 from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.samples import read_image

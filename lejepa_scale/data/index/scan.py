@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import re
 import tarfile
 import zlib
@@ -16,9 +15,9 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Int64, Shaped, UInt32
 
-from lejepa_scale.config import Data
 from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index import passed
+from lejepa_scale.data.index.keys import DEFAULT_KEYS, LONGEST_DOCUMENT, LONGEST_LABEL, SampleKeys, numbered, read_label
 from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.io.address import shard_name
 from lejepa_scale.data.io.kinds import ARRAYS, IMAGES, PICTURES, compression, not_a_tar
@@ -28,59 +27,6 @@ from lejepa_scale.errors import UserError
 BLOCK = 512  # of the tar format
 NO_IMAGE = -1  # as the size of a sample whose image is missing
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's rule for members that are about the shard
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")  # such as int64 holds
-_LONGEST_LABEL = 4096  # bytes
-_LONGEST_DOCUMENT = 1 << 26  # bytes of JSON that a label stands in
-
-
-@dataclass(frozen=True)
-class SampleKeys:
-    """Which members of a sample are its image and its label, by their endings. image: the preferred one first; empty: all of
-    images. path: where in the JSON document of that ending the label stands; empty: the member is the label."""
-
-    image: tuple[str, ...] = ()
-    label: str = "cls"
-    path: tuple[str, ...] = ()
-
-    @classmethod
-    def parsed(cls, image_key: str, label_key: str) -> SampleKeys:
-        """Of a source's `image_key`, as `left.jpg;left.png`, and `label_key`, as `cls` or `json:category.id`."""
-        label, _, path = label_key.partition(":")
-        image = tuple(key.strip().lower() for key in image_key.split(";") if key.strip())
-        return cls(image, label.strip().lower(), tuple(part for part in path.split(".") if part))
-
-    @property
-    def options(self) -> str:
-        """By which commands take them, for messages."""
-        image = f" --image-key '{';'.join(self.image)}'" if self.image else ""
-        return image + (f" --label-key {self.label_key}" if self.label_key != DEFAULT_KEYS.label else "")
-
-    @property
-    def label_key(self) -> str:
-        """As a source has it."""
-        return ":".join(filter(None, (self.label, ".".join(self.path))))
-
-    @property
-    def mark(self) -> str:
-        """By which index files of another choice have names of their own; empty for the default."""
-        return "" if self == DEFAULT_KEYS else hashlib.blake2b(repr(self).encode(), digest_size=4).hexdigest()
-
-
-DEFAULT_KEYS = SampleKeys()
-
-
-def keys_of_run(data: Data, image_key: str | None = None, label_key: str | None = None) -> SampleKeys:
-    """Of shards that a run did not name: as its own, but for a key that is given. Raises UserError where its sources have
-    several."""
-    image_keys, label_keys = ({getattr(s, key) for s in data.shards} for key in ("image_key", "label_key"))
-    for name, given, found in (("image_key", image_key, image_keys), ("label_key", label_key, label_keys)):
-        if given is None and len(found) > 1:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"the run's sources have several values of {name}: say which these shards have ({option}).")
-    return SampleKeys.parsed(
-        next(iter(image_keys)) if image_key is None else image_key,
-        next(iter(label_keys)) if label_key is None else label_key,
-    )
 
 
 @dataclass(frozen=True)
@@ -206,12 +152,12 @@ class _Members:
         where, path = f"shard {self.url}: {printable(member.name)}", self.keys.path
         if member.islnk():
             raise self._no_file(member)
-        if member.size > (_LONGEST_DOCUMENT if path else _LONGEST_LABEL):
+        if member.size > (LONGEST_DOCUMENT if path else LONGEST_LABEL):
             raise UserError(f"{where} holds {member.size:,} bytes, more than a label has.")
         data = stream.exactly(member.size)
         try:
-            label = _class(_at(json.loads(data), path) if path else data.decode().strip())
-        except (ValueError, RecursionError) as error:
+            label = read_label(data, path)
+        except ValueError as error:
             wanted = f"a class number or name at {'.'.join(path)}" if path else "a class number or name"
             raise UserError(f"{where} holds {data[:20]!r}, not {wanted}.") from error
         if label == -1 or label is None:
@@ -241,7 +187,7 @@ class _Members:
                 if key not in images or ending != sample.image_ending:
                     self.passed.add(self._reason(ending, key in images), f"{key}.{ending}", ending)
         rows = [images[key].image if key in images else None for key in chosen]
-        labels, words = _numbered([sample.label for sample in chosen.values()])
+        labels, words = numbered([sample.label for sample in chosen.values()])
         if self.keys.label != "cls" and not (labels >= 0).any():
             raise UserError(f"shard {self.url}: no sample has a label at {self.keys.label_key}. Check label_key.")
         return ShardIndex(
@@ -392,39 +338,3 @@ def _split(name: str) -> tuple[str, str, str]:
 def _dotted(ending: str) -> bool:
     """Whether it is that of an image, but for what stands before its last dot."""
     return "." in ending and ending.rpartition(".")[2] in IMAGES
-
-
-def _at(document: object, path: tuple[str, ...]) -> object:
-    """What stands there, or None."""
-    for part in path:
-        if isinstance(document, list) and part.isdigit() and int(part) < len(document):
-            document = document[int(part)]
-        elif isinstance(document, dict):
-            document = document.get(part)
-        else:
-            return None
-    return document
-
-
-def _class(found: object) -> int | str | None:
-    """A class number, or a name. Raises ValueError for what is neither."""
-    if found is None:
-        return None
-    if isinstance(found, bool) or not isinstance(found, int | str):
-        raise ValueError("neither a number nor a name")
-    text = str(found)
-    if not text or not text.isprintable() or len(text) > _LONGEST_LABEL:
-        raise ValueError("no name")
-    return int(text) if _INTEGER.fullmatch(text) else text
-
-
-def _numbered(
-    labels: list[int | str | None],
-) -> tuple[Int64[np.ndarray, " n"], Shaped[np.ndarray, " words"] | None]:
-    """Numbers as they are; where a label is a word, rows of the sorted labels as words."""
-    if not any(isinstance(label, str) for label in labels):
-        return np.array([-1 if label is None else label for label in labels], np.int64), None
-    words = sorted({str(label).encode() for label in labels if label is not None})
-    row = {word: number for number, word in enumerate(words)}
-    numbers = [-1 if label is None else row[str(label).encode()] for label in labels]
-    return np.array(numbers, np.int64), np.array(words)

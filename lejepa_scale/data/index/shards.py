@@ -19,8 +19,9 @@ from tqdm import tqdm
 from lejepa_scale.config import is_remote
 from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
+from lejepa_scale.data.index.keys import DEFAULT_KEYS, SampleKeys
 from lejepa_scale.data.index.passed import PassedOver
-from lejepa_scale.data.index.scan import DEFAULT_KEYS, SampleKeys, ShardIndex, scan
+from lejepa_scale.data.index.scan import ShardIndex, scan
 from lejepa_scale.data.io.address import folder_of, shard_name
 from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.io.threads import Pool
