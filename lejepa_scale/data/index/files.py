@@ -114,7 +114,7 @@ class IndexLocation:
         for data in self._candidates(f"labels.{name}{self._ending}.json"):
             try:
                 stored = json.loads(data)["labels"]
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
             if isinstance(stored, list) and all(type(label) in (int, str) for label in stored):
                 return stored

@@ -35,7 +35,7 @@ def expand(patterns: list[str]) -> list[str]:
     where there is no shard among them."""
     urls: list[str] = []
     for pattern in patterns:
-        if re.match(r"[a-z]+::", pattern):  # fsspec's; elsewhere WebDataset's sign between several
+        if re.match(r"[a-z]+::[a-z0-9]+://", pattern):  # fsspec's; elsewhere WebDataset's sign between several
             raise UserError(
                 f"shard {pattern}: chained addresses are not read. Give {pattern.rpartition('::')[2]}, with data.cache_dir "
                 "for copies on a disk of the node."
