@@ -38,9 +38,14 @@ USES = (
     ),
     Use(("data.prefetch",), "data.workers is not 0", lambda config: config.data.workers > 0, "data.workers"),
     Use(
-        ("data.cache_dir", "data.read_timeout", "data.retries"),
+        ("data.cache_dir", "data.retries"),
         "data.shards names a URL or a pipe: command",
         lambda config: any(config.data.remote_shards()),
+    ),
+    Use(
+        ("data.read_timeout",),
+        "data.shards names a URL or a pipe: command, or data.workers is not 0",
+        lambda config: config.data.workers > 0 or any(config.data.remote_shards()),
     ),
     Use(
         ("data.cache_gb",),

@@ -204,7 +204,9 @@ class Data(Section):
         None, description="a disk of the node for whole copies of remote shards; unset: samples come by range request"
     )
     cache_gb: float | None = Field(None, gt=0, description="size of that cache in 10^9 bytes; unset: no limit")
-    read_timeout: float = Field(30.0, gt=0, description="seconds for up to 4 MiB of a remote shard")
+    read_timeout: float = Field(
+        30.0, gt=0, description="seconds for up to 4 MiB of a remote shard, and without a sign of life of a worker"
+    )
     retries: NonNegative = Field(5, description="failures in a row before a remote shard stops the run")
     max_pixels: Positive = Field(
         80_000_000,

@@ -17,7 +17,7 @@ from jaxtyping import Float, Real
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from lejepa_scale.config import BatchPlan, Data
-from lejepa_scale.data import workers
+from lejepa_scale.data import watch, workers
 from lejepa_scale.data.batch import Batch
 from lejepa_scale.data.faults import Fault, SampleFault, printable
 from lejepa_scale.data.images import photometric, pixels, views
@@ -51,6 +51,7 @@ class _Samples(Dataset[Batch]):
         locations = self.order.locate(where)
         ahead = [read_ahead(self.reader, self._shard(location), location.member) for location in locations]
         for b, (position, location) in enumerate(zip(where, locations, strict=True)):
+            watch.at(position)
             image, shard, member = self._image(location, ahead[b], skipped)
             for i, (group, draws) in enumerate(zip(self.groups, self._draws(location), strict=True)):
                 cut[i][:, b] = views.cut_views(image, group, draws[:, : views.DRAWS])
@@ -58,6 +59,7 @@ class _Samples(Dataset[Batch]):
             labels.append(self.mixture.classes.of(shard, member))
             keys.append(shard.key(member))
             records.append(self.mixture.record(position, location, keys[-1]))
+        watch.at(None)
         drawn = [photometric.draw(x.reshape(-1, photometric.DRAWS), self.augment) for x in colours]
         parameters = [torch.from_numpy(d).view(*x.shape[:2], -1) for d, x in zip(drawn, colours, strict=True)]
         return Batch(cut, parameters, torch.tensor(labels), keys, skipped, records, self.pixels[0])
@@ -109,7 +111,8 @@ class _Names(_Samples):
 class Loader:
     """This rank's micro-batches from `first_step` on, for ever, `plan.accumulation` of them per step: a pure function of the
     arguments. `mixture` is what `open_mixture(data)` found. `decode=False`: batches name their samples and hold no views.
-    `timeout`: seconds that a batch of the workers is waited for.
+    `timeout`: seconds that a batch is waited for while its worker lives; one that is killed, or shows no sign of life for
+    data.read_timeout and 5 s, is waited for no longer.
 
     Used as a context manager, or closed, it leaves no process behind. Raises UserError where `plan` has no such rank; when
     iterated, where a shard is lost or no batch comes.
@@ -134,31 +137,41 @@ class Loader:
             )
         self.plan, self.rank, self.first_step, self.timeout = plan, rank, first_step, timeout
         self._workers, self._prefetch, self._pin_memory = data.workers, data.prefetch, pin_memory
+        self._read_timeout = data.read_timeout
         self._samples = (_Samples if decode else _Names)(mixture, data, seed)
         self._running: list[Finalize] = []
         cv2.setNumThreads(1)  # workers and ranks are the parallelism
 
     def __iter__(self) -> Iterator[Batch]:
         """This rank's micro-batches, `accumulation` of them per step. The workers start with the first one."""
-        batches = iter(self._dataloader())
+        board = watch.Board(self._workers)
+        batches = iter(self._dataloader(board))
+        workers.leave_to_us(batches)
         end = workers.ending(batches)
         self._running.append(end)
+        watched = None
+        if self._workers:
+            silence = self._read_timeout + watch.GRACE_SECONDS
+            running = batches._workers  # type: ignore[attr-defined]
+            watched = watch.Watch(partial(next, batches), running, board, silence=silence, patience=self.timeout)
         taken = 0
         try:
-            for batch in batches:
-                yield batch
+            while True:
+                yield watched.next(taken % self._workers) if watched else next(batches)
                 if not end.still_active():
                     return
                 taken += 1
         except UserError as error:  # a worker's error arrives with its traceback; the last line is the message
             raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
-        except RuntimeError as error:
-            if "DataLoader timed out" not in str(error):
-                raise
-            raise UserError(self._late(taken)) from None
+        except watch.Lost as lost:
+            if not end.still_active():  # closed meanwhile, by another thread
+                return
+            raise UserError(self._lost(lost, board, taken)) from None
         finally:
             end()
             self._running.remove(end)
+            if watched:
+                watched.close()
 
     def close(self) -> None:
         """End every worker, whatever it is doing, within seconds; iterators that are under way end with it."""
@@ -171,7 +184,7 @@ class Loader:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _dataloader(self) -> DataLoader[Batch]:
+    def _dataloader(self, board: watch.Board) -> DataLoader[Batch]:
         from_main_thread = threading.current_thread() is threading.main_thread()
         return DataLoader(
             self._samples,
@@ -180,23 +193,30 @@ class Loader:
             num_workers=self._workers,
             prefetch_factor=self._prefetch if self._workers else None,
             persistent_workers=False,
-            worker_init_fn=partial(workers.started, from_main_thread),
+            worker_init_fn=partial(workers.started, board, from_main_thread),
             pin_memory=self._pin_memory,
-            timeout=self.timeout if self._workers else 0,
         )
 
-    def _late(self, taken: int) -> str:
-        """What a batch that does not come was to be read from."""
+    def _lost(self, lost: watch.Lost, board: watch.Board, taken: int) -> str:
+        """What the worker was on, and where the batch that does not come was to be read from."""
         step, micro = divmod(taken, self.plan.accumulation)
         step += self.first_step
-        where = self._samples.order.locate(list(positions(step, micro, self.rank, self.plan)))
-        shards = list(dict.fromkeys(self._samples.mixture.shards[x.source].urls[x.shard] for x in where))
-        more = f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else ""
-        return (
-            f"no batch came within {self.timeout:g} s: a worker of rank {self.rank} still reads for step {step}, from "
-            f"{', '.join(shards[:_SHOWN])}{more}. Check that the disk or server that holds them answers; the same command "
-            "goes on from the last checkpoint."
+        order, sources = self._samples.order, self._samples.mixture.shards
+        if (position := board.position(lost.worker)) is not None:
+            (at,) = order.locate([position])
+            shard = sources[at.source][at.shard]
+            on = f"on sample {printable(shard.key(at.member))} of shard {printable(shard.url)}"
+        else:
+            where = order.locate(list(positions(step, micro, self.rank, self.plan)))
+            shards = list(dict.fromkeys(sources[x.source].urls[x.shard] for x in where))
+            more = f" and {len(shards) - _SHOWN} more" if len(shards) > _SHOWN else ""
+            on = f"between two batches; the one that is missing is read from {printable(', '.join(shards[:_SHOWN]))}{more}"
+        sentences = (
+            f"no batch came for step {step}: worker {lost.worker} of rank {self.rank} {lost.what}. It was {on}.",
+            lost.advice,
+            "The same command goes on from the last checkpoint.",
         )
+        return " ".join(filter(None, sentences))
 
 
 class _Positions:

@@ -1,5 +1,5 @@
-"""The end of a loader's processes. They hold no state, so they are killed: a worker may be in a read that never returns,
-stopped, or writing to a full queue, and torch and multiprocessing would wait for it without a limit."""
+"""The start and the end of a loader's processes. They hold no state, so they are killed: a worker may sit in a read that
+never returns, be stopped, or write to a full queue, and torch and multiprocessing would wait for it without a limit."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ from typing import Any
 import cv2
 from torch.utils.data._utils import signal_handling
 
+from lejepa_scale.data.watch import Board
 from lejepa_scale.parallel.parent import end_with_parent
 
 _REAP_SECONDS = 5.0  # for a killed process to go; one that waits for a dead disk may not
 _PIN_SECONDS = 2.0
 
 
-def started(from_main_thread: bool, _: int) -> None:
-    """The first thing that a worker does."""
+def started(board: Board, from_main_thread: bool, number: int) -> None:
+    """The first thing that worker `number` does."""
     # The trainer decides when to stop: a signal to the process group must not take the workers away before it has saved.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(by_kernel=from_main_thread)
     cv2.setNumThreads(1)
+    board.begin(number)
+
+
+def leave_to_us(batches: Any) -> None:
+    """Else torch raises at the death of a worker, in the main thread, whatever that is in the middle of."""
+    if getattr(batches, "_workers", []):
+        signal_handling._remove_worker_pids(id(batches))
+        batches._worker_pids_set = False
 
 
 def ending(batches: Any) -> Finalize:
@@ -37,8 +46,6 @@ def _end(batches: Any) -> None:
     if not workers:
         return
     batches._shutdown = True  # torch's own way is over
-    signal_handling._remove_worker_pids(id(batches))  # else torch raises at the death of each
-    batches._worker_pids_set = False
     if (thread := getattr(batches, "_pin_memory_thread", None)) is not None:
         batches._pin_memory_thread_done_event.set()
         batches._worker_result_queue.put((None, None))  # wakes it up

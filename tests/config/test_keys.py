@@ -140,6 +140,7 @@ IGNORED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     ("data.prefetch", 3, {}, {"data": {"workers": 1}}),
     ("data.cache_dir", "d", {}, {"data": REMOTE}),
     ("data.read_timeout", 9.0, {}, {"data": PIPE}),
+    ("data.read_timeout", 9.0, {"data": {"workers": 0}}, {"data": {"workers": 1}}),
     ("data.retries", 3, {}, {"data": REMOTE}),
     ("data.cache_gb", 1.0, {"data": REMOTE}, {"data": {**REMOTE, "cache_dir": "d"}}),
     ("data.cache_gb", 1.0, {}, {"data": PIPE}),

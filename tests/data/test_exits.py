@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -148,6 +149,33 @@ def test_a_run_ends_while_a_read_never_returns(
             assert running.process.wait(120) == 0
             assert '"step": 2' in (tmp_path / "run/metrics.jsonl").read_text()
         assert running.gone(SECONDS), f"left: {[command_line(pid) for pid in running.family()]}"
+
+
+@pytest.mark.parametrize("number", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_a_lost_worker_ends_the_run_on_every_rank(
+    scenes: Path, tmp_path: Path, command: Command, number: signal.Signals
+) -> None:
+    """Rank 0 says what happened to rank 1's worker, long before it would give up its collective."""
+    data = {"shards": str(scenes), "workers": 1, "read_timeout": 1}
+    tree = small_config(tmp_path / "run", [], data=data, run={"dir": str(tmp_path / "run")}, train={"steps": 100_000})
+    tree["engine"]["name"] = "ddp"
+    arguments = [sys.executable, *launched(2), str(ROOT / "launchers/train.py"), "--config", str(command.config(tree))]
+    with (tmp_path / "errors").open("w") as errors, program(arguments, script_environment(), stderr=errors) as running:
+        metrics = tmp_path / "run/metrics.jsonl"
+        assert eventually(lambda: metrics.exists() and '"step": 2' in metrics.read_text(), 120)
+        ranks = {int(environment(pid)["RANK"]): pid for pid in ranks_of(running)}
+        (worker,) = (pid for pid in running.family() if stat(pid)[1:2] == [str(ranks[1])])
+        os.kill(worker, number)
+        assert running.process.wait(60) != 0
+        assert running.gone(SECONDS), f"left: {[command_line(pid) for pid in running.family()]}"
+    says = {signal.SIGSTOP: "has shown no sign of life", signal.SIGKILL: r"was killed \(SIGKILL\)"}[number]
+    text = (tmp_path / "errors").read_text()
+    assert re.search(rf"no batch came for step \d+: worker 0 of rank 1 {says}", text), text
+
+
+def environment(pid: int) -> dict[str, str]:
+    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
 
 
 def command_line(pid: int) -> str:

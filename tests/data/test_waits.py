@@ -25,6 +25,7 @@ from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.io.threads import Pool, within
 from lejepa_scale.data.io.transport import Transport
 from lejepa_scale.data.samples import read_ahead, read_image
+from lejepa_scale.data.watch import Board, Watch
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel.parent import end_with_parent
 
@@ -42,13 +43,89 @@ def test_a_batch_that_does_not_come_names_its_step_and_shards(scenes: Path, monk
     with (
         Loader(mixture, data, BatchPlan(micro_batch=4, accumulation=2), seed=0, first_step=7, timeout=1.0) as loader,
         pytest.raises(
-            UserError, match=r"no batch came within 1 s: .* rank 0 .* for step 7, from \S*shard-0000"
+            UserError,
+            match=r"no batch came for step 7: worker 0 of rank 0 has not finished its batch in 1 s\. It was on ",
         ) as caught,
     ):
         next(iter(loader))
-    named = {record.shard for record in first.records}
-    assert all((f"shard-{number:06d}.tar" in str(caught.value)) == (number in named) for number in range(3))
+    assert f"on sample {first.keys[0]} of shard {scenes}/shard-{first.records[0].shard:06d}.tar." in str(caught.value)
     assert not multiprocessing.active_children()
+
+
+KILLED = r"was killed \(SIGKILL\)\. It was {}\. The kernel kills so when memory is short .* fewer data\.workers"
+STOPPED = (
+    r"has shown no sign of life for [12] s: it is stopped \(`kill -CONT \d+` lets it go on\)\. It was {}\. The same"
+)
+READING = r"on sample \w+ of shard \S+/shard-00000\d\.tar"
+BETWEEN = r"between two batches; the one that is missing is read from \S+/shard-00000\d\.tar.*"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc for the state of a process")
+@pytest.mark.parametrize(
+    ("number", "reading", "says"),
+    [
+        (signal.SIGKILL, True, KILLED.format(READING)),
+        (signal.SIGKILL, False, KILLED.format(BETWEEN)),
+        (signal.SIGSTOP, True, STOPPED.format(READING)),
+        (signal.SIGSTOP, False, STOPPED.format(BETWEEN)),  # its batch is there, and its memory for the batch is not
+        (signal.SIGBUS, False, r"was killed \(SIGBUS\).* make /dev/shm larger \(docker: --shm-size\)"),
+    ],
+)
+def test_a_worker_that_is_killed_or_stopped_ends_the_wait(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch, number: int, reading: bool, says: str
+) -> None:
+    monkeypatch.setattr("lejepa_scale.data.watch.BEAT_SECONDS", 0.2)
+    monkeypatch.setattr("lejepa_scale.data.watch.GRACE_SECONDS", 0.7)
+    data = Data(shards=str(scenes), workers=2, views=small_views(), read_timeout=0.5)
+    mixture = open_mixture(data)
+    if reading:
+        monkeypatch.setattr(Reader, "read", for_ever)
+    with Loader(mixture, data, BatchPlan(micro_batch=4), seed=0) as loader:
+        batches = iter(loader)
+        if reading:
+            timer = threading.Timer(1.0, _signal_all, args=(number,))
+            timer.start()
+        else:
+            next(batches)
+            time.sleep(1.0)  # both have prepared theirs
+            _signal_all(number)
+        began = time.monotonic()
+        with pytest.raises(UserError, match=rf"no batch came for step \d: worker [01] of rank 0 {says}"):
+            for _ in batches:
+                pass
+        assert time.monotonic() - began < 10
+    assert eventually(lambda: not multiprocessing.active_children(), 10)
+
+
+def _signal_all(number: int) -> None:
+    for child in multiprocessing.active_children():
+        os.kill(child.pid or 0, number)
+
+
+def test_a_worker_that_is_slow_is_waited_for(scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read that takes longer than data.read_timeout is the reader's to judge: its worker lives."""
+    monkeypatch.setattr("lejepa_scale.data.watch.BEAT_SECONDS", 0.1)
+    monkeypatch.setattr("lejepa_scale.data.watch.GRACE_SECONDS", 0.4)
+    data = Data(shards=str(scenes), workers=1, views=small_views(), read_timeout=0.1)
+    mixture = open_mixture(data)
+    read = Reader.read
+    monkeypatch.setattr(Reader, "read", lambda *where, **options: (time.sleep(0.7), read(*where, **options))[1])
+    with Loader(mixture, data, BatchPlan(micro_batch=3), seed=0) as loader:
+        assert len(next(iter(loader)).keys) == 3
+
+
+def test_a_trainer_that_was_stopped_itself_does_not_blame_its_workers(
+    scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by Ctrl-Z and fg, which stop and wake the whole family."""
+    clock = time.monotonic
+    slept = iter([0.0, 0.0, 1000.0, *[1000.0] * 100])
+    board = Board(1)
+    board.begin(0)
+    monkeypatch.setattr("lejepa_scale.data.watch.time.monotonic", lambda: clock() + next(slept))
+    watch = Watch(lambda: time.sleep(1.5), [multiprocessing.current_process()], board, silence=3.0, patience=3.5)
+    watch.next(0)
+    watch.close()
 
 
 def test_closing_does_not_wait_for_a_worker_that_cannot_be_killed(
