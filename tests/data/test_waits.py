@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,26 +79,32 @@ def test_a_worker_that_is_killed_or_stopped_ends_the_wait(
     monkeypatch.setattr("lejepa_scale.data.watch.GRACE_SECONDS", 0.7)
     data = Data(shards=str(scenes), workers=2, views=small_views(), read_timeout=0.5)
     mixture = open_mixture(data)
-    if reading:
-        monkeypatch.setattr(Reader, "read", for_ever)
+    reads, read = multiprocessing.Value("i", 0), Reader.read
+
+    def counted(*where: Any, **options: Any) -> bytes:
+        with reads:
+            reads.value += 1
+        return for_ever() if reading else read(*where, **options)
+
+    monkeypatch.setattr(Reader, "read", counted)
     with Loader(mixture, data, BatchPlan(micro_batch=4), seed=0) as loader:
         batches = iter(loader)
         if reading:
-            timer = threading.Timer(1.0, _signal_all, args=(number,))
-            timer.start()
+            threading.Thread(target=_signal_all, args=(number, lambda: reads.value == 2), daemon=True).start()
         else:
             next(batches)
-            time.sleep(1.0)  # both have prepared theirs
-            _signal_all(number)
+            _signal_all(number, lambda: reads.value == 5 * 4)  # both have prepared theirs
         began = time.monotonic()
         with pytest.raises(UserError, match=rf"no batch came for step \d: worker [01] of rank 0 {says}"):
             for _ in batches:
                 pass
-        assert time.monotonic() - began < 10
+        assert time.monotonic() - began < 30
     assert eventually(lambda: not multiprocessing.active_children(), 10)
 
 
-def _signal_all(number: int) -> None:
+def _signal_all(number: int, when: Callable[[], bool]) -> None:
+    assert eventually(when, 30)
+    time.sleep(0.5)
     for child in multiprocessing.active_children():
         os.kill(child.pid or 0, number)
 
@@ -119,9 +126,8 @@ def test_a_trainer_that_was_stopped_itself_does_not_blame_its_workers(
 ) -> None:
     """As by Ctrl-Z and fg, which stop and wake the whole family."""
     clock = time.monotonic
-    slept = iter([0.0, 0.0, 1000.0, *[1000.0] * 100])
-    board = Board(1)
-    board.begin(0)
+    slept = iter([0.0, 1000.0, *[1000.0] * 100])
+    board = Board(1)  # of a worker that shows nothing
     monkeypatch.setattr("lejepa_scale.data.watch.time.monotonic", lambda: clock() + next(slept))
     watch = Watch(lambda: time.sleep(1.5), [multiprocessing.current_process()], board, silence=3.0, patience=3.5)
     watch.next(0)
