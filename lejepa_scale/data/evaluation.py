@@ -12,12 +12,13 @@ from torch import Tensor
 
 from lejepa_scale.config import Data
 from lejepa_scale.data.faults import Fault, SampleFault
+from lejepa_scale.data.folders import shards_of
 from lejepa_scale.data.images import views
 from lejepa_scale.data.images.decode import decode
 from lejepa_scale.data.images.pixels import RGB, Pixels
 from lejepa_scale.data.index.classes import ClassNumbers, class_numbers
 from lejepa_scale.data.index.shards import Shards, index_shards
-from lejepa_scale.data.io.reader import Reader, expand
+from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.samples import read_image
 from lejepa_scale.errors import UserError
 
@@ -41,7 +42,7 @@ def evaluation_batches(
     Images that cannot be used are named and left out. Raises UserError where a shard is missing or damaged, or holds none of
     use: after _MAX_FAULTS in a row."""
     if not isinstance(shards, Shards):
-        shards = index_shards(expand([shards] if isinstance(shards, str) else shards))
+        shards = index_shards(shards_of(shards))
     classes = classes or class_numbers([shards])
     images: list[Real[np.ndarray, "c s s"]] = []
     labels: list[int] = []

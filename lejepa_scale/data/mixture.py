@@ -11,10 +11,11 @@ from jaxtyping import Int64
 
 from lejepa_scale.config import Data
 from lejepa_scale.data.audit.keylog import Header, Record
+from lejepa_scale.data.folders import shards_of
 from lejepa_scale.data.index.classes import ClassNumbers, class_numbers
 from lejepa_scale.data.index.keys import SampleKeys
 from lejepa_scale.data.index.shards import Shards, index_shards
-from lejepa_scale.data.io.reader import Reader, expand
+from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.order import Location
 
 logger = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def open_mixture(data: Data, *, build: bool = True) -> Mixture:
     reader = reader_of(data)
     shards = [
         index_shards(
-            expand(source.shards),
+            shards_of(source.shards, build=build),
             keys=SampleKeys.parsed(source.image_key, source.label_key),
             reader=reader,
             index_dir=data.index_dir,

@@ -12,11 +12,12 @@ from jaxtyping import Float64, Shaped
 from tqdm import tqdm
 
 from lejepa_scale.data.faults import Fault, SampleFault
+from lejepa_scale.data.folders import shards_of
 from lejepa_scale.data.images.decode import stored
 from lejepa_scale.data.images.pixels import Pixels, scaled
 from lejepa_scale.data.index.keys import SampleKeys
 from lejepa_scale.data.index.shards import index_shards
-from lejepa_scale.data.io.reader import Reader, expand
+from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.samples import read_image
 from lejepa_scale.errors import UserError
 
@@ -75,7 +76,7 @@ def pixel_statistics(shards: Sequence[str], pixels: Pixels, *, images: int = 100
     Images that cannot be used are named and left out. Raises UserError where a shard is missing or damaged, or no image can
     be used."""
     reader, rng = Reader(), np.random.default_rng(0)
-    indexed = index_shards(expand(list(shards)), keys=SampleKeys.parsed(image_key, "cls"), reader=reader)
+    indexed = index_shards(shards_of(shards), keys=SampleKeys.parsed(image_key, "cls"), reader=reader)
     ends = np.cumsum(indexed.counts)
     total = int(ends[-1])
     chosen = np.unique(np.linspace(0, total - 1, min(images, total)).round().astype(int))

@@ -13,11 +13,11 @@ import torch
 
 from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.data import evaluation_batches
+from lejepa_scale.data.folders import shards_of
 from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.data.images.pixels import Ranges, of_run
 from lejepa_scale.data.index.keys import keys_of_run
 from lejepa_scale.data.index.shards import index_shards
-from lejepa_scale.data.io.reader import expand
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.pca import dense_features, pca_maps
 
@@ -46,9 +46,7 @@ def draw(
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     encoder, config = load_encoder(run)
     side = size or 2 * config.image_size
-    indexed = index_shards(
-        expand([shards] if isinstance(shards, str) else list(shards)), keys=keys_of_run(config.data, image_key)
-    )
+    indexed = index_shards(shards_of(shards), keys=keys_of_run(config.data, image_key))
     pixels = of_run(config.data, value_range)
     batches = evaluation_batches(indexed, image_size=side, batch_size=images, limit=images, pixels=pixels)
     pictures, _ = next(iter(batches))

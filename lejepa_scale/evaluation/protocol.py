@@ -12,11 +12,11 @@ import torch
 from lejepa_scale.checkpoint import load_encoder
 from lejepa_scale.config import Config
 from lejepa_scale.data import Pixels, evaluation_batches
+from lejepa_scale.data.folders import shards_of
 from lejepa_scale.data.images.pixels import Ranges, of_run
 from lejepa_scale.data.index.classes import class_numbers
 from lejepa_scale.data.index.keys import SampleKeys, keys_of_run
 from lejepa_scale.data.index.shards import Shards, index_shards
-from lejepa_scale.data.io.reader import expand
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Batches, Features, extract, raw_pixels
 from lejepa_scale.evaluation.report import Scores, score
@@ -81,7 +81,7 @@ def evaluate(
         models |= _first(Path(encoder), config)
         image_size, pixels = image_size or config.image_size, of_run(config.data, value_range)
         keys = keys_of_run(config.data, image_key, label_key)
-    sets = [index_shards(expand([s] if isinstance(s, str) else list(s)), keys=keys) for s in (train, test)]
+    sets = [index_shards(shards_of(s), keys=keys) for s in (train, test)]
     classes = class_numbers(sets)
 
     def batches(shards: Shards) -> Batches:

@@ -138,5 +138,9 @@ def test_chained_addresses_are_refused_with_what_is_read() -> None:
 @pytest.mark.skipif(not socket.has_ipv6, reason="needs IPv6")
 def test_addresses_of_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     connections = transport.Transport(1.0, 0, 0.0)
+    assert expand(["http://[::1]:9/{a,b}.tar", "c.tar::d.tar"]) == [
+        *("http://[::1]:9/a.tar", "http://[::1]:9/b.tar"),
+        *("c.tar", "d.tar"),
+    ]
     with pytest.raises(UserError, match=r"cannot read shard http://\[::1\]:9/a\.tar beyond byte 0: .*refused"):
         list(connections.chunks("http://[::1]:9/a.tar", 0, None, None))

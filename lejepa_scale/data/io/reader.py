@@ -30,6 +30,12 @@ _LOOKED_AT = 10_000  # files of a folder without shards
 WRITING = ".writing"  # a file in a folder of shards that is not finished
 
 
+def addresses(pattern: str) -> list[str]:
+    """What a pattern stands for: braces, and WebDataset's `a.tar::b.tar`; two colons of an IPv6 host are its own."""
+    held = re.sub(r"(?<=//\[)[^]/]*(?=\])", lambda host: host[0].replace("::", "\0"), pattern)
+    return [url.replace("\0", "::") for url in expand_urls(held) if url]
+
+
 def expand(patterns: list[str]) -> list[str]:
     """Brace patterns, and folders of tars, to a list of shard paths or URLs, in the order given. Raises UserError
     where there is no shard among them."""
@@ -40,14 +46,19 @@ def expand(patterns: list[str]) -> list[str]:
                 f"shard {pattern}: chained addresses are not read. Give {pattern.rpartition('::')[2]}, with data.cache_dir "
                 "for copies on a disk of the node."
             )
-        expanded = expand_urls(pattern) if pattern else []
-        for url in expanded:
+        for url in addresses(pattern):
             if not is_remote(url) and Path(url).is_dir():
                 urls += _in_folder(Path(url))
             elif not is_remote(url) and any(c in url for c in "*?["):
                 urls += sorted(glob(url, recursive=True))
             else:
                 urls.append(url)
+    if images := [url for url in urls if not is_remote(url) and Path(url).suffix[1:].lower() in IMAGES]:
+        parent = Path(images[0]).parent
+        raise UserError(
+            f"data.shards names {images[0]}, an image; shards are tar files. Give the folder that it lies in ({parent}), or "
+            f"shards made of that: lejepa shards make folder {parent} --out SHARDS."
+        )
     if not urls:
         hints = [hint for url in patterns if not is_remote(url) and Path(url).is_dir() for hint in _instead(Path(url))]
         raise UserError(
@@ -78,11 +89,16 @@ def _instead(folder: Path) -> list[str]:
             f"{folder} holds {compressed[0]}, which is compressed, and samples are read at any place: unpack it, or make "
             f"shards of it: lejepa shards make tar {folder / compressed[0]} --out SHARDS."
         ]
-    below = (path for path in islice(folder.rglob("*"), _LOOKED_AT) if path.suffix[1:].lower() in IMAGES)
-    if image := next(below, None):
-        return [
-            f"{folder} holds images, as {image}: make shards of them: lejepa shards make folder {folder} --out SHARDS."
-        ]
+    below = list(islice(folder.rglob("*"), _LOOKED_AT))
+    for path in below:
+        if path.suffix.lower() == ".tar":
+            return [
+                f"{folder} holds shards further down, as {path}: give '{folder}/**/*.tar', or the folders they lie in."
+            ]
+    for path in below:
+        if path.suffix[1:].lower() in IMAGES:
+            command = f"lejepa shards make folder {folder} --out SHARDS"
+            return [f"{folder} holds images, as {path}: make shards of them: {command}."]
     return []
 
 

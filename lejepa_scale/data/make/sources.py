@@ -64,7 +64,7 @@ def folder(root: Path, shuffle: int | None, labelled: bool) -> Source:
     if not root.is_dir():
         raise UserError(f"{root} is not a folder.")
     passed = PassedOver()
-    files = dict(sorted(_below(root, "", passed, frozenset())))
+    files = dict(sorted(below(root, passed)))
     source = _listed(files, f"folder {root}", labelled, passed)
 
     def samples() -> Iterator[Sample]:
@@ -237,8 +237,11 @@ def _listed(files: Iterable[str], where: str, labelled: bool, passed: PassedOver
     return _Listed(_keys(in_folders), {n: number[n.partition("/")[0]] for n in in_folders}, tuple(classes))
 
 
-def _below(folder: Path, prefix: str, passed: PassedOver, above: frozenset[Path]) -> Iterator[tuple[str, Path]]:
-    """Every file, with its path from the top; `above`: the folders on the way here, so that links back to them end."""
+def below(
+    folder: Path, passed: PassedOver, prefix: str = "", above: frozenset[Path] = frozenset()
+) -> Iterator[tuple[str, Path]]:
+    """Every file, with its path from the top, links followed. above: the folders on the way here, so that links back to
+    them end."""
     here = folder.resolve()
     for path in sorted(folder.iterdir()):
         name = prefix + path.name
@@ -248,7 +251,7 @@ def _below(folder: Path, prefix: str, passed: PassedOver, above: frozenset[Path]
             if path.resolve() in above | {here}:
                 passed.add(LINK, name)
             else:
-                yield from _below(path, f"{name}/", passed, above | {here})
+                yield from below(path, passed, f"{name}/", above | {here})
         elif path.is_file():
             yield name, path
         else:
