@@ -8,6 +8,7 @@ import sys
 
 from tqdm import tqdm
 
+from lejepa_scale.addresses import redacted
 from lejepa_scale.parallel import launch
 
 
@@ -16,7 +17,7 @@ class _AboveBars(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(self.format(record), file=sys.stderr)
+            tqdm.write(redacted(self.format(record)), file=sys.stderr)
         except Exception:
             self.handleError(record)
 

@@ -23,6 +23,9 @@ class Server:
         self.fail_after: int | None = None  # answer 503 from this request on
         self.requests: list[tuple[str, str | None]] = []  # path and Range
         self.connections: set[int] = set()  # client ports
+        self.authorizations: list[str | None] = []  # of each request
+        self.expects: str | None = None  # answer 401 to any other
+        self.moved: dict[str, str] = {}  # path to address
         self.closing = threading.Event()
         self.address = ""
 
@@ -43,11 +46,20 @@ def serve() -> Iterator[Server]:
             asked = self.headers.get("Range")
             server.requests.append((path, asked))
             server.connections.add(self.client_address[1])
+            server.authorizations.append(self.headers.get("Authorization"))
+            if path in server.moved:
+                self.send_response(302)
+                self.send_header("Location", server.moved[path])
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
             script = server.script[path]
             behaviour = server.always or (script.popleft() if script else "ok")
             if server.fail_after is not None and len(server.requests) > server.fail_after:
                 behaviour = "503"
             data = server.files.get(path)
+            if server.expects not in (None, server.authorizations[-1]):
+                behaviour = "401"
             self.close_connection = behaviour != "ok"
             if behaviour == "gone":
                 return

@@ -3,7 +3,7 @@ anything starts."""
 
 from lejepa_scale.config.batches import BatchPlan, check_world, plan_batches
 from lejepa_scale.config.files import dump, load_config, migrate, recorded, validate
-from lejepa_scale.config.schema import Augment, Config, Data, Optim, Source, ViewGroup, Views, is_remote
+from lejepa_scale.config.schema import Augment, Config, Data, Optim, Source, ViewGroup, Views
 
 __all__ = [
     "Augment",
@@ -16,7 +16,6 @@ __all__ = [
     "Views",
     "check_world",
     "dump",
-    "is_remote",
     "load_config",
     "migrate",
     "plan_batches",

@@ -6,8 +6,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from lejepa_scale.addresses import Address, is_remote
 from lejepa_scale.config import checks
 
 EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -74,15 +84,13 @@ class Engine(Section):
 Interval = tuple[float, float]
 
 
-def is_remote(shard: str) -> bool:
-    """Fetched from elsewhere, by request or by command; else a path."""
-    return shard.startswith("pipe:") or "://" in shard
+Shards = Annotated[str, AfterValidator(Address), PlainSerializer(str, return_type=str)]  # written without secrets
 
 
 class Source(Section):
     """One source of a mixture."""
 
-    shards: list[str] = Field(description="tar shards: paths or URLs, braces allowed")
+    shards: list[Shards] = Field(description="tar shards: paths or URLs, braces allowed")
     weight: float = Field(1.0, gt=0, description="share of the samples drawn from this source")
     image_key: str = Field(
         "",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 def printable(text: str) -> str:
     """A name as it may be shown: control characters, which a terminal would obey, and bytes that are no text are escaped."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    shown = str(text)  # of an address: without its secrets
+    return shown if shown.isprintable() else shown.encode("unicode_escape").decode()
 
 
 class SampleFault(Exception):
@@ -33,4 +34,6 @@ class Fault:
 def append_to_quarantine(path: Path, faults: Iterable[Fault], step: int) -> None:
     """Append one JSON object per fault: step, shard, key, offset, reason."""
     with path.open("a") as file:
-        file.writelines(json.dumps({"step": step, **asdict(fault)}) + "\n" for fault in faults)
+        file.writelines(
+            json.dumps({"step": step, **asdict(fault), "shard": str(fault.shard)}) + "\n" for fault in faults
+        )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from lejepa_scale.config import is_remote
+from lejepa_scale.addresses import Address, is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index.passed import PassedOver
@@ -32,7 +32,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _FORMAT = b"1"  # of what is copied, and how: raise it where the same folder gives other shards
 
 
-def shards_of(patterns: str | Sequence[str], *, build: bool = True) -> list[str]:
+def shards_of(patterns: str | Sequence[str], *, build: bool = True) -> list[Address]:
     """`expand`, which also takes a folder of plain images of up to MOST_FILES files and MOST_BYTES bytes: its images, with
     the folders that they lie in as labels, are copied into shards in the user's cache when it is first asked for, or has
     changed. Without `build`, only what another process has copied is taken. Raises UserError where there is nothing to read,

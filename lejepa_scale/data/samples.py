@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from concurrent.futures import Future
 
-from lejepa_scale.config import is_remote
+from lejepa_scale.addresses import is_remote
 from lejepa_scale.data.faults import SampleFault
 from lejepa_scale.data.index.scan import NO_IMAGE, ShardIndex
 from lejepa_scale.data.io.reader import Reader

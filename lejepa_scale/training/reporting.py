@@ -7,12 +7,15 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from tqdm import tqdm
 
+from lejepa_scale.addresses import Address
 from lejepa_scale.config import Config
 from lejepa_scale.errors import UserError
 
@@ -98,12 +101,24 @@ def _start_wandb(config: Config) -> Any:
     identity = config.run.dir / "wandb_id"
     if not identity.exists():
         identity.write_text(secrets.token_hex(4))
-    return wandb.init(
-        project=settings.project,
-        name=settings.name or config.run.dir.name,
-        id=identity.read_text(),
-        resume="allow",
-        mode="online" if online else "offline",
-        dir=str(config.run.dir),
-        config=config.model_dump(mode="json", by_alias=True),
-    )
+    with _command_line_without_secrets():
+        return wandb.init(
+            project=settings.project,
+            name=settings.name or config.run.dir.name,
+            id=identity.read_text(),
+            resume="allow",
+            mode="online" if online else "offline",
+            dir=str(config.run.dir),
+            config=config.model_dump(mode="json", by_alias=True),
+        )
+
+
+@contextmanager
+def _command_line_without_secrets() -> Iterator[None]:
+    """W&B keeps it with the run."""
+    words = sys.argv
+    sys.argv = [str(Address(word)) for word in words]
+    try:
+        yield
+    finally:
+        sys.argv = words

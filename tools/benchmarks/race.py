@@ -21,7 +21,8 @@ import torch.distributed as dist
 from benchmarks.fed import Fed
 from benchmarks.measure import Row, free_port
 from benchmarks.minimal import Arrangement, Minimal
-from lejepa_scale.config import Config, check_world, is_remote, load_config
+from lejepa_scale.addresses import is_remote
+from lejepa_scale.config import Config, check_world, load_config
 from lejepa_scale.cpu.allocator import keep_memory
 from lejepa_scale.data.io.reader import expand
 from lejepa_scale.data.make import sources

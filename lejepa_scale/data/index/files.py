@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lejepa_scale.config import is_remote
+from lejepa_scale.addresses import is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.index.scan import BLOCK, NO_IMAGE, ShardIndex
 from lejepa_scale.data.io import npy
-from lejepa_scale.data.io.address import shard_name
+from lejepa_scale.data.io.address import identity, shard_name
 from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.errors import UserError
 
@@ -44,7 +44,7 @@ class IndexLocation:
     written. With `index_dir` they are written there alone. `mark`: SampleKeys'."""
 
     def __init__(self, folder: str, index_dir: Path | None, reader: Reader, mark: str = "") -> None:
-        address = folder if is_remote(folder) else str(Path(folder).absolute())
+        address = identity(folder) if is_remote(folder) else str(Path(folder).absolute())
         mirror = hashlib.blake2b(address.encode(), digest_size=8).hexdigest()
         beside = [] if folder == "pipe:" else [folder]
         self.folder, self.reader, self._ending = folder, reader, f"{mark and '.'}{mark}.index"

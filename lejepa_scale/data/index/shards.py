@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 from tqdm import tqdm
 
-from lejepa_scale.config import is_remote
+from lejepa_scale.addresses import is_remote
 from lejepa_scale.data.faults import printable
 from lejepa_scale.data.index.files import MANIFEST_ROW, IndexLocation, row_of
 from lejepa_scale.data.index.keys import DEFAULT_KEYS, SampleKeys
@@ -39,7 +39,7 @@ class Shards:
     """The shards of one source in the order given, as their manifest describes them: arrays over shards, and the index
     of a shard when it is asked for. 100,000 shards take about 20 MB."""
 
-    urls: list[str]
+    urls: Sequence[str]
     rows: Shaped[np.ndarray, " shards"]  # of MANIFEST_ROW
     homes: dict[str, IndexLocation]
     keys: SampleKeys = DEFAULT_KEYS
@@ -105,7 +105,7 @@ class Shards:
 
 
 def index_shards(
-    urls: list[str],
+    urls: Sequence[str],
     *,
     keys: SampleKeys = DEFAULT_KEYS,
     reader: Reader | None = None,
@@ -154,7 +154,7 @@ def index_shards(
 
 
 def verify(
-    urls: list[str], *, keys: SampleKeys = DEFAULT_KEYS, reader: Reader, index_dir: Path | None, workers: int
+    urls: Sequence[str], *, keys: SampleKeys = DEFAULT_KEYS, reader: Reader, index_dir: Path | None, workers: int
 ) -> list[str]:
     """Read every shard again and compare it with its sidecar; the differences, one sentence per shard. A shard that
     cannot be read is one too."""
@@ -234,11 +234,11 @@ def _scanned(url: str, home: IndexLocation, *, keys: SampleKeys, reader: Reader)
     return index
 
 
-def _homes(urls: list[str], index_dir: Path | None, reader: Reader, keys: SampleKeys) -> dict[str, IndexLocation]:
+def _homes(urls: Sequence[str], index_dir: Path | None, reader: Reader, keys: SampleKeys) -> dict[str, IndexLocation]:
     return {f: IndexLocation(f, index_dir, reader, keys.mark) for f in dict.fromkeys(map(folder_of, urls))}
 
 
-def _refuse_repeats(urls: list[str]) -> None:
+def _refuse_repeats(urls: Sequence[str]) -> None:
     """Two shards of one name in a folder would share an index, and one shard twice would repeat its samples."""
     seen: set[tuple[str, str]] = set()
     for url in urls:
@@ -256,7 +256,7 @@ def _fill(rows: Shaped[np.ndarray, " shards"], number: int, row: np.void | None)
     return row is not None
 
 
-def _changed(urls: list[str], rows: Shaped[np.ndarray, " shards"], workers: int) -> list[int]:
+def _changed(urls: Sequence[str], rows: Shaped[np.ndarray, " shards"], workers: int) -> list[int]:
     """Local shards whose size is not the recorded one."""
     local = [number for number, url in enumerate(urls) if not is_remote(url)]
     parts = [(local[i : i + 500],) for i in range(0, len(local), 500)]

@@ -7,7 +7,7 @@ import re
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qsl, urlencode
 
-from lejepa_scale.config import is_remote
+from lejepa_scale.addresses import is_remote
 
 _SIGNED = re.compile(  # AWS (both versions), Google Cloud, CloudFront; the overrides of an answer's headers go with them
     r"X-Amz-.*|X-Goog-.*|AWSAccessKeyId|GoogleAccessId|Key-Pair-Id|Signature|Expires|Policy|Hash-Algorithm|response-.*",
@@ -17,14 +17,23 @@ _AZURE = re.compile(r"sig|sv|ss|srt|sr|sp|st|se|sip|spr|si|sdd|skoid|sktid|skt|s
 
 
 def identity(url: str) -> str:
-    """The address without its signature: two signed addresses of one shard are the same. Paths and commands as they are."""
-    if not is_remote(url) or url.startswith("pipe:") or "?" not in url:
+    """The address without user, password and signature: two signed addresses of one shard are the same. Paths and
+    commands as they are."""
+    if not is_remote(url) or url.startswith("pipe:"):
         return url
-    base, _, query = url.partition("?")
+    base, _, query = split_user(url)[0].partition("?")
     pairs = parse_qsl(query, keep_blank_values=True)
     azure = any(name == "sig" for name, _ in pairs)
     kept = [(n, v) for n, v in pairs if not (_SIGNED.fullmatch(n) or (azure and _AZURE.fullmatch(n)))]
     return f"{base}?{urlencode(kept)}" if kept else base
+
+
+def split_user(url: str) -> tuple[str, str]:
+    """(the address without its user, `user:password` as it is written); the latter empty where it has none."""
+    scheme, mark, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    user, at, host = host.rpartition("@")
+    return (f"{scheme}{mark}{host}{slash}{path}", user) if at and mark else (url, "")
 
 
 def shard_name(url: str) -> str:

@@ -7,7 +7,7 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from glob import glob
 from itertools import islice
@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from webdataset.shardlists import expand_urls
 
-from lejepa_scale.config import is_remote
+from lejepa_scale.addresses import HIDDEN, Address, is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.faults import SampleFault
 from lejepa_scale.data.io.cache import Cache
@@ -36,15 +36,21 @@ def addresses(pattern: str) -> list[str]:
     return [url.replace("\0", "::") for url in expand_urls(held) if url]
 
 
-def expand(patterns: list[str]) -> list[str]:
+def expand(patterns: Sequence[str]) -> list[Address]:
     """Brace patterns, and folders of tars, to a list of shard paths or URLs, in the order given. Raises UserError
     where there is no shard among them."""
     urls: list[str] = []
     for pattern in patterns:
-        if re.match(r"[a-z]+::[a-z0-9]+://", pattern):  # fsspec's; elsewhere WebDataset's sign between several
+        if is_remote(pattern) and HIDDEN in pattern:
             raise UserError(
-                f"shard {pattern}: chained addresses are not read. Give {pattern.rpartition('::')[2]}, with data.cache_dir "
-                "for copies on a disk of the node."
+                f"data.shards = {pattern}: {HIDDEN} stands for a user, password or signature, which is written nowhere. "
+                "Give the address as it is, on the command line or in a file of yours."
+            )
+        if re.match(r"[a-z]+::[a-z0-9]+://", pattern):  # fsspec's; elsewhere WebDataset's sign between several
+            last = Address(pattern.rpartition("::")[2])
+            raise UserError(
+                f"shard {Address(pattern)}: chained addresses are not read. Give {last}, with data.cache_dir for copies "
+                "on a disk of the node."
             )
         for url in addresses(pattern):
             if not is_remote(url) and Path(url).is_dir():
@@ -62,13 +68,13 @@ def expand(patterns: list[str]) -> list[str]:
     if not urls:
         hints = [hint for url in patterns if not is_remote(url) and Path(url).is_dir() for hint in _instead(Path(url))]
         raise UserError(
-            f"data.shards = {', '.join(patterns) or 'nothing'} matches no shard. "
+            f"data.shards = {', '.join(str(Address(p)) for p in patterns) or 'nothing'} matches no shard. "
             + (
                 " ".join(hints)
                 or "Give tar files, a folder that holds some, or a brace pattern such as shards/train-{000000..000099}.tar."
             )
         )
-    return urls
+    return [Address(url) for url in urls]
 
 
 def _in_folder(folder: Path) -> list[str]:

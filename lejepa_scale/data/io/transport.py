@@ -3,6 +3,9 @@ the byte reached. Refuses to know what the bytes are."""
 
 from __future__ import annotations
 
+import base64
+import logging
+import multiprocessing
 import os
 import random
 import select
@@ -15,13 +18,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 import urllib3
 
-from lejepa_scale.data.io.address import expired
+from lejepa_scale.addresses import WithoutSecrets
+from lejepa_scale.data.io.address import expired, split_user
 from lejepa_scale.data.io.threads import within
 from lejepa_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+for _name in ("urllib3.poolmanager", "urllib3.connectionpool"):  # which log the addresses that they ask
+    logging.getLogger(_name).addFilter(WithoutSecrets())
 
 THREADS = 16  # range requests under way at once in a process
 _PIECE = 4 << 20  # bytes that the deadline is for, and that a retry may lose the count of failures for
@@ -63,6 +71,7 @@ class Transport:
     def __init__(self, read_timeout: float, retries: int, pause: float) -> None:
         self.read_timeout, self.retries, self.pause = read_timeout, retries, pause
         self._held: _Connections | None = None
+        self._told: set[tuple[str, str]] = set()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_held": None}
@@ -81,9 +90,10 @@ class Transport:
         """Kept-alive connections to the host of `url`, through the proxy that the environment names for it."""
         parts, pools = urlsplit(url), self._connections().pools
         if parts.netloc not in pools:
-            proxy = urllib.request.getproxies().get(parts.scheme)
+            proxy, user = split_user(urllib.request.getproxies().get(parts.scheme) or "")
             if proxy and not urllib.request.proxy_bypass(parts.hostname or ""):
-                pools[parts.netloc] = urllib3.ProxyManager(proxy, maxsize=THREADS)
+                headers = {"proxy-authorization": _basic(user)} if user else None
+                pools[parts.netloc] = urllib3.ProxyManager(proxy, maxsize=THREADS, proxy_headers=headers)
             else:
                 pools[parts.netloc] = urllib3.PoolManager(maxsize=THREADS)
         return pools[parts.netloc]
@@ -114,12 +124,16 @@ class Transport:
 
     def _http(self, url: str, start: int, stop: int | None, nbytes: int | None) -> Iterator[bytes]:
         headers = {"Accept-Encoding": "identity"}
+        address, user = split_user(url)
+        if user:  # sent to this host alone: not to one that it redirects to
+            headers["Authorization"] = _basic(user)
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-        response = self._pool(url).request(
-            "GET", url, headers=headers, preload_content=False, timeout=self.read_timeout,
+        response = self._pool(address).request(
+            "GET", address, headers=headers, preload_content=False, timeout=self.read_timeout,
             retries=urllib3.Retry(connect=0, read=0, status=0, other=0, redirect=5),
         )  # fmt: skip
+        self._tell_of_redirects(urlsplit(address).netloc, urlsplit(split_user(response.geturl() or address)[0]).netloc)
         try:
             total = _answered(response, url, start, stop)
             if total is not None and nbytes is not None:
@@ -141,6 +155,13 @@ class Transport:
                 response.release_conn()
             else:  # what is left of the body would be taken for the next answer
                 response.close()
+
+    def _tell_of_redirects(self, asked: str, answered: str) -> None:
+        """Once for two hosts in a process, and once for all its workers where it was met before they began."""
+        if answered not in ("", asked) and (asked, answered) not in self._told:
+            self._told.add((asked, answered))
+            if multiprocessing.parent_process() is None:
+                logger.info("%s sends requests on to %s, which the bytes of its shards come from.", asked, answered)
 
     def _before_deadline(self, response: Any) -> Iterator[bytes]:
         since, got = time.monotonic(), 0
@@ -170,15 +191,22 @@ class Transport:
 
     def filesystem(self, url: str) -> tuple[Any, str]:
         """fsspec's filesystem for an address, and the path in it. Raises UserError where its package is not
-        installed."""
+        installed, or has no use for the user that the address names."""
         scheme = url.partition("://")[0]
         try:
             import fsspec
 
-            known = self._connections().filesystems
-            if scheme not in known:
-                known[scheme] = fsspec.filesystem(scheme)
-            return known[scheme], known[scheme]._strip_protocol(url)
+            kind, known = fsspec.get_filesystem_class(scheme), self._connections().filesystems
+            options = kind._get_kwargs_from_urls(url)
+            if split_user(url)[1] and not {"user", "username", "password", "token"} & options.keys():
+                raise UserError(
+                    f"shard {url}: {scheme}:// takes no user or password from an address. Give them as {kind.__module__} "
+                    "expects, in the environment or its own files, and leave them out of the address."
+                )
+            place = repr((scheme, sorted(options.items())))
+            if place not in known:
+                known[place] = fsspec.filesystem(scheme, **options)
+            return known[place], kind._strip_protocol(url)
         except (ImportError, ValueError) as error:
             package = _PACKAGES.get(scheme, "a package of fsspec for it")
             raise UserError(f"shard {url}: {scheme}:// needs {package}: pip install {package} ({error}).") from error
@@ -214,6 +242,12 @@ class Transport:
                     process.wait(self.read_timeout)
             process.stdin.close()
             process.stdout.close()
+
+
+def _basic(user: str) -> str:
+    """RFC 7617, for `user:password` as it stands in an address (RFC 3986): percent-encoded."""
+    both = user if ":" in user else f"{user}:"
+    return "Basic " + base64.b64encode(unquote_to_bytes(both)).decode()
 
 
 def _answered(response: Any, url: str, start: int, stop: int | None) -> int | None:
