@@ -27,7 +27,10 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["training"] = {*MAY_IMPORT, "evaluation", "cost"}
 MAY_IMPORT["operations"] = {*MAY_IMPORT, "training"}
-MAY_IMPORT["logs"] = {"addresses", "parallel"}  # after those that may not import it: who shows messages is a program's business
+MAY_IMPORT["logs"] = {
+    "addresses",
+    "parallel",
+}  # after those that may not import it: who shows messages is a program's business
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "operations"}
 MAY_IMPORT["__init__"] = {"checkpoint", "config", "data", "errors", "evaluation", "model", "objective", "training"}
 MAY_IMPORT["__main__"] = {"cli"}

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from lejepa_scale.data.audit.check import faults, read_log, summary
+from lejepa_scale.data.audit.keylog import Header, Record, header_line, record_line
 from lejepa_scale.data.faults import SampleFault
 from lejepa_scale.data.images.decode import decode
 from lejepa_scale.data.images.pixels import Pixels
@@ -103,12 +105,29 @@ def readers(folder: Path) -> dict[str, tuple[list[bytes], Read]]:
         assert found.shape[2] == 3
         return "read"
 
+    counts = {"global_batch": 4, "samples": [6, 9]}
+    header: Header = {"fingerprint": "ab", "seed": 0, "shuffle_block": 8, "decoded": True, **counts}
+    lines = [
+        record_line(i // 4, Record(i, i % 2, i // 12, i % 3, i, f"shard-{i % 3:06d}.tar/{i:08d}", "x" * (i == 7)))
+        for i in range(40)
+    ]
+    log = "".join([header_line(header), *lines[:24], header_line(header), *lines[16:]]).encode()
+
+    def keylog(data: bytes) -> object:
+        (place / "log.tsv").write_bytes(data)
+        found = read_log(place / "log.tsv")
+        texts = [summary(found), *faults(found)]
+        assert all(text.isprintable() for text in texts)
+        assert sum(map(len, texts)) < 20_000
+        return "read"
+
     files = {p: p.read_bytes() for p in sorted((folder / "images").iterdir())}
     return {
         "sidecar": ([(shard.parent / f"{name}.index.npz").read_bytes()], sidecar),
         "manifest": ([(shard.parent / "manifest.index.npz").read_bytes()], manifest),
         "tar": ([shard.read_bytes()], tar),
         "image": (list(files.values()), image),
+        "keylog": ([log], keylog),
     }
 
 

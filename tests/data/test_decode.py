@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
+import os
 import struct
+import subprocess
+import sys
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
+from conftest import script_environment
 from PIL import ExifTags, Image, ImageOps
 
 from lejepa_scale.config import ViewGroup, Views
 from lejepa_scale.data.images import views as geometry
 from lejepa_scale.data.images.decode import DecodeError, MinResolution, decode, dimensions
 from lejepa_scale.data.images.pixels import Pixels
+from lejepa_scale.data.images.printed import lost, printed
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -243,9 +252,103 @@ def test_formats_whose_size_is_not_known_beforehand_are_refused(ending: str) -> 
         decode(cv2.imencode(ending, pixels)[1].tobytes())
 
 
+def _damaged() -> dict[str, tuple[bytes, str]]:
+    """Pictures some of whose pixels are lost, by the reason that is given."""
+    pixels = cv2.resize(np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8), (160, 160))
+    jpg, png = (cv2.imencode(ending, pixels)[1].tobytes() for ending in (".jpg", ".png"))
+    restarts = io.BytesIO()
+    Image.fromarray(pixels).save(restarts, "JPEG", restart_marker_blocks=4)
+    marker = restarts.getvalue().rindex(b"\xff\xd1")
+    return {
+        "cut, with an end of image put behind it": (
+            jpg[: len(jpg) // 2] + b"\xff\xd9",
+            "premature end of data segment",
+        ),
+        "a restart marker of another number": (
+            restarts.getvalue()[: marker + 1] + b"\xd5" + restarts.getvalue()[marker + 2 :],
+            "found marker 0xd5 instead of RST1",
+        ),
+        "a flipped byte in a chunk": (png[:5000] + bytes([png[5000] ^ 255]) + png[5001:], "libpng error: "),
+        "cut in a chunk": (png[: len(png) // 2], "PNG input buffer is incomplete"),
+    }
+
+
+@pytest.mark.parametrize("name", _damaged())
+def test_lost_pixels_are_refused_with_the_decoders_words(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    data, words = _damaged()[name]
+    for enough in (None, MinResolution(1, 1)):
+        with pytest.raises(DecodeError, match=rf"160 x 160 pixels that is damaged \(.*{words}"):
+            decode(data, enough)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_warning_that_costs_no_pixel_is_silent(capfd: pytest.CaptureFixture[str]) -> None:
+    """As a few of ImageNet's images give: bytes before the end, or a colour profile that libpng knows to be wrong."""
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    jpg, png = (cv2.imencode(ending, pixels)[1].tobytes() for ending in (".jpg", ".png"))
+    assert np.array_equal(decode(jpg[:-2] + b"1234" + jpg[-2:]), decode(jpg))
+    gamma = b"gAMA" + bytes(4)  # of nought
+    with_gamma = png[:33] + struct.pack(">I", 4) + gamma + struct.pack(">I", zlib.crc32(gamma)) + png[33:]
+    assert np.array_equal(decode(with_gamma), decode(png))
+    assert capfd.readouterr().err == ""
+
+
+def test_which_words_of_decoders_tell_of_lost_pixels() -> None:
+    """All of libjpeg's warnings (jerror.h) that are about the data, and libpng's."""
+    of_weight = ["Corrupt JPEG data: bad Huffman code", "Corrupt JPEG data: bad arithmetic code"]
+    of_weight += ["Inconsistent progression sequence for component 1 coefficient 2", "libpng error: IDAT: CRC error"]
+    of_weight += ["Premature end of JPEG file", "Corrupt JPEG data: premature end of data segment"]
+    of_none = [
+        "Corrupt JPEG data: 18 extraneous bytes before marker 0xd9",
+        "Invalid SOS parameters for sequential JPEG",
+    ]
+    of_none += ["Unknown Adobe color transform code 3", "libpng warning: iCCP: known incorrect sRGB profile"]
+    assert [lost(["libpng warning: x", line]) for line in of_weight] == of_weight
+    assert not any(lost([line]) for line in of_none)
+
+
+def test_a_picture_without_pixels_is_refused() -> None:
+    file = io.BytesIO()
+    tifffile.imwrite(file, np.ones((24, 32, 3), np.uint16), photometric="rgb")
+    width = struct.pack("<HHII", 256, 4, 1, 32)
+    assert file.getvalue().count(width) == 1
+    with pytest.raises(DecodeError, match="it has no pixels: 0 x 24"):
+        decode(file.getvalue().replace(width, struct.pack("<HHII", 256, 4, 1, 0)), pixels=Pixels(3, ((0, 255),)))
+
+
 def test_opencv_is_silent_about_damage(capfd: pytest.CaptureFixture[str]) -> None:
     file = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "GIF")
     with pytest.raises(DecodeError):
         decode(file.getvalue()[:200])
     assert capfd.readouterr().err == ""
+
+
+def test_only_what_decoders_print_is_caught(capfd: pytest.CaptureFixture[str]) -> None:
+    """Of two threads, and in a fork, each with its own list; what else comes meanwhile is passed on."""
+
+    def one(number: int) -> list[str]:
+        with printed() as lines:
+            os.write(2, f"libpng error: {number}\nfor people {number}\n".encode())
+            assert not lines
+        return lines
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(one, range(40))) == [[f"libpng error: {i}"] for i in range(40)]
+    child = multiprocessing.get_context("fork").Process(target=one, args=(40,))
+    child.start()
+    child.join(20)
+    assert child.exitcode == 0
+    assert sorted(capfd.readouterr().err.splitlines()) == sorted(f"for people {i}" for i in range(41))
+
+
+def test_decoding_without_a_standard_error(tmp_path: Path) -> None:
+    """As a daemon may have it: closed."""
+    data = cv2.imencode(".png", np.zeros((8, 8, 3), np.uint8))[1].tobytes()
+    (tmp_path / "a.png").write_bytes(data)
+    code = (
+        "import os, sys; os.close(2); from lejepa_scale.data.images.decode import decode; "
+        f"print(decode(open({str(tmp_path / 'a.png')!r}, 'rb').read()).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=script_environment(), stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"(8, 8, 3)\n"

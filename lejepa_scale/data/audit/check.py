@@ -4,20 +4,22 @@ epoch, none left out. Judges logs by sets, not by the arithmetic of order.py, wh
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby, islice
+from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
 from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data.audit.keylog import Header, Record, entries, files_of
+from lejepa_scale.data.faults import printable
 from lejepa_scale.data.loader import Loader
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
 
 _SHOWN = 5  # examples of each fault
+_WIDTH = 80  # characters of a value
 
 
 def order_of_steps(
@@ -66,6 +68,11 @@ def read_log(path: Path, steps: range | None = None) -> Log:
             if not log.headers:
                 raise UserError(f"{file}, line {number}: records come after a header, a line that starts with #.")
             step, record = entry
+            if record.source >= len(log.headers[-1][1]["samples"]):
+                sources = len(log.headers[-1][1]["samples"])
+                raise UserError(
+                    f"{file}, line {number} is of source {record.source}, and its header tells of {sources}."
+                )
             if steps is not None and step not in steps:
                 continue
             before = log.records.setdefault(record.position, entry)
@@ -110,7 +117,11 @@ def _restarts(log: Log) -> Iterator[str]:
     """A run that changed what determines the order."""
     first = log.headers[0][1]
     for place, header in log.headers[1:]:
-        changed = [f"{key}: {first.get(key)} -> {value}" for key, value in header.items() if first.get(key) != value]
+        changed = [
+            f"{key}: {str(first.get(key))[:_WIDTH]} -> {str(value)[:_WIDTH]}"
+            for key, value in header.items()
+            if first.get(key) != value
+        ]
         if changed:
             yield f"the run went on with another order ({place}): {'; '.join(changed)}"
             return
@@ -122,15 +133,22 @@ def _gaps(log: Log) -> Iterator[str]:
     wrong = [f"{r.position} in step {s}" for s, r in log.records.values() if r.position // batch != s]
     if wrong:
         yield f"positions outside their step, for a global batch of {batch}: {_examples(wrong)}"
-    expected = range(min(steps) * batch, (max(steps) + 1) * batch)
-    absent = [position for position in expected if position not in log.records]
-    runs = [[position for _, position in run] for _, run in groupby(enumerate(absent), lambda x: x[1] - x[0])]
+    first, end = min(steps) * batch, (max(steps) + 1) * batch
+    runs = _absent([position for position in log.records if first <= position < end], first, end)
     if runs:
-        shown = [
-            f"{_span(run[0], run[-1], 'position')} of {_span(run[0] // batch, run[-1] // batch, 'step')}"
-            for run in runs
-        ]
-        yield f"omissions: {len(absent):,} of the {len(expected):,} positions did not come: {_examples(shown)}"
+        count = sum(last + 1 - first for first, last in runs)
+        shown = [f"{_span(a, b, 'position')} of {_span(a // batch, b // batch, 'step')}" for a, b in runs]
+        yield f"omissions: {count:,} of the {end - first:,} positions did not come: {_examples(shown)}"
+
+
+def _absent(present: Iterable[int], first: int, end: int) -> list[tuple[int, int]]:
+    """The runs of numbers from `first` to `end` - 1 that are not there, as (first, last). A log may claim any numbers."""
+    runs, expected = [], first
+    for number in [*sorted(present), end]:
+        if number > expected:
+            runs.append((expected, number - 1))
+        expected = number + 1
+    return runs
 
 
 def _duplicates(log: Log) -> Iterator[str]:
@@ -151,11 +169,14 @@ def _omissions(log: Log) -> Iterator[str]:
     for source, epochs in sorted(seen.items()):
         total = log.headers[0][1]["samples"][source]
         whole = range(0 if min(log.records) < log.global_batch else min(epochs) + 1, max(epochs))
+        if runs := _absent([epoch for epoch in epochs if epoch in whole], whole.start, max(whole.stop, whole.start)):
+            spans = [_span(first, last, "epoch") for first, last in runs]
+            yield f"omissions: no sample of source {source} came in {_examples(spans)}"
         known = {sample: record for epoch in epochs.values() for sample, record in epoch.items()}
-        for epoch in whole:
-            came = epochs.get(epoch, {})
+        for epoch in sorted(epoch for epoch in epochs if epoch in whole):
+            came = epochs[epoch]
             if len(came) < total:
-                names = [record.name for sample, record in sorted(known.items()) if sample not in came]
+                names = [printable(record.name) for sample, record in sorted(known.items()) if sample not in came]
                 yield (
                     f"omissions: {total - len(came):,} of the {total:,} samples of source {source} did not come in epoch "
                     + (f"{epoch}, among them {_examples(names)}" if names else f"{epoch}")

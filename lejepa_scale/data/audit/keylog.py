@@ -27,6 +27,7 @@ from lejepa_scale.errors import UserError
 
 Header = dict[str, Any]
 _HEADER = {"fingerprint", "seed", "shuffle_block", "global_batch", "samples", "decoded"}
+_LARGEST = 1 << 63
 
 
 class Record(NamedTuple):
@@ -46,8 +47,8 @@ class Record(NamedTuple):
         return self.source, self.shard, self.member
 
     def __str__(self) -> str:
-        came = f", replaced by {self.replacement}" if self.replacement else ""
-        return f"{self.source}:{self.shard}:{self.member} {self.name} (epoch {self.epoch}){came}"
+        came = f", replaced by {printable(self.replacement)}" if self.replacement else ""
+        return f"{self.source}:{self.shard}:{self.member} {printable(self.name)} (epoch {self.epoch}){came}"
 
 
 def header_line(header: Header) -> str:
@@ -121,7 +122,7 @@ def entries(path: Path) -> Iterator[tuple[int, Header | tuple[int, Record]]]:
                 return
             try:
                 yield number, _parse_header(line[1:]) if line.startswith("#") else _parse(line[:-1])
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number} is not a line of a key log: {line[:80]!r}.") from error
 
 
@@ -129,6 +130,9 @@ def _parse_header(text: str) -> Header:
     header = json.loads(text)
     if not isinstance(header, dict) or not header.keys() >= _HEADER:
         raise ValueError(f"a header holds {', '.join(sorted(_HEADER))}")
+    counts = [header["global_batch"], *header["samples"]] if isinstance(header["samples"], list) else []
+    if not counts or any(type(count) is not int or not 0 < count < _LARGEST for count in counts):
+        raise ValueError("samples are a list of counts, and global_batch is one")
     return header
 
 
@@ -136,5 +140,7 @@ def _parse(line: str) -> tuple[int, Record]:
     fields = line.split("\t")
     if len(fields) not in (7, 8):
         raise ValueError(f"{len(fields)} fields")
+    if not all(field.isascii() and field.isdigit() and len(field) < 20 for field in fields[:6]):
+        raise ValueError("six whole numbers come first")
     step, position, source, epoch, shard, member = map(int, fields[:6])
     return step, Record(position, source, epoch, shard, member, *fields[6:])

@@ -5,6 +5,7 @@ views need is decoded at half its size, or less."""
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 
 import cv2
@@ -15,6 +16,7 @@ from PIL import ExifTags, Image
 from lejepa_scale.config import Data
 from lejepa_scale.data.images.arrays import is_npy, is_tiff, oriented, read_npy, read_tiff
 from lejepa_scale.data.images.pixels import RGB, DecodeError, Pixels, as_channels, scaled, too_many
+from lejepa_scale.data.images.printed import lost, printed
 
 MAX_PIXELS: int = Data.model_fields["max_pixels"].default
 _REDUCED = {  # by channels
@@ -68,7 +70,10 @@ def stored(
         image = read_npy(data, pixels, max_pixels)
     elif is_tiff(data):
         image = read_tiff(data, pixels, max_pixels)
-    return _picture(data, enough, max_pixels, pixels) if image is None else image
+    image = _picture(data, enough, max_pixels, pixels) if image is None else image
+    if not image.size:
+        raise DecodeError(f"it has no pixels: {image.shape[1]} x {image.shape[0]}")
+    return image
 
 
 def _picture(
@@ -86,11 +91,14 @@ def _picture(
         factor = enough.reduction(*size) if enough is not None and channels in _REDUCED else 1
     flags = _WHOLE.get(channels, cv2.IMREAD_UNCHANGED) if factor == 1 else _REDUCED[channels][factor]
     try:
-        image = cv2.imdecode(
-            np.frombuffer(data, np.uint8), flags | (0 if pixels.upright else cv2.IMREAD_IGNORE_ORIENTATION)
-        )
+        with printed() as lines:
+            image = cv2.imdecode(
+                np.frombuffer(data, np.uint8), flags | (0 if pixels.upright else cv2.IMREAD_IGNORE_ORIENTATION)
+            )
     except cv2.error as error:
         raise DecodeError(str(error).strip()) from error
+    if damage := lost(lines):
+        raise DecodeError(f"a picture of {size[1]} x {size[0]} pixels that is damaged ({damage})")
     if image is None:
         raise DecodeError(f"{len(data)} bytes that no decoder recognizes")
     if channels not in _WHOLE:
@@ -120,7 +128,8 @@ def _orientation(data: bytes) -> int:
     """How it lies, 1 to 8 as EXIF counts them; 1 where nothing says so."""
     try:
         header = _header(data)
-        return 1 if header is None else int(header.getexif().get(ExifTags.Base.Orientation, 1))
+        with warnings.catch_warnings(action="ignore"):
+            return 1 if header is None else int(header.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # as below
         return 1
 
@@ -140,13 +149,14 @@ def dimensions(data: bytes) -> tuple[int, int] | None:
 
 def _header(data: bytes) -> Image.Image | None:
     """Pillow's view of a header, of any size: `Image.open` itself has a limit of its own."""
-    for name in _FORMATS:
-        factory, accept = Image.OPEN[name]
-        try:
-            if accept is None or accept(data[:16]):
-                return factory(io.BytesIO(data), "")
-        except Exception:  # its formats raise all sorts for damaged headers
-            continue
+    with warnings.catch_warnings(action="ignore"):  # of damaged tags, by no name
+        for name in _FORMATS:
+            factory, accept = Image.OPEN[name]
+            try:
+                if accept is None or accept(data[:16]):
+                    return factory(io.BytesIO(data), "")
+            except Exception:  # its formats raise all sorts for damaged headers
+                continue
     return None
 
 
