@@ -307,13 +307,13 @@ def test_which_words_of_decoders_tell_of_lost_pixels() -> None:
     assert not any(lost([line]) for line in of_none)
 
 
-def test_a_picture_without_pixels_is_refused() -> None:
+def test_a_picture_without_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As tifffile makes of headers with several damages, which the mutated files of test_hostile.py found."""
     file = io.BytesIO()
     tifffile.imwrite(file, np.ones((24, 32, 3), np.uint16), photometric="rgb")
-    width = struct.pack("<HHII", 256, 4, 1, 32)
-    assert file.getvalue().count(width) == 1
+    monkeypatch.setattr("lejepa_scale.data.images.decode.read_tiff", lambda *_: np.zeros((24, 0, 3), np.uint16))
     with pytest.raises(DecodeError, match="it has no pixels: 0 x 24"):
-        decode(file.getvalue().replace(width, struct.pack("<HHII", 256, 4, 1, 0)), pixels=Pixels(3, ((0, 255),)))
+        decode(file.getvalue(), pixels=Pixels(3, ((0, 255),)))
 
 
 def test_opencv_is_silent_about_damage(capfd: pytest.CaptureFixture[str]) -> None:
