@@ -7,6 +7,7 @@ import errno
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -76,7 +77,7 @@ def _listed(folder: Path) -> _Listing | None:
 
 
 def _copied(folder: Path, build: bool) -> Path:
-    command = f"lejepa shards make folder {folder} --out SHARDS"
+    command = f"lejepa shards make folder {shlex.quote(str(folder))} --out SHARDS"
     listing = None if next(islice(folder.rglob("*"), MOST_FILES * 2, None), None) else _listed(folder)
     if listing is None:
         raise UserError(

@@ -64,7 +64,7 @@ def decode(
 def stored(
     data: bytes, enough: MinResolution | None = None, max_pixels: int = MAX_PIXELS, pixels: Pixels = RGB
 ) -> Shaped[np.ndarray, "h w {pixels.channels}"]:
-    """The same image with the values that it is stored with."""
+    """The same image with the values that it is stored with. Raises DecodeError, too."""
     image = None
     if is_npy(data):
         image = read_npy(data, pixels, max_pixels)

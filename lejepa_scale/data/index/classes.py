@@ -36,7 +36,8 @@ class ClassNumbers:
         if str(label) not in self._places:
             raise UserError(
                 f"the label {label} of {printable(shard.key(member))} in shard {shard.url} is not among those of its "
-                "shards' index: run `lejepa shards index --rebuild`, with the source's keys."
+                "shards' index: run `lejepa shards index --rebuild` on all of the source's shards, with its keys, and "
+                "--out where data.index_dir is set."
             )
         return self._places[str(label)]
 

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import logging
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class IndexLocation:
         address = identity(folder) if is_remote(folder) else str(Path(folder).absolute())
         mirror = hashlib.blake2b(address.encode(), digest_size=8).hexdigest()
         beside = [] if folder == "pipe:" else [folder]
+        self.option = f" --out {shlex.quote(str(index_dir))}" if index_dir else ""  # of commands, for messages
         self.folder, self.reader, self._ending = folder, reader, f"{mark and '.'}{mark}.index"
         if index_dir is not None:
             self.places, self.written = [str(index_dir / mirror), *beside], [str(index_dir / mirror)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -72,11 +73,12 @@ class Shards:
             self._held.move_to_end(number)
             return self._held[number]
         url, row = self.urls[number], self.rows[number]
-        index = self.homes[folder_of(url)].sidecar(url, row)
+        home = self.homes[folder_of(url)]
+        index = home.sidecar(url, row)
         if index is None:
             raise UserError(
                 f"the index of shard {url} is missing, damaged, or not the one that its manifest names. "
-                f"Run `lejepa shards index{self.keys.options}` on the shards and start again."
+                f"Run `lejepa shards index{self.keys.options}{home.option} {shlex.quote(str(url))}` and start again."
             )
         self._held[number] = index
         while sum(len(held) for held in self._held.values()) > _HELD_SAMPLES and len(self._held) > 1:
@@ -161,12 +163,14 @@ def verify(
     homes = _homes(urls, index_dir, reader, keys)
 
     def compare(url: str) -> str | None:
+        home = homes[folder_of(url)]
         try:
-            stored, found = homes[folder_of(url)].sidecar(url), scan(url, reader, keys)
+            stored, found = home.sidecar(url), scan(url, reader, keys)
         except UserError as error:
             return str(error)
         if stored is None:
-            return f"shard {url} has no index, or a damaged one. Run `lejepa shards index{keys.options}` on it."
+            command = f"lejepa shards index{keys.options}{home.option} {shlex.quote(str(url))}"
+            return f"shard {url} has no index, or a damaged one. Run `{command}`."
         return (
             None
             if stored.digest == found.digest

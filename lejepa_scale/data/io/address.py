@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shlex
 from datetime import UTC, datetime, timedelta
 from urllib.parse import parse_qsl, urlencode
 
@@ -43,6 +44,12 @@ def shard_name(url: str) -> str:
     base, _, query = identity(url).partition("?") if is_remote(url) else (url, "", "")
     mark = f".{hashlib.blake2b(query.encode(), digest_size=6).hexdigest()}" if query else ""
     return base.rpartition("/")[2] + mark
+
+
+def index_again(url: str) -> str:
+    """What to do where a shard is not what its index says."""
+    command = f"`lejepa shards index --rebuild {shlex.quote(str(url))}`"
+    return f"{command}, with --out where data.index_dir is set, and the source's keys where it has any"
 
 
 def folder_of(url: str) -> str:

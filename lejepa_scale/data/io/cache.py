@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from lejepa_scale.data.io.address import identity
+from lejepa_scale.data.io.address import identity, index_again
 from lejepa_scale.errors import UserError
 
 _POLL_SECONDS = 0.1
@@ -112,7 +112,7 @@ class Cache:
             if position != nbytes:
                 raise UserError(
                     f"shard {url} gave {position} bytes, but its index says {nbytes}. It changed, or its command failed "
-                    "quietly: restore it, or run `lejepa shards index --rebuild` on it and start again."
+                    f"quietly: restore it, or run {index_again(url)}, and start again."
                 )
             file = _partial(target).open("rb", buffering=0)
             _partial(target).rename(target)

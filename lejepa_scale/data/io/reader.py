@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -63,7 +64,7 @@ def expand(patterns: Sequence[str]) -> list[Address]:
         parent = Path(images[0]).parent
         raise UserError(
             f"data.shards names {images[0]}, an image; shards are tar files. Give the folder that it lies in ({parent}), or "
-            f"shards made of that: lejepa shards make folder {parent} --out SHARDS."
+            f"shards made of that: lejepa shards make folder {shlex.quote(str(parent))} --out SHARDS."
         )
     if not urls:
         hints = [hint for url in patterns if not is_remote(url) and Path(url).is_dir() for hint in _instead(Path(url))]
@@ -93,7 +94,7 @@ def _instead(folder: Path) -> list[str]:
     if compressed:
         return [
             f"{folder} holds {compressed[0]}, which is compressed, and samples are read at any place: unpack it, or make "
-            f"shards of it: lejepa shards make tar {folder / compressed[0]} --out SHARDS."
+            f"shards of it: lejepa shards make tar {shlex.quote(str(folder / compressed[0]))} --out SHARDS."
         ]
     below = list(islice(folder.rglob("*"), _LOOKED_AT))
     for path in below:
@@ -103,7 +104,7 @@ def _instead(folder: Path) -> list[str]:
             ]
     for path in below:
         if path.suffix[1:].lower() in IMAGES:
-            command = f"lejepa shards make folder {folder} --out SHARDS"
+            command = f"lejepa shards make folder {shlex.quote(str(folder))} --out SHARDS"
             return [f"{folder} holds images, as {path}: make shards of them: {command}."]
     return []
 

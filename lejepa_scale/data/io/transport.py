@@ -23,7 +23,7 @@ from urllib.parse import unquote_to_bytes, urlsplit
 import urllib3
 
 from lejepa_scale.addresses import WithoutSecrets
-from lejepa_scale.data.io.address import expired, split_user
+from lejepa_scale.data.io.address import expired, index_again, split_user
 from lejepa_scale.data.io.threads import within
 from lejepa_scale.errors import UserError
 
@@ -264,9 +264,7 @@ def _answered(response: Any, url: str, start: int, stop: int | None) -> int | No
         length = response.headers.get("Content-Length", "")
         return int(length) if length.isdigit() else None
     if status == 416:
-        raise Refused(
-            f"it ends before byte {start}, which its index promises. Run `lejepa shards index --rebuild` on it."
-        )
+        raise Refused(f"it ends before byte {start}, which its index promises. Restore it, or run {index_again(url)}.")
     if status >= 500 or status in _WORTH_A_RETRY:
         raise OSError(f"HTTP status {status}")
     if ended := expired(url):
@@ -281,7 +279,7 @@ def expect_size(url: str, size: int, nbytes: int) -> None:
     if size != nbytes:
         raise UserError(
             f"shard {url} has {size} bytes, but its index says {nbytes}. It changed: restore it, or run "
-            "`lejepa shards index --rebuild` on it and start again."
+            f"{index_again(url)}, and start again."
         )
 
 

@@ -53,7 +53,7 @@ def write_shards(
     (out / WRITING).touch()
     (out / _MARKER).unlink(missing_ok=True)
     for old in [*out.glob("shard-*.tar*"), *out.glob("*.index.npz"), *out.glob("labels.*.index.json")]:
-        old.unlink()
+        old.unlink(missing_ok=True)  # a sidecar is found twice
     shards: list[Path] = []
     writer: wds.TarWriter | None = None
     count = 0
