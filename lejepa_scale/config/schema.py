@@ -3,6 +3,7 @@ several keys together make wrong is in checks.py."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,7 @@ EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+FilePath = Annotated[Path, AfterValidator(Path.expanduser)]  # `~` is the home folder, which a shell leaves in key=~/a
 
 
 class Section(BaseModel):
@@ -37,7 +39,7 @@ class Section(BaseModel):
 class Run(Section):
     """Where a run lives, and what its random numbers begin with."""
 
-    dir: Path = Field(description="run directory: config.yaml, metrics.jsonl, checkpoints/")
+    dir: FilePath = Field(description="run directory: config.yaml, metrics.jsonl, checkpoints/")
     seed: NonNegative = Field(0, description="initial weights, sample order, augmentation, slices")
 
 
@@ -205,10 +207,10 @@ class Data(Section):
     shuffle_block: Positive = Field(
         16384, description="samples mixed among each other, shards being in random order; any size, no memory"
     )
-    index_dir: Path | None = Field(
+    index_dir: FilePath | None = Field(
         None, description="where indexes are written; unset: beside the shards, else in the user's cache"
     )
-    cache_dir: Path | None = Field(
+    cache_dir: FilePath | None = Field(
         None, description="a disk of the node for whole copies of remote shards; unset: samples come by range request"
     )
     cache_gb: float | None = Field(None, gt=0, description="size of that cache in 10^9 bytes; unset: no limit")
@@ -258,7 +260,7 @@ class Predictor(Section):
 class InitFrom(Section):
     """Weights that the encoder of a new run begins with. A run that has a checkpoint goes on from that."""
 
-    source: str = Field(
+    source: Annotated[str, AfterValidator(os.path.expanduser)] = Field(
         min_length=1,
         description="a file or folder of weights, a run or checkpoint of ours, or `timm:NAME.TAG` as timm has released it",
     )

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import socket
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from conftest import small_config
 from shardserver import Server, serve
 
+from lejepa_scale.config import validate
 from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.io import transport
 from lejepa_scale.data.io.address import expired, folder_of, identity, shard_name
@@ -144,3 +147,34 @@ def test_addresses_of_ipv6(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     with pytest.raises(UserError, match=r"cannot read shard http://\[::1\]:9/a\.tar beyond byte 0: .*refused"):
         list(connections.chunks("http://[::1]:9/a.tar", 0, None, None))
+
+
+# -- patterns
+
+
+def test_a_pattern_is_read_as_a_shell_would(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expand(["~/{a,b}.tar", "HTTP://Host/A.tar", "Pipe.tar"]) == [
+        *(f"{tmp_path}/a.tar", f"{tmp_path}/b.tar"),
+        *("http://Host/A.tar", "Pipe.tar"),
+    ]
+    for pattern in ("a{0..1.tar", "a}.tar"):
+        with pytest.raises(UserError, match=rf"data\.shards = {re.escape(pattern)}: a brace of it is not closed"):
+            expand([pattern])
+
+
+def test_paths_of_a_configuration_may_begin_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A shell leaves the tilde of run.dir=~/run as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data = {"index_dir": "~/index", "cache_dir": "~/copies", "shards": "http://h/a.tar"}
+    config = validate(small_config("~/run", "", data=data, model={"init_from": "~/weights.pth"}))
+    assert (config.run.dir, config.data.index_dir, config.data.cache_dir) == (
+        *(tmp_path / "run", tmp_path / "index", tmp_path / "copies"),
+    )
+    assert config.model.init_from is not None
+    assert config.model.init_from.source == f"{tmp_path}/weights.pth"
+
+
+def test_a_scheme_that_nobody_reads_is_named() -> None:
+    with pytest.raises(UserError, match=r"no package here reads ttp:// \(.*\)\. Check the address"):
+        Reader(retries=0).get("ttp://h/a.tar")

@@ -178,6 +178,7 @@ def test_hard_links_are_the_image_they_name(tmp_path: Path) -> None:
     ("stored", "expected"),
     [
         (["0", " 3\n", "+2", "-1"], [0, 3, 2, None]),
+        (["\ufeff0", "\ufeffcat", "1", "2"], ["0", "cat", "1", "2"]),  # Windows marks its texts so
         (["cat", "dog", "cat", "Zürich"], ["cat", "dog", "cat", "Zürich"]),
         (["1", "cat", "-1", "2"], ["1", "cat", None, "2"]),
         (["4000000000", "1440764", "0", "7"], [4000000000, 1440764, 0, 7]),

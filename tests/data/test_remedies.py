@@ -114,8 +114,7 @@ def test_compressed_tars_are_made_into_shards(tmp_path: Path) -> None:
     run_command(refused(lambda: read(data_of(tmp_path / "packed")), "is compressed"), SHARDS=tmp_path / "a")
     assert len(read(data_of(tmp_path / "a"))) == 4
     wrong = shard(tmp_path / "b.tar", members, "w:gz")
-    refused(lambda: read(data_of(wrong)), r"is compressed \(gzip\).* write shards of it with `lejepa shards make tar`")
-    assert main(["shards", "make", "tar", str(wrong), "--out", str(tmp_path / "c")]) == 0
+    run_command(refused(lambda: read(data_of(wrong)), r"is compressed \(gzip\)"), SHARDS=tmp_path / "c")
     assert len(read(data_of(tmp_path / "c"))) == 4
 
 

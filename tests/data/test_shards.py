@@ -228,3 +228,52 @@ def test_the_tool_writes_and_then_has_nothing_to_do(command: Command, tmp_path: 
     with tarfile.open(tmp_path / "s/shard-000000.tar") as tar:
         assert [m.name for m in tar.getmembers()][:2] == ["00000000.cls", "00000000.jpg"]
         assert io.BytesIO(tar.extractfile("00000000.cls").read()).read() == b"0"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("head", "says"),
+    [
+        (b"\x28\xb5\x2f\xfd", r"is compressed \(zstd\).* unpack it \(unzstd\)\."),
+        (b"\x04\x22\x4d\x18", r"is compressed \(lz4\).* unpack it \(unlz4\)\."),
+        (b"\x1f\x9d", r"is compressed \(compress\).* unpack it \(uncompress\)\."),
+        (
+            b"\x1f\x8b",
+            r"is compressed \(gzip\).* or make shards of it: lejepa shards make tar '\S* x\.tar' --out SHARDS",
+        ),
+        (
+            b"PK\x03\x04",
+            "is a zip file: unpack it, and make shards of what was in it: lejepa shards make folder FOLDER",
+        ),
+        (b"PAR1", "is a Parquet file"),
+        (b"\x89HDF\r\n", "is an HDF5 file"),
+        (b"\xff\xd8\xff\xe0", "is an image, not a tar of some"),
+        (b"\x89PNG\r\n", "is an image, not a tar of some"),
+        (b'<?xml version="1.0"?><Error>', "is an XML document, as stores answer where they refuse"),
+        (b'{"error": 403}', "is a JSON document"),
+    ],
+)
+def test_what_is_no_tar_is_named(head: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / " x.tar"
+    path.write_bytes(head + bytes(range(256)) * 8)
+    with pytest.raises(UserError, match=says):
+        index_shards([str(path)])
+    if b"\x1f\x8b" not in head:
+        with pytest.raises(UserError, match=says.partition(r".*")[0]):
+            sources.tar(path, "", None, False)
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        ((), "holds no tar and no image .*, but nothing"),
+        (("a.zip", "b.zip", "c.heic", "README"), r"but 2 \.zip, 1 \.heic, 1 without an ending"),
+        (("a.tar.zst",), r"a\.tar\.zst, which is compressed, and samples are read at any place: unpack it \(unzstd\)"),
+    ],
+)
+def test_a_folder_without_anything_to_read_says_what_it_holds(
+    names: tuple[str, ...], says: str, tmp_path: Path
+) -> None:
+    for name in names:
+        (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
+    with pytest.raises(UserError, match=says):
+        expand([str(tmp_path)])

@@ -71,7 +71,7 @@ def keys_of_run(data: Data, image_key: str | None = None, label_key: str | None 
 def read_label(data: bytes, path: tuple[str, ...]) -> int | str | None:
     """A class number, a name or none; with a path, what stands there in a JSON document. Raises ValueError for what else."""
     try:
-        return _class(_at(json.loads(data), path) if path else data.decode().strip())
+        return _class(_at(json.loads(data), path) if path else data.decode("utf-8-sig").strip())
     except RecursionError as error:
         raise ValueError("nested too deep") from error
 

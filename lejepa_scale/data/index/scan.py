@@ -20,7 +20,7 @@ from lejepa_scale.data.index import passed
 from lejepa_scale.data.index.keys import DEFAULT_KEYS, LONGEST_DOCUMENT, LONGEST_LABEL, SampleKeys, numbered, read_label
 from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.io.address import shard_name
-from lejepa_scale.data.io.kinds import ARRAYS, IMAGES, PICTURES, compression, not_a_tar
+from lejepa_scale.data.io.kinds import ARRAYS, IMAGES, PICTURES, compression, not_a_tar, of_compressed
 from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.errors import UserError
 
@@ -250,8 +250,8 @@ def scan(url: str, reader: Reader, keys: SampleKeys = DEFAULT_KEYS) -> ShardInde
             raise UserError(f"shard {url} {fault}.") from error
         if method := compression(stream.head):
             raise UserError(
-                f"shard {url} is compressed ({method}), and samples are read at any place: unpack it, or write shards of it "
-                "with `lejepa shards make tar`."
+                f"shard {url} is compressed ({method}), and samples are read at any place: "
+                f"{of_compressed(method, str(url))}."
             ) from error
         raise UserError(f"shard {url} is not a readable tar file: {error}. Write it again or remove it.") from error
     if len(stream.last) < BLOCK:

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from glob import glob
@@ -19,22 +19,36 @@ from webdataset.shardlists import expand_urls
 
 from lejepa_scale.addresses import HIDDEN, Address, is_remote
 from lejepa_scale.config.paths import user_cache
-from lejepa_scale.data.faults import SampleFault
+from lejepa_scale.data.faults import SampleFault, printable
 from lejepa_scale.data.io.cache import Cache
-from lejepa_scale.data.io.kinds import COMPRESSED_TARS, IMAGES
+from lejepa_scale.data.io.kinds import COMPRESSED_TARS, HEAD, IMAGES, compression, of_compressed
 from lejepa_scale.data.io.threads import Pool, result
 from lejepa_scale.data.io.transport import THREADS, NoRanges, Refused, Transport, expect_size
 from lejepa_scale.errors import UserError
 
 _OPEN_FILES = 128
+_SHOWN = 5  # endings
 _LOOKED_AT = 10_000  # files of a folder without shards
 WRITING = ".writing"  # a file in a folder of shards that is not finished
 
 
 def addresses(pattern: str) -> list[str]:
-    """What a pattern stands for: braces, and WebDataset's `a.tar::b.tar`; two colons of an IPv6 host are its own."""
+    """What a pattern stands for: braces, and WebDataset's `a.tar::b.tar`; two colons of an IPv6 host are its own. Raises
+    UserError for braces that do not match."""
     held = re.sub(r"(?<=//\[)[^]/]*(?=\])", lambda host: host[0].replace("::", "\0"), pattern)
-    return [url.replace("\0", "::") for url in expand_urls(held) if url]
+    try:
+        found = [url.replace("\0", "::") for url in expand_urls(held) if url]
+    except ValueError as error:
+        raise UserError(f"data.shards = {Address(pattern)}: a brace of it is not closed, or not opened.") from error
+    return [_as_written(url) for url in found]
+
+
+def _as_written(url: str) -> str:
+    """With the home folder for `~`, and a scheme in small letters."""
+    scheme, mark, rest = url.partition("://")
+    if mark and not url.startswith("pipe:"):
+        return f"{scheme.lower()}{mark}{rest}"
+    return os.path.expanduser(url)
 
 
 def expand(patterns: Sequence[str]) -> list[Address]:
@@ -90,12 +104,11 @@ def _in_folder(folder: Path) -> list[str]:
 
 def _instead(folder: Path) -> list[str]:
     """What to do with a folder without tars, by what lies in it."""
-    compressed = [p.name for p in folder.iterdir() if p.name.lower().endswith(COMPRESSED_TARS)]
-    if compressed:
-        return [
-            f"{folder} holds {compressed[0]}, which is compressed, and samples are read at any place: unpack it, or make "
-            f"shards of it: lejepa shards make tar {shlex.quote(str(folder / compressed[0]))} --out SHARDS."
-        ]
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.name.lower().endswith(COMPRESSED_TARS):
+            with path.open("rb") as file:
+                advice = of_compressed(compression(file.read(HEAD)) or "", str(path))
+            return [f"{folder} holds {path.name}, which is compressed, and samples are read at any place: {advice}."]
     below = list(islice(folder.rglob("*"), _LOOKED_AT))
     for path in below:
         if path.suffix.lower() == ".tar":
@@ -106,7 +119,10 @@ def _instead(folder: Path) -> list[str]:
         if path.suffix[1:].lower() in IMAGES:
             command = f"lejepa shards make folder {shlex.quote(str(folder))} --out SHARDS"
             return [f"{folder} holds images, as {path}: make shards of them: {command}."]
-    return []
+    endings = Counter(path.suffix.lower() or "without an ending" for path in below if path.is_file())
+    most = sorted(endings.items(), key=lambda row: (-row[1], row[0]))[:_SHOWN]
+    held = ", ".join(f"{count:,} {printable(ending)}" for ending, count in most)
+    return [f"{folder} holds no tar and no image ({', '.join(sorted(IMAGES))}), but {held or 'nothing'}."]
 
 
 class Reader:

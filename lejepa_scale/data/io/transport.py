@@ -208,8 +208,11 @@ class Transport:
                 known[place] = fsspec.filesystem(scheme, **options)
             return known[place], kind._strip_protocol(url)
         except (ImportError, ValueError) as error:
-            package = _PACKAGES.get(scheme, "a package of fsspec for it")
-            raise UserError(f"shard {url}: {scheme}:// needs {package}: pip install {package} ({error}).") from error
+            if package := _PACKAGES.get(scheme):
+                raise UserError(
+                    f"shard {url}: {scheme}:// needs {package}: pip install {package} ({error})."
+                ) from error
+            raise UserError(f"shard {url}: no package here reads {scheme}:// ({error}). Check the address.") from error
 
     def _pipe(self, url: str, start: int, stop: int | None, nbytes: int | None) -> Iterator[bytes]:
         """Standard output of a command. It cannot seek: a retry runs it again and passes over what was read."""

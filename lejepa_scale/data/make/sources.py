@@ -20,7 +20,7 @@ import numpy as np
 import tifffile
 
 from lejepa_scale.data.index.passed import BESIDE, HIDDEN, LINK, NO_ENDING, OTHER, STRAY, PassedOver
-from lejepa_scale.data.io.kinds import ARRAYS, HEAD, IMAGES, PICTURES, compression, not_a_tar
+from lejepa_scale.data.io.kinds import ARRAYS, HEAD, IMAGES, PICTURES, compression, not_a_tar, of_compressed
 from lejepa_scale.data.make import synthetic
 from lejepa_scale.data.make.writer import Sample
 from lejepa_scale.errors import UserError
@@ -269,9 +269,14 @@ def _plain(path: Path) -> IO[bytes]:
         head = file.read(HEAD)
     if fault := not_a_tar(head):
         raise UserError(f"{path} {fault}.")
-    opener = _OPENERS.get(compression(head) or "")
-    if opener is None:
+    method = compression(head)
+    if method is None:
         return path.open("rb")
+    if method not in _OPENERS:
+        raise UserError(
+            f"{path} is compressed ({method}), which this command does not read: {of_compressed(method, '')}."
+        )
+    opener = _OPENERS[method]
     unpacked = tempfile.TemporaryFile()
     with opener(path) as packed:
         shutil.copyfileobj(packed, unpacked, 1 << 20)
