@@ -17,13 +17,14 @@ from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from lejepa_scale.data.io.threads import Pool
+from lejepa_scale.parallel.threads import Pool
 
 T = TypeVar("T")
 
 BEAT_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # beyond the limit that the user sets: a busy machine may hold up a thread for so long
 _NOWHERE = -1
+_END_SECONDS = 1.0
 _ADVICE = {
     signal.SIGKILL: "The kernel kills so when memory is short (dmesg says so): fewer data.workers, or a smaller "
     "data.prefetch, need less.",
@@ -124,8 +125,8 @@ class Watch(Generic[T]):
                 raise _ended(i, worker.exitcode) from None
 
     def close(self) -> None:
-        """The thread ends when the batch has come that it waits for."""
-        self._thread.close()
+        """The thread ends when the batch has come that it waits for, which is not waited for long."""
+        self._thread.close(_END_SECONDS)
 
 
 def _ended(worker: int, code: int | None) -> Lost:

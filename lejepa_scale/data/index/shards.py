@@ -25,8 +25,8 @@ from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.index.scan import ShardIndex, scan
 from lejepa_scale.data.io.address import folder_of, shard_name
 from lejepa_scale.data.io.reader import Reader
-from lejepa_scale.data.io.threads import Pool
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel.threads import Pool
 
 logger = logging.getLogger(__name__)
 

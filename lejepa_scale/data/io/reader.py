@@ -22,9 +22,9 @@ from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.faults import SampleFault, printable
 from lejepa_scale.data.io.cache import Cache
 from lejepa_scale.data.io.kinds import COMPRESSED_TARS, HEAD, IMAGES, compression, of_compressed
-from lejepa_scale.data.io.threads import Pool, result
 from lejepa_scale.data.io.transport import THREADS, NoRanges, Refused, Transport, expect_size
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel.threads import Pool, result
 
 _OPEN_FILES = 128
 _SHOWN = 5  # endings

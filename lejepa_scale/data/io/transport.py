@@ -24,8 +24,8 @@ import urllib3
 
 from lejepa_scale.addresses import WithoutSecrets
 from lejepa_scale.data.io.address import expired, index_again, split_user
-from lejepa_scale.data.io.threads import within
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel.threads import within
 
 logger = logging.getLogger(__name__)
 for _name in ("urllib3.poolmanager", "urllib3.connectionpool"):  # which log the addresses that they ask

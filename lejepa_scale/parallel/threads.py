@@ -17,27 +17,34 @@ class Pool:
     """`threads` threads that take calls in the order in which they came."""
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
         self._tasks: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        for _ in range(threads):
-            threading.Thread(target=_serve, args=(self._tasks,), daemon=True).start()
+        self._running = [threading.Thread(target=_serve, args=(self._tasks,), daemon=True) for _ in range(threads)]
+        for thread in self._running:
+            thread.start()
 
     def submit(self, call: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         self._tasks.put((future, call))
         return future
 
-    def close(self) -> None:
-        """Threads end after the calls that were submitted."""
-        for _ in range(self._threads):
+    def close(self, wait: float = 0.0) -> None:
+        """Threads end after the calls that were submitted; so many seconds are waited for each."""
+        for _ in self._running:
             self._tasks.put(None)
+        for thread in self._running:
+            thread.join(wait)
+
+
+def started(call: Callable[[], T]) -> Future[T]:
+    """What comes of `call`, in a thread of its own."""
+    future: Future[T] = Future()
+    threading.Thread(target=_settle, args=(future, call), daemon=True).start()
+    return future
 
 
 def within(seconds: float, call: Callable[[], T]) -> T:
     """The result of `call`; raises TimeoutError after `seconds`, and leaves the call to itself."""
-    future: Future[T] = Future()
-    threading.Thread(target=_settle, args=(future, call), daemon=True).start()
-    return result(future, seconds)
+    return result(started(call), seconds)
 
 
 def result(future: Future[T], seconds: float) -> T:
@@ -53,6 +60,7 @@ def result(future: Future[T], seconds: float) -> T:
 def _serve(tasks: queue.SimpleQueue[Any]) -> None:
     while (task := tasks.get()) is not None:
         _settle(*task)
+        del task  # what came of it belongs to who waits for it: tensors that a thread frees at the exit abort the process
 
 
 def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
