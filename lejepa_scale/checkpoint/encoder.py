@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lejepa_scale.checkpoint import pretrained
-from lejepa_scale.checkpoint.store import find, not_finite, verify
+from lejepa_scale.checkpoint.saved import Saved, not_finite, verify
+from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import Config, recorded
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder, build, build_encoder
@@ -26,10 +26,11 @@ def load_encoder(path: Path, *, trained: bool = True) -> tuple[Encoder, Config]:
     """
     checkpoint = find(Path(path))
     verify(checkpoint)
-    config = recorded(yaml.safe_load((checkpoint / "config.yaml").read_text()), origin=str(checkpoint / "config.yaml"))
+    saved = Saved(checkpoint)
+    config = recorded(yaml.safe_load(saved.config_text()), origin=str(checkpoint / "config.yaml"))
     if trained:
-        encoder, weights = build_encoder(config), encoder_weights(checkpoint)
-        if fault := not_finite(weights):
+        encoder, weights = build_encoder(config), encoder_weights(saved)
+        if fault := not_finite(weights.items()):
             raise UserError(f"the encoder of {checkpoint} is broken: {fault}. Use a checkpoint before it.")
         encoder.backbone.load_state_dict(weights)  # strict: every name on both sides
     else:
@@ -41,10 +42,6 @@ def load_encoder(path: Path, *, trained: bool = True) -> tuple[Encoder, Config]:
     return encoder.eval(), config
 
 
-def encoder_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The encoder's tensors under timm's own names. Raises UserError where the file cannot be read."""
-    try:
-        with safe_open(checkpoint / "model.safetensors", "pt") as file:
-            return {k.removeprefix(PREFIX): file.get_tensor(k) for k in file.keys() if k.startswith(PREFIX)}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {checkpoint / 'model.safetensors'}: {error}.") from error
+def encoder_weights(saved: Saved) -> dict[str, Tensor]:
+    """The encoder's tensors under timm's own names. Raises UserError where a file cannot be read."""
+    return {name.removeprefix(PREFIX): saved.whole(name) for name in saved.shapes if name.startswith(PREFIX)}

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lejepa_scale.checkpoint.fitting import Fit, Target, below_prefixes, left_out, listed
+from lejepa_scale.checkpoint.saved import not_finite
 from lejepa_scale.checkpoint.sources import Source, read, refusal
-from lejepa_scale.checkpoint.store import not_finite
 from lejepa_scale.config import Data
 from lejepa_scale.config.schema import InitFrom
 from lejepa_scale.errors import UserError
@@ -56,7 +56,7 @@ def load(settings: InitFrom, encoder: Encoder) -> Loaded:
         best = min(fits, key=lambda fit: (bool(fit.failure), fit.faults))
         raise refusal(settings.source, _misfit(source, best, encoder.name))
     fit = good[0]
-    if fault := not_finite(fit.weights):
+    if fault := not_finite(fit.weights.items()):
         raise refusal(settings.source, f"{fault}. Use another copy of these weights.")
     notes = "; ".join([*fit.notes, "the projector starts anew"])
     counts = f"{len(fit.weights)} of {len(target.expected)} tensors of {encoder.name}"

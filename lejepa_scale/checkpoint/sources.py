@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict_from_hf
 from torch import Tensor
 
-from lejepa_scale.checkpoint.store import find, verify
+from lejepa_scale.checkpoint.saved import MARKER, Saved, verify
+from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import Data
 from lejepa_scale.errors import UserError
 
 TAG = "timm:"
-_MARKER = "COMPLETE"  # of a checkpoint of ours
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # as Hugging Face names them, the preferred one first
 _ENDINGS = (".safetensors", ".pth", ".pt", ".ckpt", ".bin", ".tar")
 _DEPTH = 4  # of dictionaries in dictionaries; state_dict > teacher > backbone is 3
@@ -79,16 +79,17 @@ def read(named: str) -> Source:
     path = Path(named).expanduser()
     if not path.exists():
         raise refusal(named, _not_there(named))
-    if path.name == _WHOLE[0] and (path.parent / _MARKER).exists():
+    if path.name == _WHOLE[0] and (path.parent / MARKER).exists():
         path = path.parent
-    if (path / _MARKER).exists() or ((path / "checkpoints").is_dir() and not (path / "config.json").exists()):
+    if (path / MARKER).exists() or ((path / "checkpoints").is_dir() and not (path / "config.json").exists()):
         try:
             verify(checkpoint := find(path))
         except UserError as error:
             raise refusal(named, str(error)) from error
-        recorded = yaml.safe_load((checkpoint / "config.yaml").read_text())["data"]
+        saved = Saved(checkpoint)
+        recorded = yaml.safe_load(saved.config_text())["data"]
         about = {name: recorded.get(name, Data.model_fields[name].default) for name in ("mean", "std")}
-        return Source(str(checkpoint), {"": _safetensors(named, checkpoint / _WHOLE[0])[0]}, about)
+        return Source(str(checkpoint), {"": {name: saved.whole(name) for name in saved.shapes}}, about)
     if path.is_dir():
         return _folder(named, path)
     return _file(named, path)

@@ -1,18 +1,20 @@
-"""The training state in one layout that every engine fills and is filled from: full fp32 tensors under the module's own
-names, on rank 0. Owns the gathering and the spreading of shards; knows no file format."""
+"""The training state in one layout that every engine fills and is filled from: fp32 tensors under the module's own
+names, out of a checkpoint, or whole on rank 0, as a new run begins. Owns the gathering and the spreading of shards;
+knows no file format."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lejepa_scale.checkpoint.saved import Saved, advice, not_finite
 from lejepa_scale.engine.base import MOMENTS, VALUE, Engine, Shard, full_shape
 from lejepa_scale.errors import UserError
-from lejepa_scale.parallel.collectives import gather_objects, on_rank_zero
+from lejepa_scale.parallel.collectives import everywhere, gather_objects, on_rank_zero
 from lejepa_scale.parallel.process_group import rank, world_size
 
 
@@ -89,6 +91,39 @@ def spread(state: CanonicalState | None, engine: Engine) -> None:
     for name, buffer in buffers.items():
         source = None if state is None else state.model[name]
         buffer.copy_(_broadcast(source, buffer.shape, buffer.dtype, engine.device))
+
+
+@torch.no_grad()
+def restore(saved: Saved, engine: Engine) -> None:
+    """Give every rank its shards of a checkpoint, which each reads for itself. Every rank calls. Raises UserError, on every
+    rank, where names or shapes are not the engine's, a file cannot be read, or something in it is no number."""
+    parameters = {name: full_shape(p) for name, p in engine.module.named_parameters()}
+    buffers = engine.buffers()
+    expected = parameters | {name: tuple(buffer.shape) for name, buffer in buffers.items()}
+
+    def read() -> None:
+        if fault := _mismatch(expected, saved.shapes):
+            raise UserError(fault)
+        if saved.moments:
+            engine.prepare_moments(saved.progress.updates)
+        for shard in list(engine.shards()):
+            if shard.kind in MOMENTS and not saved.moments:
+                continue
+            data = saved.read(shard.name, shard.kind, shard.start, len(shard.data))
+            _expect_numbers(saved, f"{shard.kind} of {shard.name}", data)
+            engine.take(replace(shard, data=data.to(engine.device)))
+        for name, buffer in buffers.items():
+            data = saved.whole(name)
+            _expect_numbers(saved, name, data)
+            buffer.copy_(data)
+
+    everywhere(read)
+    engine.settle()
+
+
+def _expect_numbers(saved: Saved, name: str, data: Tensor) -> None:
+    if fault := not_finite([(name, data)]):
+        raise UserError(f"checkpoint {saved.path} cannot be gone on from: {fault}. {advice(saved.path)}")
 
 
 def _broadcast(source: Tensor | None, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

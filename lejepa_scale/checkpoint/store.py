@@ -1,179 +1,141 @@
-"""Checkpoints on disk: written aside, synced, renamed, marked complete; verified before they are read.
+"""The checkpoints of a run directory: written aside, synced, renamed, marked complete last.
 
 checkpoints/step_00001000/
-    model.safetensors      fp32 parameters and buffers, the module's names
-    optimizer.safetensors  AdamW moments, `exp_avg/NAME` and `exp_avg_sq/NAME`
-    probe.safetensors      online probe, where there is one
-    state.json             step and counters
-    config.yaml            the resolved configuration
-    COMPLETE               JSON: bytes and CRC-32 of every file above; written last
+    model*.safetensors       fp32 parameters and buffers under the module's names, one file for each rank that wrote some
+    optimizer*.safetensors   AdamW's moments of the same elements, `exp_avg/NAME` and `exp_avg_sq/NAME`
+    index.json               where every tensor's elements are (see saved.py)
+    probe.safetensors        online probe, where there is one
+    state.json               step and counters; versions, engine and ranks
+    config.yaml              the resolved configuration
+    COMPLETE                 JSON: bytes and CRC-32 of every file above; written last
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 import re
 import shutil
-import zlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from lejepa_scale.checkpoint.state import CanonicalState
-from lejepa_scale.engine.base import MOMENTS
+from lejepa_scale.checkpoint.files import Written, sync_folder, write_text
+from lejepa_scale.checkpoint.saved import MARKER, marked
 from lejepa_scale.errors import UserError
 
-_MARKER = "COMPLETE"
-_NAME = re.compile(r"step_(\d{8})$")
+logger = logging.getLogger(__name__)
 
-
-@dataclass
-class Progress:
-    """Where a run stands: `step` optimizer steps are done. With the configuration this determines all that follows."""
-
-    step: int
-    data_fingerprint: str
-    updates: int = 0
-    nonfinite: int = 0
-    skipped_images: int = 0
-    seconds: float = 0.0
+_NAME = re.compile(r"step_(\d{8,})")
+_REMAINS = re.compile(r"step_\d{8,}(\.replaced)?\.partial")
+_ROOM = 1.02  # of a checkpoint's bytes, for what a file system adds
 
 
 class Store:
-    """The checkpoints of one run directory. Used by rank 0."""
+    """The checkpoints of one run directory; rank 0 alone changes anything. keep: how many of the newest stay. keep_every:
+    those of steps that it divides stay for good."""
 
-    def __init__(self, run_dir: Path, keep: int) -> None:
-        self.root, self.keep = run_dir / "checkpoints", keep
+    def __init__(self, run_dir: Path, keep: int, keep_every: int | None = None) -> None:
+        self.root, self.keep, self.keep_every = run_dir / "checkpoints", keep, keep_every
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
-        if not self.root.is_dir():
-            return []
-        return sorted(p for p in self.root.iterdir() if _NAME.search(p.name) and (p / _MARKER).exists())
+        return sorted((p for p in self._steps() if marked(p) is not None), key=step_of)
 
     def latest(self) -> Path | None:
         complete = self.complete()
         return complete[-1] if complete else None
 
-    def save(self, state: CanonicalState, probe: dict[str, Tensor], progress: Progress, config_yaml: str) -> Path:
-        """Write one checkpoint; older ones beyond `keep` go, and so do the remains of interrupted writes. Raises UserError,
-        before anything is written, naming a tensor that is not finite."""
-        moments = _flat(state.moments)
-        if fault := not_finite({**state.model, **moments, **_of_probe(probe)}):
-            raise UserError(
-                f"step {progress.step} is not saved: {fault}. {self.latest() or 'No checkpoint'} is untouched; the same "
-                "command goes on from there."
-            )
-        target = self.root / f"step_{progress.step:08d}"
-        partial = target.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_file(state.model, partial / "model.safetensors")
-        save_file(moments, partial / "optimizer.safetensors")
-        if probe:
-            save_file(probe, partial / "probe.safetensors")
-        (partial / "state.json").write_text(json.dumps(asdict(progress), indent=1))
-        (partial / "config.yaml").write_text(config_yaml)
-        files = {p.name: {"bytes": p.stat().st_size, "crc32": _crc32(p)} for p in sorted(partial.iterdir())}
-        for path in partial.iterdir():
-            _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
+    def _steps(self) -> list[Path]:
+        """Folders that are named as ours are; `best_step_00000012` and `step_00000012.old` are somebody else's."""
+        return [p for p in self.root.iterdir() if _NAME.fullmatch(p.name) and p.is_dir()] if self.root.is_dir() else []
+
+    def begin(self, step: int, nbytes: int) -> Path:
+        """An empty folder for the files of a checkpoint of `nbytes` bytes. What interrupted saves have left goes, and so do
+        the oldest complete ones where the disk has no room, but for the newest. Raises UserError, OSError."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        for remains in self.root.iterdir():
+            if _REMAINS.fullmatch(remains.name):
+                shutil.rmtree(remains, ignore_errors=True)
+        self._make_room(int(nbytes * _ROOM))
+        partial = self.root / f"step_{step:08d}.partial"
+        partial.mkdir()
+        return partial
+
+    def finish(self, partial: Path, files: Mapping[str, Written]) -> Path:
+        """All files are written: give the folder its name, mark it complete, let older ones go. Raises UserError where a
+        file is not there as its rank has written it; OSError."""
+        for name, written in files.items():
+            there = partial / name
+            if not there.is_file() or there.stat().st_size != written.bytes:
+                raise UserError(
+                    f"{there} is not there as it was written: rank 0 does not see what other ranks write. run.dir must lie "
+                    "on a file system that all nodes share."
+                )
+        sync_folder(partial)
+        target = partial.with_suffix("")
+        replaced = target.with_suffix(".replaced.partial")
+        if target.exists():
+            target.rename(replaced)
         partial.rename(target)
-        marker = target / (_MARKER + ".partial")
-        marker.write_text(json.dumps(files, indent=1))
-        _sync(marker)
-        marker.rename(target / _MARKER)
-        _sync(self.root)
-        self._prune()
+        sync_folder(self.root)
+        write_text(target / MARKER, json.dumps({name: asdict(written) for name, written in files.items()}, indent=1))
+        shutil.rmtree(replaced, ignore_errors=True)
+        for old in self._expendable():
+            self._remove(old)
         return target
 
-    def load(self, path: Path) -> tuple[CanonicalState, dict[str, Tensor], Progress]:
-        """Read a checkpoint after comparing every file with the completion marker. Raises UserError naming the file."""
-        verify(path)
-        try:
-            progress = Progress(**json.loads((path / "state.json").read_text()))
-            moments: dict[str, dict[str, Tensor]] = {}
-            for key, tensor in load_file(path / "optimizer.safetensors").items():
-                kind, _, name = key.partition("/")
-                moments.setdefault(kind, {})[name] = tensor
-            probe = load_file(path / "probe.safetensors") if (path / "probe.safetensors").exists() else {}
-            state = CanonicalState(load_file(path / "model.safetensors"), moments, progress.updates)
-        except (OSError, ValueError, TypeError, SafetensorError) as error:
-            raise UserError(f"checkpoint {path} cannot be read: {error}. {_advice(path)}") from error
-        if moments and set(moments) != set(MOMENTS):
-            raise UserError(f"checkpoint {path} holds moments {sorted(moments)}, expected {list(MOMENTS)}.")
-        if fault := not_finite({**state.model, **_flat(moments), **_of_probe(probe)}):
-            raise UserError(f"checkpoint {path} cannot be gone on from: {fault}. {_advice(path)}")
-        return state, probe, progress
+    def set_aside(self, damaged: Path) -> Path:
+        """Rename a checkpoint that cannot be read, so that it is neither gone on from nor counted."""
+        aside = damaged.with_name(f"{damaged.name}.damaged")
+        number = 1
+        while aside.exists():
+            number += 1
+            aside = damaged.with_name(f"{damaged.name}.damaged-{number}")
+        damaged.rename(aside)
+        return aside
 
-    def _prune(self) -> None:
-        for old in self.complete()[: -self.keep]:
-            (old / _MARKER).unlink()  # first, so that half a deletion is never resumed from
-            shutil.rmtree(old)
-        for remains in self.root.glob("*.partial"):
-            shutil.rmtree(remains, ignore_errors=True)
+    def _expendable(self) -> list[Path]:
+        """Complete ones that need not be kept, oldest first."""
+        return [old for old in self.complete()[: -self.keep] if not self._for_good(old)]
 
+    def _for_good(self, path: Path) -> bool:
+        return self.keep_every is not None and step_of(path) % self.keep_every == 0
 
-def verify(path: Path) -> None:
-    """Compare every file of a checkpoint with its completion marker. Raises UserError naming the first that differs."""
-    try:
-        files = json.loads((path / _MARKER).read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not a complete checkpoint: {path / _MARKER} cannot be read ({error}).") from error
-    for name, expected in files.items():
-        file = path / name
-        if not file.exists():
-            raise UserError(f"checkpoint file {file} is missing. {_advice(path)}")
-        if file.stat().st_size != expected["bytes"] or _crc32(file) != expected["crc32"]:
-            raise UserError(f"checkpoint file {file} is corrupt: its checksum differs from {_MARKER}. {_advice(path)}")
+    def _make_room(self, nbytes: int) -> None:
+        """Remove the oldest that `keep` would keep, never the newest, nor those kept for good."""
+
+        def free() -> int:
+            return shutil.disk_usage(self.root).free
+
+        for old in [path for path in self.complete()[:-1] if not self._for_good(path)]:
+            if free() >= nbytes:
+                return
+            logger.warning("%s is removed: the disk has no room for one more checkpoint beside it.", old)
+            self._remove(old)
+        if free() < nbytes:
+            raise UserError(
+                f"a checkpoint takes {nbytes / 1e9:.3g} GB, and the disk of {self.root} has {free() / 1e9:.3g} GB "
+                "left. Make room, or lower checkpoint.keep."
+            )
+
+    def _remove(self, path: Path) -> None:
+        (path / MARKER).unlink()  # first, so that half a removal is never gone on from
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _flat(moments: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {f"{kind}/{name}": tensor for kind, group in moments.items() for name, tensor in group.items()}
-
-
-def _of_probe(probe: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"probe: {name}": tensor for name, tensor in probe.items()}
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Names the first tensor that holds something else than numbers; None where all are finite."""
-    for name, tensor in tensors.items():
-        if not (finite := tensor.isfinite()).all():
-            return f"{int((~finite).sum())} of {tensor.numel()} values of {name} are not finite"
-    return None
+def step_of(path: Path) -> int:
+    """The step that a checkpoint's folder is named after."""
+    found = _NAME.fullmatch(path.name)
+    assert found is not None
+    return int(found[1])
 
 
 def find(path: Path) -> Path:
     """The checkpoint meant by a run directory (its newest complete one) or a step directory. Raises UserError."""
-    if (path / _MARKER).exists():
+    if marked(path) is not None:
         return path
     latest = Store(path, keep=1).latest()
     if latest is None:
         raise UserError(f"{path} is neither a complete checkpoint nor a run directory that holds one.")
     return latest
-
-
-def _advice(path: Path) -> str:
-    return f"Restore it, or delete {path} to go on from the checkpoint before."
-
-
-def _crc32(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -40,6 +40,11 @@ class Run(Section):
     """Where a run lives, and what its random numbers begin with."""
 
     dir: FilePath = Field(description="run directory: config.yaml, metrics.jsonl, checkpoints/")
+    resume: str = Field(
+        "auto",
+        description="auto: go on from the run's newest sound checkpoint, or begin. never: begin, and move what is there "
+        "aside. A path: begin from that checkpoint, or that run's newest, where this run has none of its own",
+    )
     seed: NonNegative = Field(0, description="initial weights, sample order, augmentation, slices")
 
 
@@ -391,6 +396,16 @@ class Checkpoint(Section):
 
     every: Positive = Field(1000, description="steps between checkpoints; the last step is always saved")
     keep: Positive = Field(2, description="newest checkpoints kept")
+    keep_every: Positive | None = Field(None, description="steps whose multiples are kept for good; unset: none")
+    mode: Literal["async", "sync"] = Field(
+        "async",
+        description="async: steps go on while a checkpoint is written; takes its bytes once more in host memory, shared out "
+        "over the ranks. sync: they wait",
+    )
+    on_error: Literal["stop", "continue"] = Field(
+        "stop",
+        description="what becomes of a run that cannot save (a full disk, say); the last save stops it in any case",
+    )
 
 
 class Wandb(Section):

@@ -182,6 +182,29 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     return message[0]
 
 
+def everywhere(work: Callable[[], T]) -> T:
+    """Run `work`, which takes no collective, on every rank, and give each its own result. What fails on any rank is
+    raised on all of them: UserErrors as one, whatever else as it is where it happened."""
+    result: Any = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    if any_rank(failure is not None, torch.device("cpu")):
+        if failure is not None and not isinstance(failure, UserError):
+            message = f"rank {rank()} failed: {failure!r}"
+        else:
+            message = str(failure or "")
+        messages = [text for text in gather_objects(message) if text]
+        if failure is not None and not isinstance(failure, UserError):
+            raise failure
+        raised = UserError(" ".join(dict.fromkeys(messages)))
+        raised.everywhere = True
+        raise raised
+    return result
+
+
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether `flag` holds anywhere; every rank gets the same answer (one tiny collective and a host sync)."""
     if world_size() == 1:

@@ -7,12 +7,12 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-from lejepa_scale.checkpoint import Store, gather
+from lejepa_scale.checkpoint import Saver, Store
+from lejepa_scale.checkpoint.saver import NotSaved
 from lejepa_scale.config import dump
 from lejepa_scale.cost import peak_flops, step_flops
 from lejepa_scale.data.faults import append_to_quarantine
@@ -25,6 +25,7 @@ from lejepa_scale.training.signals import StopSignal
 from lejepa_scale.training.step import StepResult
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 Gauge = Callable[[], dict[str, float]]  # what it has measured since it was last read
 
 
@@ -137,27 +138,38 @@ class Stop:
 
 
 class Save:
-    """Write a checkpoint every `checkpoint.every` steps, after the last step, and before the run stops."""
+    """Write a checkpoint every `checkpoint.every` steps, after the last step, and before the run stops. With
+    `checkpoint.mode` async the next steps go on while it is written; at the end, and before the next one, it is
+    waited for."""
 
     def __init__(self, run: Run, store: Store) -> None:
-        self.store, self.seconds_before = store, run.progress.seconds
+        self.saver, self.seconds_before = Saver(store, run.engine), run.progress.seconds
 
     def __call__(self, run: Run, result: StepResult) -> None:
-        step = run.progress.step
-        if not (step % run.config.checkpoint.every == 0 or run.last or run.stopping):
+        settings, step = run.config.checkpoint, run.progress.step
+        self._try(run, self.saver.poll)
+        if not (step % settings.every == 0 or run.last or run.stopping):
             return
-        path = self._save(run)
-        if run.stopping:
+        self._try(run, self.saver.finish)
+        self._try(run, lambda: self._begin(run))
+        if settings.mode == "async" and not (run.last or run.stopping):
+            return
+        path = self._try(run, self.saver.finish)
+        if run.stopping and path:
             logger.info("stopped by a signal after step %d; saved %s. The same command goes on from here.", step, path)
 
-    def _save(self, run: Run) -> Path:
-        state = gather(run.engine)
+    def _begin(self, run: Run) -> None:
         probe = run.probe.state_dict() if run.probe is not None else {}
-        seconds = self.seconds_before + time.monotonic() - run.started
+        run.progress.seconds = self.seconds_before + time.monotonic() - run.started
+        self.saver.begin(run.progress, probe, dump(run.config))
 
-        def write() -> Path:
-            assert state is not None
-            progress = replace(run.progress, updates=state.updates, seconds=seconds)
-            return self.store.save(state, probe, progress, dump(run.config))
-
-        return collectives.on_rank_zero(write)
+    def _try(self, run: Run, work: Callable[[], T]) -> T | None:
+        """A save that fails stops the run, or is only told of. Numbers that are none stop it in any case."""
+        try:
+            return work()
+        except NotSaved as error:
+            if run.config.checkpoint.on_error == "stop" or run.last:
+                raise
+            if process_group.rank() == 0:
+                logger.warning("%s The run goes on (checkpoint.on_error = continue).", error)
+            return None

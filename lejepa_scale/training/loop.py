@@ -14,7 +14,7 @@ from lejepa_scale.config import Config
 from lejepa_scale.parallel import collectives, process_group
 from lejepa_scale.training import actions
 from lejepa_scale.training.reporting import Reporter
-from lejepa_scale.training.resume import resume, write_config
+from lejepa_scale.training.resume import begin_anew, resume, write_config
 from lejepa_scale.training.run import Action, Run
 from lejepa_scale.training.schedule import learning_rate
 from lejepa_scale.training.signals import StopSignal
@@ -39,15 +39,16 @@ def train(config: Config) -> Path:
     """
     plan, shapes = check_everything(config)
     with process_group.joined(timedelta(minutes=config.engine.timeout_minutes)) as device:
-        store = Store(config.run.dir, config.checkpoint.keep)
+        store = Store(config.run.dir, config.checkpoint.keep, config.checkpoint.keep_every)
+        collectives.on_rank_zero(lambda: begin_anew(config))
         begin = first_weights(config, store, shapes)  # refused before shards are fetched and indexed
         mixture = open_together(config)
-        state, probe_state, progress = resume(config, store, mixture)
+        saved, probe_state, progress = resume(config, store, mixture)
         if progress.step >= config.train.steps:
             logger.info("%s is trained to step %d already; raise train.steps to go on.", config.run.dir, progress.step)
             return config.run.dir
-        engine = start_engine(config, plan, device, state, begin=begin, shapes=shapes)
-        del state, begin
+        engine = start_engine(config, plan, device, saved, begin=begin, shapes=shapes)
+        del saved, begin
         probe = start_probe(config, engine, mixture.num_classes, probe_state)
         collectives.on_rank_zero(lambda: write_config(config))
         first_rank = process_group.rank() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import secrets
@@ -16,8 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lejepa_scale.addresses import Address
+from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.config import Config
 from lejepa_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class Means:
@@ -84,11 +88,33 @@ class Reporter:
                 self._wandb.finish()
 
 
+def steps_taken(run_dir: Path) -> int:
+    """The last step that metrics.jsonl tells of; 0 where there is none."""
+    return max((int(record["step"]) for _, record in _records(run_dir / "metrics.jsonl")), default=0)
+
+
+def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The lines of metrics.jsonl that can be read, and what they say. A crash of the system may have left half a line, or
+    zeros in place of one: these are told of."""
+    if not path.exists():
+        return []
+    found, torn = [], 0
+    for line in path.read_bytes().decode(errors="replace").split("\n"):
+        try:
+            record = json.loads(line)
+            int(record["step"])
+            found.append((line, record))
+        except (ValueError, TypeError, KeyError):
+            torn += bool(line)
+    if torn:
+        logger.warning("%d lines of %s cannot be read, and are left out: a crash may have torn them.", torn, path)
+    return found
+
+
 def _drop_after(path: Path, step: int) -> None:
     """Forget lines of steps that a resumed run will take again."""
     if path.exists():
-        kept = [line for line in path.read_text().splitlines() if line and json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
+        write_text(path, "".join(f"{line}\n" for line, record in _records(path) if record["step"] <= step))
 
 
 def _start_wandb(config: Config) -> Any:

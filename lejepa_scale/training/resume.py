@@ -4,39 +4,99 @@ would repeat or leave out samples without a word, and keeps config.yaml current.
 from __future__ import annotations
 
 import logging
+import os
+import time
+from functools import partial
 from pathlib import Path
 
 import yaml
 from torch import Tensor
 
-from lejepa_scale.checkpoint import CanonicalState, Progress, Store
+from lejepa_scale.checkpoint import Progress, Saved, Store
+from lejepa_scale.checkpoint.files import write_text
+from lejepa_scale.checkpoint.saved import verify
+from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import Config, dump, migrate, recorded
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
-from lejepa_scale.parallel import collectives
+from lejepa_scale.parallel import collectives, process_group
+from lejepa_scale.training.reporting import steps_taken
 
 logger = logging.getLogger(__name__)
+_OF_A_RUN = ("checkpoints", "metrics.jsonl", "config.yaml", "keys", "quarantine.jsonl", "evaluation.json", "wandb_id")
 
 
-def resume(config: Config, store: Store, mixture: Mixture) -> tuple[CanonicalState | None, dict[str, Tensor], Progress]:
-    """The newest complete checkpoint, read by rank 0 (its tensors stay there); a fresh start where there is none. The run
-    directory is left as it is. Raises UserError, on every rank, where it cannot be gone on from."""
-    held: list[CanonicalState] = []
+def resume(config: Config, store: Store, mixture: Mixture) -> tuple[Saved | None, dict[str, Tensor], Progress]:
+    """The newest complete checkpoint that is undamaged, or the one that run.resume names; a fresh start where there is none.
+    A damaged one is told of and renamed. Raises UserError, on every rank, where there is nothing sound to go on from,
+    or what there is cannot be gone on from."""
+    path, problems = collectives.on_rank_zero(lambda: _chosen(config, store)), list[str]()
+    while path is not None:
+        try:
+            collectives.everywhere(partial(verify, path, process_group.rank(), process_group.world_size()))
+            break
+        except UserError as error:
+            problems.append(str(error))
+        path = collectives.on_rank_zero(partial(_before, store, path, problems))
+    if path is None:
+        return None, {}, Progress(0, mixture.fingerprint)
+    saved = collectives.everywhere(partial(Saved, path))
 
-    def read() -> tuple[dict[str, Tensor], Progress]:
-        latest = store.latest()
+    def accepted() -> dict[str, Tensor]:
+        logger.info("resuming from %s (step %d).", path, saved.progress.step)
+        _refuse_another_order(config, mixture, saved)
+        return saved.probe()
+
+    return saved, collectives.on_rank_zero(accepted), saved.progress
+
+
+def _chosen(config: Config, store: Store) -> Path | None:
+    """What to go on from, if it is sound."""
+    latest, named = store.latest(), config.run.resume
+    if named not in ("auto", "never"):
         if latest is None:
-            if (config.run.dir / "metrics.jsonl").exists():
-                logger.info("%s holds no complete checkpoint: starting at step 0.", config.run.dir)
-            return {}, Progress(0, mixture.fingerprint)
-        state, probe, progress = store.load(latest)
-        held.append(state)
-        logger.info("resuming from %s (step %d).", latest, progress.step)
-        _refuse_another_order(config, mixture, latest, progress)
-        return probe, progress
+            return find(Path(named))
+        if store.root.resolve() in Path(named).resolve().parents:
+            raise UserError(
+                f"run.resume={named} lies in the run itself, which has gone on to {latest}: what came after would be "
+                "lost. Give another run.dir, which goes on from there."
+            )
+        logger.info("run.resume is not used: the run has a checkpoint of its own.")
+    if latest is None and (steps := steps_taken(config.run.dir)):
+        if steps >= config.checkpoint.every:
+            raise UserError(
+                f"{config.run.dir} has taken {steps} steps, and no complete checkpoint is there. Restore one, or "
+                "begin again at step 0 with run.resume=never, which moves what is there aside, or with another run.dir."
+            )
+        logger.info("%s was ended in step %d, before its first checkpoint: starting at step 0.", config.run.dir, steps)
+    return latest
 
-    probe, progress = collectives.on_rank_zero(read)
-    return (held[0] if held else None), probe, progress
+
+def _before(store: Store, damaged: Path, problems: list[str]) -> Path | None:
+    """The checkpoint before one that is damaged, which is renamed, so that it counts no more."""
+    if damaged.parent.resolve() != store.root.resolve():
+        raise UserError(problems[-1])
+    aside = store.set_aside(damaged)
+    if (path := store.latest()) is None:
+        raise UserError(
+            f"no checkpoint of {store.root.parent} is sound. {' '.join(problems)} What is damaged is in {aside}; "
+            "begin again at step 0 with run.resume=never, or in another run.dir."
+        )
+    logger.warning("%s It is now %s; the run goes on from the one before, %s.", problems[-1], aside, path)
+    return path
+
+
+def begin_anew(config: Config) -> None:
+    """With run.resume=never: move what a run has left in its folder aside. A restart by a launcher goes on, all the same."""
+    if config.run.resume != "never" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0:
+        return
+    found = [config.run.dir / name for name in _OF_A_RUN if (config.run.dir / name).exists()]
+    if found:
+        aside = config.run.dir / f"before_{time.strftime('%Y%m%d_%H%M%S')}"
+        aside.mkdir()
+        for path in found:
+            path.rename(aside / path.name)
+        logger.warning("run.resume=never: what %s held is now in %s.", config.run.dir, aside)
 
 
 def write_config(config: Config) -> None:
@@ -45,7 +105,7 @@ def write_config(config: Config) -> None:
     path, text = config.run.dir / "config.yaml", dump(config)
     if path.exists() and (before := path.read_text()) != text:
         logger.info("%s", _changes(path, before, text))
-    path.write_text(text)
+    write_text(path, text)
 
 
 def _changes(path: Path, before: str, now: str) -> str:
@@ -61,16 +121,17 @@ def _changes(path: Path, before: str, now: str) -> str:
     return f"configuration changed since this run was started: {'; '.join(changed)}"
 
 
-def _refuse_another_order(config: Config, mixture: Mixture, checkpoint: Path, progress: Progress) -> None:
+def _refuse_another_order(config: Config, mixture: Mixture, saved: Saved) -> None:
     """Step s takes the positions from s x global_batch on, of an order that the shards, the seed and the blocks determine:
-    with another of these, samples would come twice or never. `checkpoint` has been verified, its config.yaml too."""
-    if progress.data_fingerprint != mixture.fingerprint:
+    with another of these, samples would come twice or never."""
+    checkpoint = saved.path
+    if saved.progress.data_fingerprint != mixture.fingerprint:
         raise UserError(
             f"the shards of data.shards are not those that {checkpoint} was trained on (names, sizes, counts or weights "
             "differ), so the order of samples cannot be continued. Restore them, or start a new run.dir."
         )
     path = checkpoint / "config.yaml"
-    before, now = _order(recorded(yaml.safe_load(path.read_text()), origin=str(path))), _order(config)
+    before, now = _order(recorded(yaml.safe_load(saved.config_text()), origin=str(path))), _order(config)
     if changed := [key for key in now if now[key] != before[key]]:
         raise UserError(
             f"{checkpoint} was trained with {_named(before, changed)}, not {_named(now, changed)}: samples would be "

@@ -10,9 +10,9 @@ from contextlib import closing, contextmanager
 import torch
 from torch import Tensor
 
-from lejepa_scale.checkpoint import CanonicalState, Progress, Store, pretrained, spread
+from lejepa_scale.checkpoint import CanonicalState, Progress, Saved, Store, pretrained, restore, spread
 from lejepa_scale.checkpoint.encoder import PREFIX
-from lejepa_scale.checkpoint.store import not_finite
+from lejepa_scale.checkpoint.saved import not_finite
 from lejepa_scale.config import BatchPlan, Config, check_world
 from lejepa_scale.data import Loader, Mixture, ahead, open_mixture
 from lejepa_scale.data.audit.keylog import KeyLog
@@ -48,20 +48,25 @@ def start_engine(
     config: Config,
     plan: BatchPlan,
     device: torch.device,
-    state: CanonicalState | None = None,
+    saved: Saved | None = None,
     *,
+    state: CanonicalState | None = None,
     begin: Mapping[str, Tensor] | None = None,
     factory: Factory | None = None,
     shapes: LeJEPA | None = None,
 ) -> Engine:
-    """An engine at `state` (rank 0's; None elsewhere or for a new run) or, for a new run, at the seed's weights: the
-    same for every engine and number of ranks, drawn once on rank 0's CPU and spread. Raises UserError.
+    """An engine at a checkpoint, of which every rank reads its part, or, for a new run, at the seed's weights: the same for
+    every engine and number of ranks, drawn once on rank 0's CPU and spread. Raises UserError.
 
-    begin: what `first_weights` gave; takes the place of the seed's weights. factory: builds the module in place of the
-    configuration. shapes: the module on the meta device, where it is at hand.
+    state: rank 0's, in place of the seed's weights. begin: what `first_weights` gave; takes the place of the seed's
+    weights. factory: builds the module in place of the configuration. shapes: the module on the meta device, where it
+    is at hand.
     """
     factory = factory or (lambda: build(config))
     engine = build_engine(config, plan, factory, device, shapes)
+    if saved is not None:
+        restore(saved, engine)
+        return engine
     held = [state]
 
     def draw() -> None:
@@ -69,7 +74,7 @@ def start_engine(
             return
         first = initial_state(config.run.seed, factory)
         first.model |= begin or {}
-        if fault := not_finite(first.model):
+        if fault := not_finite(first.model.items()):
             raise UserError(
                 f"model.encoder={config.model.encoder} begins with values that are no numbers ({fault}), which no "
                 "checkpoint may hold. Choose another model.encoder."
@@ -98,8 +103,8 @@ def first_weights(config: Config, store: Store, shapes: LeJEPA) -> dict[str, Ten
         return held
 
     def read() -> None:
-        if (latest := store.latest()) is not None:
-            logger.info("model.init_from is not used: the run goes on from %s.", latest)
+        if (latest := store.latest()) is not None or config.run.resume not in ("auto", "never"):
+            logger.info("model.init_from is not used: the run goes on from %s.", latest or config.run.resume)
             return
         loaded = pretrained.load(settings, shapes.encoder)
         held.update({f"{PREFIX}{name}": tensor for name, tensor in loaded.weights.items()})

@@ -9,8 +9,9 @@ import pytest
 import torch
 import yaml
 from conftest import small_config
+from saving import Holder
 
-from lejepa_scale.checkpoint import CanonicalState, Progress, Store, load_encoder
+from lejepa_scale.checkpoint import Progress, Saver, Store, load_encoder
 from lejepa_scale.config import dump, validate
 from lejepa_scale.model import build
 from lejepa_scale.training import resume
@@ -31,7 +32,9 @@ def test_an_encoder_of_a_checkpoint_from_before_keys_moved(tmp_path: Path) -> No
     text = flat(dump(config)).replace("prefetch: 1\n", "prefetch: 3\n")
     module = build(config)
     weights = {name: t.detach() for name, t in module.state_dict().items()}
-    Store(tmp_path, keep=1).save(CanonicalState(weights, {}, 0), {}, Progress(1, "shards"), text)
+    saver = Saver(Store(tmp_path, keep=1), Holder({"value": weights}, updates=0))  # type: ignore[arg-type]
+    saver.begin(Progress(1, "shards"), {}, text)
+    saver.finish()
     encoder, found = load_encoder(tmp_path)
     assert found == config
     for name, tensor in encoder.state_dict().items():

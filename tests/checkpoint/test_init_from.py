@@ -15,12 +15,13 @@ import torch
 from conftest import small_config
 from ranks import run_ranks
 from safetensors.torch import save_file
+from saving import Holder
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, load_checkpoint
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
-from lejepa_scale.checkpoint import CanonicalState, Progress, Store, gather, load_encoder, pretrained, sources
+from lejepa_scale.checkpoint import Progress, Saver, Store, gather, load_encoder, pretrained, sources
 from lejepa_scale.checkpoint.convert import export_encoder
 from lejepa_scale.config import Config, check_world, dump, validate
 from lejepa_scale.config.schema import InitFrom
@@ -164,7 +165,9 @@ def _saved(folder: Path) -> tuple[Config, Tensors]:
     """A run with one checkpoint."""
     config = validate(small_config(folder, "s.tar", model={"options": SMALL}))
     weights = {name: tensor.detach() for name, tensor in build(config).state_dict().items()}
-    Store(folder, 1).save(CanonicalState(weights), {}, Progress(1, "shards"), dump(config))
+    saver = Saver(Store(folder, 1), Holder({"value": weights}, updates=0))  # type: ignore[arg-type]
+    saver.begin(Progress(1, "shards"), {}, dump(config))
+    saver.finish()
     return config, {n.removeprefix("encoder.backbone."): t for n, t in weights.items() if n.startswith("encoder.")}
 
 

@@ -1,37 +1,113 @@
-"""Checkpoints survive what happens to files: interruption, deletion, damage."""
+"""Checkpoints survive what happens to files: interruption, deletion, damage, foreign names, a full disk."""
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import stat
+import threading
+from collections import namedtuple
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from saving import Holder, save, values
 
-from lejepa_scale.checkpoint import CanonicalState, Progress, Store
-from lejepa_scale.checkpoint.store import find, verify
+from lejepa_scale.checkpoint import Progress, Saved, Saver, Store, files, saver
+from lejepa_scale.checkpoint import store as stores
+from lejepa_scale.checkpoint.layout import boxes, divided, key
+from lejepa_scale.checkpoint.saved import marked, verify
+from lejepa_scale.checkpoint.saver import NotSaved
+from lejepa_scale.checkpoint.store import find
+from lejepa_scale.engine.base import VALUE
 from lejepa_scale.errors import UserError
 
 
-def state(value: float) -> CanonicalState:
-    def tensors() -> dict[str, torch.Tensor]:
-        return {"a.weight": torch.full((3, 2), value), "b": torch.tensor(value)}
-
-    return CanonicalState(tensors(), {"exp_avg": tensors(), "exp_avg_sq": tensors()}, updates=7)
-
-
-def save(store: Store, step: int) -> Path:
-    return store.save(state(float(step)), {"head": torch.ones(2)}, Progress(step, "shards", updates=7), "run: {}\n")
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     store = Store(tmp_path, keep=2)
     assert store.latest() is None
-    loaded, probe, progress = store.load(save(store, 5))
-    assert progress == Progress(5, "shards", updates=7)
-    assert loaded.updates == 7
-    assert torch.equal(loaded.model["a.weight"], torch.full((3, 2), 5.0))
-    assert torch.equal(loaded.moments["exp_avg_sq"]["b"], torch.tensor(5.0))
-    assert torch.equal(probe["head"], torch.ones(2))
+    path = save(store, 5)
+    saved = Saved(path)
+    assert saved.progress == Progress(5, "shards", updates=7)
+    assert saved.moments
+    assert saved.config_text() == "run: {}\n"
+    assert saved.shapes == {"a.weight": (3, 2), "b": (), "running": (2,), "count": ()}
+    for kind, tensors in values(5.0).items():
+        for name, tensor in tensors.items():
+            assert torch.equal(saved.whole(name, kind), tensor)
+    assert torch.equal(saved.whole("count"), torch.tensor(3))
+    assert torch.equal(saved.read("a.weight", "exp_avg", 1, 4), torch.arange(1.0, 5) + 105)
+    assert saved.read("a.weight", length=0).numel() == 0
+    assert torch.equal(saved.probe()["head"], torch.ones(2))
+    verify(path)
+
+
+def test_its_files_are_read_without_us(tmp_path: Path) -> None:
+    path = save(Store(tmp_path, keep=2), 5)
+    model, optimizer = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    assert torch.equal(model["a.weight"], values(5.0)[VALUE]["a.weight"])
+    assert sorted(model) == ["a.weight", "b", "count", "running"]
+    assert torch.equal(optimizer["exp_avg_sq/b"], values(5.0)["exp_avg_sq"]["b"])
+    state = json.loads((path / "state.json").read_text())
+    assert (state["step"], state["ranks"], state["torch"]) == (5, 1, torch.__version__)
+    mask = os.umask(0)
+    os.umask(mask)
+    assert {stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()} == {0o666 & ~mask}
+
+
+@pytest.mark.parametrize("dtype", files._DTYPES)
+def test_every_type_is_written_as_safetensors_does(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {"a": torch.arange(6).view(2, 3), "": torch.tensor(1), "empty": torch.empty(0, 2)}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    written = files.write_safetensors(tmp_path / "a", [(name, x.shape, x) for name, x in tensors.items()])
+    save_file(tensors, tmp_path / "b")
+    for found in (load_file(tmp_path / "a"), load_file(tmp_path / "b")):
+        assert found.keys() == tensors.keys()
+        assert all(torch.equal(found[name], x) and found[name].dtype == dtype for name, x in tensors.items())
+    assert written == files.Written((tmp_path / "a").stat().st_size, files.checksum(tmp_path / "a"))
+
+
+# -- which elements are where
+
+
+def test_boxes_are_the_flat_range_in_order() -> None:
+    """For every range of some shapes: contiguous rectangles, as few as can be, which numpy's own slicing puts together."""
+    for shape in [(), (5,), (3, 4), (2, 3, 4), (1, 1, 6), (4, 1, 3)]:
+        flat = np.arange(int(np.prod(shape))).reshape(shape)
+        for start in range(flat.size + 1):
+            for length in range(flat.size - start + 1):
+                found = boxes(shape, start, length)
+                taken = [flat[box].reshape(-1) for box in found]
+                np.testing.assert_array_equal(np.concatenate([*taken, []]), flat.reshape(-1)[start : start + length])
+                assert len(found) <= max(1, 2 * len(shape) - 1)
+                assert len({key("w", shape, box) for box in found}) == len(found)
+
+
+def test_each_part_is_written_once_and_shared_out() -> None:
+    shapes = {"a": (4, 2), "b": (3,), "c": (10,)}
+    replicas = np.array([[(0, 8), (0, 3), (0, 10)]] * 3)
+    layout = divided(shapes, replicas)
+    assert [part.rank for parts in layout.parts.values() for part in parts] == [0, 1, 2]
+    shards = np.array([[(0, 5), (0, 0), (0, 4)], [(5, 3), (0, 3), (4, 6)]])
+    layout = divided(shapes, shards)
+    assert [(p.rank, p.start, p.length) for p in layout.parts["c"]] == [(0, 0, 4), (1, 4, 6)]
+    assert set(layout.of_rank(0)) == {"a", "c"}
+    hybrid = np.array([[(0, 4)], [(4, 4)], [(0, 4)], [(4, 4)]])  # two replicas of two shards
+    assert len(divided({"a": (4, 2)}, hybrid).parts["a"]) == 2
+    for wrong in ([[(0, 4)], [(5, 3)]], [[(0, 5)], [(4, 4)]], [[(0, 4)], [(4, 3)]]):
+        with pytest.raises(RuntimeError, match="do not tile it"):
+            divided({"a": (4, 2)}, np.array(wrong))
+
+
+# -- what counts, and what goes
 
 
 def test_the_newest_are_kept_and_remains_are_cleared(tmp_path: Path) -> None:
@@ -39,46 +115,58 @@ def test_the_newest_are_kept_and_remains_are_cleared(tmp_path: Path) -> None:
     (tmp_path / "checkpoints/step_00000003.partial").mkdir(parents=True)
     for step in (1, 2, 10):
         save(store, step)
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step_00000002", "step_00000010"]
+    assert names(tmp_path) == ["step_00000002", "step_00000010"]
     assert find(tmp_path).name == "step_00000010"
     assert find(tmp_path / "checkpoints/step_00000002").name == "step_00000002"
 
 
-@pytest.mark.parametrize("place", ["model", "moments", "probe"])
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_never_replaces_a_checkpoint(tmp_path: Path, place: str, value: float) -> None:
+def test_what_a_user_has_put_beside_them_is_left_alone(tmp_path: Path) -> None:
     store = Store(tmp_path, keep=1)
-    good = save(store, 1)
-    bad, probe = state(2.0), {"head": torch.ones(2)}
-    {"model": bad.model, "moments": bad.moments["exp_avg_sq"], "probe": probe}[place]["a.weight"] = torch.tensor(
-        [0, value]
-    )
-    with pytest.raises(
-        UserError, match=r"step 2 is not saved: 1 of 2 values of .*a\.weight .*step_00000001 is untouched"
-    ):
-        store.save(bad, probe, Progress(2, "shards"), "run: {}\n")
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == [good.name]
-    verify(good)
+    save(store, 1)
+    theirs = [
+        "best_step_00000012",
+        "z_step_00000008",
+        "step_00000001.old",
+        "step_12",
+        "my.partial",
+        "step_00000009.damaged",
+    ]
+    marker = (tmp_path / "checkpoints/step_00000001/COMPLETE").read_bytes()
+    for name in theirs:
+        (tmp_path / "checkpoints" / name).mkdir()
+        (tmp_path / "checkpoints" / name / "COMPLETE").write_bytes(marker)
+    assert store.latest() == tmp_path / "checkpoints/step_00000001"
+    save(store, 2)
+    assert names(tmp_path) == sorted([*theirs, "step_00000002"])
 
 
-def test_a_checkpoint_that_is_not_finite_is_not_gone_on_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as older versions wrote."""
-    store, broken = Store(tmp_path, keep=3), state(torch.nan)
-    with monkeypatch.context() as patch:
-        patch.setattr("lejepa_scale.checkpoint.store.not_finite", lambda tensors: None)
-        path = store.save(broken, {}, Progress(3, "shards"), "run: {}\n")
-    with pytest.raises(UserError, match=r"step_00000003 cannot be gone on from: 6 of 6 values of a\.weight .*delete"):
-        store.load(path)
+def test_steps_are_ordered_by_number(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep=3)
+    for step in (99_999_999, 100_000_000):
+        save(store, step)
+    assert store.latest() == tmp_path / "checkpoints/step_100000000"
 
 
-def test_unmarked_checkpoints_do_not_count(tmp_path: Path) -> None:
+def test_every_mth_is_kept_for_good(tmp_path: Path) -> None:
+    store = Store(tmp_path, keep=1, keep_every=4)
+    for step in range(1, 10):
+        save(store, step)
+    assert names(tmp_path) == ["step_00000004", "step_00000008", "step_00000009"]
+
+
+@pytest.mark.parametrize("marker", ["", "{}", "null", "[1]", '{"a": 1}', '{"state.json": {}}', "\0\0\0", None])
+def test_an_empty_or_foreign_marker_is_none(tmp_path: Path, marker: str | None) -> None:
     store = Store(tmp_path, keep=3)
     save(store, 1)
-    (save(store, 2) / "COMPLETE").unlink()
-    assert store.latest() is not None
-    assert store.latest().name == "step_00000001"  # type: ignore[union-attr]
+    second = save(store, 2)
+    (second / "COMPLETE").unlink() if marker is None else (second / "COMPLETE").write_text(marker)
+    assert marked(second) is None
+    assert store.latest() == tmp_path / "checkpoints/step_00000001"
+    with pytest.raises(UserError, match="step_00000002 is not a complete checkpoint"):
+        verify(second)
     assert save(store, 2).name == "step_00000002"  # written again over the remains
-    assert store.latest().name == "step_00000002"  # type: ignore[union-attr]
+    assert store.latest() == second
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
 
 
 @pytest.mark.parametrize("damage", ["bit", "short", "gone", "marker"])
@@ -97,6 +185,159 @@ def test_damage_is_named(tmp_path: Path, damage: str) -> None:
         verify(path)
 
 
+def test_shares_of_a_verification_are_all_of_it(tmp_path: Path) -> None:
+    path = save(Store(tmp_path, keep=1), 1)
+    (path / "config.yaml").write_text("run: {dir: other}\n")
+    found = []
+    for share in range(3):
+        try:
+            verify(path, share, 3)
+        except UserError as error:
+            found.append(str(error))
+    assert len(found) == 1
+    assert "config.yaml is corrupt" in found[0]
+
+
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a complete checkpoint nor a run directory"):
         find(tmp_path)
+
+
+# -- layouts of before
+
+
+def test_whole_files_of_before_are_read(tmp_path: Path) -> None:
+    """As 0.1.0 wrote them: no index, buffers among the parameters."""
+    path = tmp_path / "checkpoints/step_00000003"
+    path.mkdir(parents=True)
+    model = values(3.0)[VALUE] | {"running": torch.ones(2)}
+    moments = {f"{kind}/{name}": x for kind in ("exp_avg", "exp_avg_sq") for name, x in values(3.0)[kind].items()}
+    save_file(model, path / "model.safetensors")
+    save_file(moments, path / "optimizer.safetensors")
+    (path / "state.json").write_text(json.dumps({"step": 3, "data_fingerprint": "x", "updates": 3}))
+    (path / "config.yaml").write_text("run: {}\n")
+    rows = {p.name: {"bytes": p.stat().st_size, "crc32": files.checksum(p)} for p in path.iterdir()}
+    (path / "COMPLETE").write_text(json.dumps(rows))
+    verify(path)
+    saved = Saved(find(tmp_path))
+    assert saved.progress == Progress(3, "x", updates=3)
+    assert saved.shapes == {name: tuple(x.shape) for name, x in model.items()}
+    assert torch.equal(saved.read("a.weight", "exp_avg_sq", 2, 3), values(3.0)["exp_avg_sq"]["a.weight"].view(-1)[2:5])
+
+
+# -- what cannot be saved
+
+
+@pytest.mark.parametrize("place", ["model", "moments", "probe", "buffer"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_never_replaces_a_checkpoint(tmp_path: Path, place: str, value: float) -> None:
+    store = Store(tmp_path, keep=1)
+    good = save(store, 1)
+    wrong, state, probe, buffers = torch.tensor([0, value]), values(2.0), {"head": torch.ones(2)}, {"c": torch.ones(1)}
+    {"model": state[VALUE], "moments": state["exp_avg_sq"], "probe": probe, "buffer": buffers}[place]["a.weight"] = (
+        wrong
+    )
+    for kind in state:
+        state[kind].setdefault("a.weight", torch.ones(2))
+        state[kind]["a.weight"] = state[kind]["a.weight"].view(-1)[:2]
+    with pytest.raises(
+        UserError, match=r"step 2 is not saved: 1 of 2 values of .*a\.weight .*step_00000001 is untouched"
+    ) as caught:
+        save(store, 2, Holder(state, buffers=buffers), probe)
+    assert not isinstance(caught.value, NotSaved)  # no disk is to blame
+    assert names(tmp_path) == [good.name]
+    verify(good)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "The disk is full: make room"),
+        (errno.EDQUOT, "The quota is used up"),
+        (errno.EROFS, "The file system is read-only"),
+        (errno.EACCES, "or the right to write there"),
+        (errno.ENAMETOOLONG, "a shorter path"),
+        (errno.ENOENT, "The folder has vanished"),
+        (errno.ESTALE, "The folder was replaced"),
+        (errno.EIO, "Input/output error"),
+    ],
+)
+@pytest.mark.parametrize("place", ["write", "finish", "begin"])
+def test_what_the_system_refuses_is_a_paragraph_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, says: str, place: str
+) -> None:
+    store = Store(tmp_path, keep=1)
+    good = save(store, 1)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number), str(tmp_path / "checkpoints/x"))
+
+    places = {"write": (saver, "write_safetensors"), "finish": (stores, "write_text")}
+    with monkeypatch.context() as patch:
+        patch.setattr(*places.get(place, (stores.shutil, "disk_usage")), fails)
+        with pytest.raises(NotSaved, match=rf"step 2 is not saved: cannot write \S*/checkpoints/x: .*{says}"):
+            save(store, 2)
+    assert store.latest() == good
+    assert [name for name in names(tmp_path) if name.endswith(".partial")] == []
+    verify(good)
+    assert save(store, 3).name == "step_00000003"
+
+
+def test_room_is_made_but_never_of_the_newest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path, keep=3, keep_every=100)
+    for step in (100, 101, 102, 103):
+        save(store, step)
+    usage = namedtuple("usage", "free")
+    before = [0, 10**6]  # room for one more after one has gone
+    monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: usage(before.pop(0) if before else 10**6))
+    save(store, 104)
+    assert "step_00000101 is removed: the disk has no room for one more" in caplog.text
+    assert names(tmp_path) == [f"step_00000{n}" for n in (100, 102, 103, 104)]
+    monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: usage(0))
+    with pytest.raises(
+        NotSaved, match=r"a checkpoint takes 8\.5e-08 GB, and the disk of \S+ has 0 GB left\. Make room"
+    ):
+        save(store, 105)
+    assert names(tmp_path) == ["step_00000100", "step_00000104"]
+
+
+def test_a_file_that_rank_zero_does_not_see_is_named(tmp_path: Path) -> None:
+    """No file system in common."""
+    store = Store(tmp_path, keep=1)
+    partial = store.begin(1, 10)
+    (partial / "a").write_bytes(b"12")
+    with pytest.raises(UserError, match=r"step_00000001\.partial/b is not there .* a file system that all nodes share"):
+        store.finish(partial, {"a": files.Written(2, 0), "b": files.Written(2, 0)})
+    assert store.latest() is None
+
+
+# -- in the background
+
+
+def test_steps_go_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is the state of the step that was saved, whatever the steps after it make of the tensors."""
+    store, go, write = Store(tmp_path, keep=2), threading.Event(), saver.write_safetensors
+    monkeypatch.setattr(saver, "write_safetensors", lambda *args: go.wait(20) and write(*args))
+    holder = Holder(values(1.0))
+    background = Saver(store, holder)  # type: ignore[arg-type]
+    background.begin(Progress(1, "shards"), {}, "run: {}\n")
+    assert background.in_flight
+    for tensors in holder.values.values():
+        for tensor in tensors.values():
+            tensor += 50
+    assert background.poll() is None
+    assert store.latest() is None
+    go.set()
+    path = background.finish()
+    assert path == store.latest()
+    assert path is not None
+    assert torch.equal(Saved(path).whole("a.weight"), values(1.0)[VALUE]["a.weight"])
+    assert background.finish() is None
+    held = {name: tensor.data_ptr() for name, tensor in background._held.items()}
+    background.begin(Progress(2, "shards"), {}, "run: {}\n")
+    assert held == {name: tensor.data_ptr() for name, tensor in background._held.items()}  # no new memory
+    path = background.finish()
+    assert path is not None
+    assert torch.equal(Saved(path).whole("a.weight"), values(51.0)[VALUE]["a.weight"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -112,20 +113,106 @@ def test_a_lost_network_stops_every_rank_and_names_the_shard(command: Command, t
         assert (tmp_path / "run/metrics.jsonl").read_text().count("loss_sigreg") >= 1
 
 
-def test_corrupt_checkpoint_is_named_and_never_skipped_silently(command: Command, tmp_path: Path, scenes: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(command: Command, tmp_path: Path, scenes: Path) -> None:
     run = tmp_path / "run"
     path = command.config(small_config(run, scenes, checkpoint={"every": 2, "keep": 5}))
     assert command(TRAIN, "--config", path).returncode == 0
-    model = run / "checkpoints/step_00000004/model.safetensors"
-    data = bytearray(model.read_bytes())
-    data[-5] ^= 1  # one bit
-    model.write_bytes(data)
+    damaged = [run / f"checkpoints/step_0000000{step}" for step in (4, 2)]
+    flip(damaged[0] / "model.safetensors")
     more = ("--config", path, "train.steps=5")
-    refused(command(TRAIN, *more, "engine.name=ddp", ranks=2, timeout=90), str(model), "corrupt", "delete")
-    (model.parent / "COMPLETE").unlink()  # what an interrupted save leaves: the one before is taken
-    result = command(TRAIN, *more)
+    result = command(TRAIN, *more, "engine.name=ddp", ranks=2, timeout=90)
     assert result.returncode == 0, result.stderr
-    assert "step_00000002" in result.stderr
+    assert f"{damaged[0] / 'model.safetensors'} is corrupt" in result.stderr
+    assert f"It is now {damaged[0]}.damaged; the run goes on from the one before, {damaged[1]}" in result.stderr
+    assert "resuming from" in result.stderr
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == [
+        *("step_00000002", "step_00000004", "step_00000004.damaged", "step_00000005")
+    ]
+    for step in (2, 4, 5):
+        flip(run / f"checkpoints/step_0000000{step}/config.yaml")
+    result = command(TRAIN, *more, "train.steps=6")
+    refused(result, f"no checkpoint of {run} is sound", "step_00000002", "step_00000005", "run.resume=never")
+    assert '"step": 5' in (run / "metrics.jsonl").read_text()
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1  # one bit
+    path.write_bytes(data)
+
+
+def test_a_run_never_begins_again_unasked(command: Command, tmp_path: Path, scenes: Path) -> None:
+    """Where its checkpoints have vanished; where it was ended before its first one, it does."""
+    run = tmp_path / "run"
+    path = command.config(small_config(run, scenes, checkpoint={"every": 2}))
+    assert command(TRAIN, "--config", path).returncode == 0
+    before = (run / "metrics.jsonl").read_text()
+    shutil.rmtree(run / "checkpoints")
+    refused(
+        command(TRAIN, "--config", path), f"{run} has taken 4 steps, and no complete checkpoint", "run.resume=never"
+    )
+    assert (run / "metrics.jsonl").read_text() == before
+    anew = command(TRAIN, "--config", path, "run.resume=never")
+    assert anew.returncode == 0, anew.stderr
+    (aside,) = run.glob("before_*")
+    assert f"what {run} held is now in {aside}" in anew.stderr
+    assert (aside / "metrics.jsonl").read_text() == before
+    shutil.rmtree(run / "checkpoints")
+    late = command(TRAIN, "--config", path, "checkpoint.every=100")
+    assert late.returncode == 0, late.stderr
+    assert "was ended in step 4, before its first checkpoint: starting at step 0" in late.stderr
+
+
+def test_a_torn_line_of_metrics_is_left_out(command: Command, tmp_path: Path, scenes: Path) -> None:
+    """Half a line, or zeros in its place, as a crash of the system leaves."""
+    run = tmp_path / "run"
+    path = command.config(small_config(run, scenes))
+    assert command(TRAIN, "--config", path).returncode == 0
+    metrics = run / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_bytes(whole.encode() + b'{"step": 5, "lo' + bytes(300))
+    more = command(TRAIN, "--config", path, "train.steps=6")
+    assert more.returncode == 0, more.stderr
+    assert f"1 lines of {metrics} cannot be read" in more.stderr
+    assert metrics.read_text().startswith(whole)
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_begins_from_the_checkpoint_of_another(command: Command, tmp_path: Path, scenes: Path) -> None:
+    """run.resume=PATH: once; afterwards from its own. Back into its own past a run does not go."""
+    path = command.config(small_config(tmp_path / "one", scenes, checkpoint={"every": 2, "keep": 9}))
+    assert command(TRAIN, "--config", path).returncode == 0
+    second = tmp_path / "one/checkpoints/step_00000002"
+    words = ("--config", path, f"run.dir={tmp_path / 'two'}", f"run.resume={second}")
+    result = command(TRAIN, *words)
+    assert result.returncode == 0, result.stderr
+    assert f"resuming from {second} (step 2)" in result.stderr
+    records = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert [r["loss"] for r in records[1]] == [r["loss"] for r in records[0]][2:]
+    again = command(TRAIN, *words, "train.steps=6")
+    assert "run.resume is not used: the run has a checkpoint of its own" in again.stderr
+    assert f"resuming from {tmp_path / 'two/checkpoints/step_00000004'}" in again.stderr
+    refused(command(TRAIN, "--config", path, f"run.resume={second}"), "lies in the run itself", "another run.dir")
+    refused(
+        command(TRAIN, *words[:2], f"run.dir={tmp_path / 'x'}", "run.resume=nowhere"), "neither a complete checkpoint"
+    )
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+def test_a_disk_that_is_full_stops_the_run_or_does_not(
+    command: Command, tmp_path: Path, scenes: Path, on_error: str
+) -> None:
+    """The folder of checkpoints is a file: nothing can be written there."""
+    run = tmp_path / "run"
+    tree = small_config(run, scenes, engine={"name": "ddp"}, checkpoint={"every": 2, "on_error": on_error})
+    run.mkdir()
+    (run / "checkpoints").touch()
+    result = command(TRAIN, "--config", command.config(tree), ranks=2)
+    refused(result, "step 4 is not saved" if on_error == "continue" else "step 2 is not saved", f"{run}/checkpoints")
+    assert ("The run goes on (checkpoint.on_error = continue)" in result.stderr) == (on_error == "continue")
 
 
 def test_checkpoint_of_another_model_and_other_shards(command: Command, tmp_path: Path, scenes: Path) -> None:

@@ -23,12 +23,12 @@ from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.io.cache import Cache
 from lejepa_scale.data.io.reader import Reader
-from lejepa_scale.parallel.threads import Pool, within
 from lejepa_scale.data.io.transport import Transport
 from lejepa_scale.data.samples import read_ahead, read_image
 from lejepa_scale.data.watch import Board, Watch
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel.parent import end_with_parent
+from lejepa_scale.parallel.threads import Pool, within
 
 
 def for_ever(*_: Any, **__: Any) -> bytes:

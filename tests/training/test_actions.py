@@ -127,7 +127,7 @@ def test_a_skipped_step_teaches_the_probe_nothing(tmp_path: Path) -> None:
 
 def test_the_last_step_is_reported_and_saved_whenever_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[int] = []
-    monkeypatch.setattr(actions.Save, "_save", lambda self, run: saved.append(run.progress.step))
+    monkeypatch.setattr(actions.Save, "_begin", lambda self, run: saved.append(run.progress.step))
     run = make_run(tmp_path, train={"steps": 7}, checkpoint={"every": 3})
     save = actions.Save(run, SimpleNamespace())  # type: ignore[arg-type]
     for step in range(1, 8):
@@ -141,7 +141,7 @@ def test_a_signal_ends_the_loop_after_the_step_and_a_save(tmp_path: Path, monkey
     taken: list[int] = []
     monkeypatch.setattr(loop, "train_step", lambda *_, number, **__: taken.append(number) or a_result())
     saved: list[tuple[int, bool]] = []
-    monkeypatch.setattr(actions.Save, "_save", lambda self, run: saved.append((run.progress.step, run.stopping)))
+    monkeypatch.setattr(actions.Save, "_begin", lambda self, run: saved.append((run.progress.step, run.stopping)))
     run = make_run(tmp_path, train={"steps": 5}, checkpoint={"every": 100})
     run.feed.of_step = lambda number: iter(())  # type: ignore[method-assign]
     signal: Any = SimpleNamespace(asked=False)

@@ -95,7 +95,7 @@ class Trial:
         before = _allocated(self.device)
         self.plan = check_world(self.config, launch.ranks())
         state = _initial(self.config) if self.shared and process_group.rank() == 0 else None
-        self.engine = start_engine(self.config, self.plan, self.device, state)
+        self.engine = start_engine(self.config, self.plan, self.device, state=state)
         if self.form.alter is not None:
             self.form.alter(self.engine)
         self.phases, self.number = Phases(self.device), 0

@@ -1,0 +1,218 @@
+"""A checkpoint on disk, read in pieces of any size: whoever reads holds its own part and no more. Old ones, whose tensors
+are whole in one file, are read alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lejepa_scale.checkpoint.files import checksum
+from lejepa_scale.checkpoint.layout import Box, Layout, Part, boxes, key
+from lejepa_scale.engine.base import MOMENTS, VALUE
+from lejepa_scale.errors import UserError
+
+MARKER, INDEX, STATE, CONFIG, PROBE = "COMPLETE", "index.json", "state.json", "config.yaml", "probe.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands: `step` optimizer steps are done. With the configuration this determines all that follows."""
+
+    step: int
+    data_fingerprint: str
+    updates: int = 0
+    nonfinite: int = 0
+    skipped_images: int = 0
+    seconds: float = 0.0
+
+
+def file_of(kind: str, rank: int, ranks: int) -> str:
+    """The file that holds what a rank has written of the weights, or of the moments."""
+    stem = "model" if kind == VALUE else "optimizer"
+    return f"{stem}.safetensors" if ranks == 1 else f"{stem}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
+
+
+def title(kind: str, name: str) -> str:
+    """A tensor's name in its file."""
+    return name if kind == VALUE else f"{kind}/{name}"
+
+
+def index_text(layout: Layout, buffers: Mapping[str, tuple[int, ...]], moments: bool) -> str:
+    """index.json: where every tensor's elements are. parts: [rank, first element, number of elements]; a rank's file is
+    `file_of` it, the keys in it are `layout.key` of `layout.boxes`, after `title`."""
+    tensors = {
+        name: {"shape": layout.shapes[name], "parts": [[p.rank, p.start, p.length] for p in parts]}
+        for name, parts in layout.parts.items()
+    }
+    whole = {name: {"shape": shape, "parts": [[0, 0, prod(shape)]]} for name, shape in buffers.items()}
+    kinds = [VALUE, *(MOMENTS if moments else ())]
+    return json.dumps({"ranks": layout.ranks, "kinds": kinds, "parameters": tensors, "buffers": whole})
+
+
+class Saved:
+    """A complete checkpoint. Raises UserError, naming the file, for what is none, or cannot be read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.files = marked(path)
+        if self.files is None:
+            raise UserError(
+                f"{path} is not a complete checkpoint: {path / MARKER} is missing, or says nothing of files."
+            )
+        self._open: dict[str, Any] = {}
+        state = self._json(STATE)
+        known = {field.name for field in fields(Progress)}
+        try:
+            self.progress = Progress(**{name: value for name, value in state.items() if name in known})
+        except TypeError as error:
+            raise UserError(f"{path / STATE} cannot be read: {error}. {advice(path)}") from error
+        index = self._json(INDEX) if (path / INDEX).exists() else self._index_of_whole_files()
+        self.ranks: int = index["ranks"]
+        self.moments = set(index["kinds"]) >= set(MOMENTS)
+        self.parameters, self.buffers = _parts(index["parameters"]), _parts(index["buffers"])
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of parameters and buffers."""
+        return {name: shape for name, (shape, _) in (self.parameters | self.buffers).items()}
+
+    def config_text(self) -> str:
+        return self._read(CONFIG)
+
+    def probe(self) -> dict[str, Tensor]:
+        """The online probe's state; empty where there was none."""
+        if PROBE not in (self.files or {}):
+            return {}
+        try:
+            return load_file(self.path / PROBE)
+        except (OSError, SafetensorError) as error:
+            raise self._unreadable(PROBE, error) from error
+
+    def read(self, name: str, kind: str = VALUE, start: int = 0, length: int | None = None) -> Tensor:
+        """Elements start .. start + length - 1 of the flattened tensor; all without `length`. Takes the memory of these, and
+        of one rank's rectangle of the tensor."""
+        shape, parts = (self.parameters | self.buffers)[name]
+        stop = prod(shape) if length is None else start + length
+        out: Tensor | None = None
+        for part in parts:
+            begin = part.start
+            for box in boxes(shape, part.start, part.length):
+                count = prod(side.stop - side.start for side in box)
+                first, last = max(start, begin), min(stop, begin + count)
+                if first < last:
+                    file = file_of(kind, part.rank, self.ranks)
+                    found = self._elements(file, key(title(kind, name), shape, box), box, first - begin, last - begin)
+                    out = torch.empty(stop - start, dtype=found.dtype) if out is None else out
+                    out[first - start : last - start] = found
+                begin += count
+        return torch.empty(0) if out is None else out
+
+    def whole(self, name: str, kind: str = VALUE) -> Tensor:
+        """A tensor in its shape."""
+        return self.read(name, kind).view(self.shapes[name])
+
+    def _elements(self, file: str, key: str, box: Box, first: int, last: int) -> Tensor:
+        """Of a contiguous rectangle, by the rows that hold them."""
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(self.path / file, "pt")
+            if not box:
+                return self._open[file].get_tensor(key).view(1)
+            row = prod(side.stop - side.start for side in box[1:])
+            low, high = first // row, -(-last // row)
+            rows = self._open[file].get_slice(key)[low:high]
+        except (OSError, SafetensorError) as error:
+            raise self._unreadable(file, error) from error
+        return rows.reshape(-1)[first - low * row : last - low * row]
+
+    def _index_of_whole_files(self) -> dict[str, Any]:
+        """Of a checkpoint from before there was one."""
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+        for name in ("model.safetensors", "optimizer.safetensors"):
+            try:
+                with safe_open(self.path / name, "pt") as file:
+                    shapes[name] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            except (OSError, SafetensorError) as error:
+                raise self._unreadable(name, error) from error
+        model, moments = shapes.values()
+        kinds = sorted({key.partition("/")[0] for key in moments})
+        if kinds and kinds != sorted(MOMENTS):
+            raise UserError(f"checkpoint {self.path} holds moments {kinds}, expected {list(MOMENTS)}.")
+        whole = {name: {"shape": shape, "parts": [[0, 0, prod(shape)]]} for name, shape in model.items()}
+        return {"ranks": 1, "kinds": [VALUE, *kinds], "parameters": whole, "buffers": {}}
+
+    def _json(self, name: str) -> dict[str, Any]:
+        try:
+            found = json.loads(self._read(name))
+        except ValueError as error:
+            raise self._unreadable(name, error) from error
+        return dict(found)
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.path / name).read_text()
+        except (OSError, ValueError) as error:
+            raise self._unreadable(name, error) from error
+
+    def _unreadable(self, name: str, error: Exception) -> UserError:
+        return UserError(f"checkpoint file {self.path / name} cannot be read: {error}. {advice(self.path)}")
+
+
+def marked(path: Path) -> dict[str, dict[str, int]] | None:
+    """The files that a completion marker promises; None where there is no marker, or it is not one of ours."""
+    try:
+        found = json.loads((path / MARKER).read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or STATE not in found:
+        return None
+    sound = all(isinstance(row, dict) and {"bytes", "crc32"} <= row.keys() for row in found.values())
+    return found if sound else None
+
+
+def verify(path: Path, share: int = 0, of: int = 1) -> None:
+    """Compare every file of a checkpoint, or a share of them, with its completion marker. Raises UserError naming the first
+    that differs."""
+    files = marked(path)
+    if files is None:
+        raise UserError(f"{path} is not a complete checkpoint: {path / MARKER} is missing, or says nothing of files.")
+    for number, (name, expected) in enumerate(sorted(files.items())):
+        if number % of != share:
+            continue
+        file = path / name
+        if not file.exists():
+            raise UserError(f"checkpoint file {file} is missing. {advice(path)}")
+        if file.stat().st_size != expected["bytes"] or checksum(file) != expected["crc32"]:
+            raise UserError(f"checkpoint file {file} is corrupt: its checksum differs from {MARKER}. {advice(path)}")
+
+
+def advice(path: Path) -> str:
+    return f"Restore it, or delete {path} to go on from the checkpoint before."
+
+
+def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
+    """Names the first tensor that holds something else than numbers; None where all are finite."""
+    for name, tensor in tensors:
+        if not (finite := tensor.isfinite()).all():
+            return f"{int((~finite).sum())} of {tensor.numel()} values of {name} are not finite"
+    return None
+
+
+def _parts(tensors: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], tuple[Part, ...]]]:
+    return {
+        name: (tuple(found["shape"]), tuple(Part(*part) for part in found["parts"])) for name, found in tensors.items()
+    }
+
+
+def state_text(progress: Progress, **further: object) -> str:
+    """state.json: the counters, and what a reader may want to know of the run that wrote it."""
+    return json.dumps({**asdict(progress), **further}, indent=1)

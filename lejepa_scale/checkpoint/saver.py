@@ -1,0 +1,230 @@
+"""Saving while the training goes on. Every rank copies what it has to write into host memory, which is all that a step waits
+for, and writes it from a thread; at the boundaries of steps the ranks tell one another how far they are."""
+
+from __future__ import annotations
+
+import errno
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lejepa_scale.checkpoint.files import Written, write_safetensors, write_text
+from lejepa_scale.checkpoint.layout import Layout, boxes, divided, key
+from lejepa_scale.checkpoint.saved import (
+    CONFIG,
+    INDEX,
+    PROBE,
+    STATE,
+    Progress,
+    file_of,
+    index_text,
+    not_finite,
+    state_text,
+    title,
+)
+from lejepa_scale.checkpoint.store import Store
+from lejepa_scale.engine.base import MOMENTS, VALUE, Engine
+from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import collectives, process_group
+from lejepa_scale.parallel.threads import started
+
+T = TypeVar("T")
+Tensors = list[tuple[str, tuple[int, ...], Tensor]]  # key, shape, elements
+_ADVICE = {
+    errno.ENOSPC: " The disk is full: make room, or lower checkpoint.keep.",
+    errno.EDQUOT: " The quota is used up: make room, or lower checkpoint.keep.",
+    errno.EROFS: " The file system is read-only: give another run.dir, or mount it for writing.",
+    errno.EACCES: " Give another run.dir, or the right to write there.",
+    errno.EPERM: " Give another run.dir, or the right to write there.",
+    errno.ENAMETOOLONG: " Give a run.dir with a shorter path.",
+    errno.ENOENT: " The folder has vanished while it was written to: check that its disk is still mounted.",
+    errno.ESTALE: " The folder was replaced, or its server restarted: check the mount.",
+}
+_NOT_FINITE = "are not finite"  # what saved.not_finite says
+_POLL_SECONDS = 0.05, 1.0  # between two looks at a save that is waited for: at first, at last
+
+
+@dataclass
+class _Flight:
+    """A save that is under way."""
+
+    step: int
+    partial: Path
+    now: Future[Any]  # this rank's files; once every rank has written its own, what rank 0 makes of them
+    completing: bool = False
+
+
+class NotSaved(UserError):
+    """A save has failed, and left nothing; what was saved before is as it was."""
+
+
+class Saver:
+    """Saves an engine's state; every rank calls every method, in the same order. At most one save is in flight.
+
+    `Future`s of ranks are never waited for inside a collective, so that a slow disk is no lost rank.
+    """
+
+    def __init__(self, store: Store, engine: Engine) -> None:
+        self.store, self.engine = store, engine
+        self._layout: Layout | None = None
+        self._flight: _Flight | None = None
+        self._held: dict[str, Tensor] = {}  # host memory, used again by every save
+
+    @property
+    def in_flight(self) -> bool:
+        return self._flight is not None
+
+    def begin(self, progress: Progress, probe: dict[str, Tensor], config_yaml: str) -> None:
+        """Copy the state, and begin to write it. Raises UserError, on every rank, where there is no room or the
+        folder cannot be made; the save before must have been finished."""
+        assert self._flight is None, "a save is in flight"
+        progress = replace(progress, updates=self.engine.updates())
+        if self._layout is None:
+            self._layout = layout_of(self.engine)
+        layout, mine = self._layout, self._layout.of_rank(process_group.rank())
+        kinds = [VALUE, *(MOMENTS if progress.updates else ())]
+        nbytes = 4 * len(kinds) * sum(map(prod, layout.shapes.values()))
+        partial = self._folder(progress.step, nbytes)
+        files: dict[str, Tensors] = {}
+        for shard in self.engine.shards():
+            if (part := mine.get(shard.name)) is None:
+                continue
+            assert (part.start, part.length) == (shard.start, len(shard.data)), f"the parts of {shard.name} have moved"
+            elements = self._copied(title(shard.kind, shard.name), shard.data)
+            tensors = files.setdefault(file_of(shard.kind, part.rank, layout.ranks), [])
+            at = 0
+            for box in boxes(shard.shape, part.start, part.length):
+                shape = tuple(side.stop - side.start for side in box)
+                name = key(title(shard.kind, shard.name), shard.shape, box)
+                tensors.append((name, shape, elements[at : at + prod(shape)]))
+                at += prod(shape)
+        texts: dict[str, str] = {}
+        if process_group.rank() == 0:
+            buffers = self.engine.buffers()
+            whole = files.setdefault(file_of(VALUE, 0, layout.ranks), [])
+            whole += [(name, tuple(x.shape), self._copied(name, x)) for name, x in buffers.items()]
+            if not progress.updates:
+                files.setdefault(file_of(MOMENTS[0], 0, layout.ranks), [])
+            if probe:
+                files[PROBE] = [(name, tuple(x.shape), self._copied(f"probe: {name}", x)) for name, x in probe.items()]
+            shapes = {name: tuple(x.shape) for name, x in buffers.items()}
+            texts = {
+                INDEX: index_text(layout, shapes, bool(progress.updates)),
+                STATE: state_text(
+                    progress, ranks=layout.ranks, torch=torch.__version__, python=platform.python_version()
+                ),
+                CONFIG: config_yaml,
+            }
+        if self.engine.device.type == "cuda":
+            torch.cuda.synchronize(self.engine.device)
+        self._flight = _Flight(progress.step, partial, started(lambda: _write(partial, files, texts)))
+
+    def poll(self) -> Path | None:
+        """The checkpoint, where the save in flight has just become complete. Takes a small collective. Raises UserError, on
+        every rank, with what went wrong on any."""
+        flight = self._flight
+        if flight is None:
+            return None
+        done = collectives.all_reduce_sum(torch.tensor(int(flight.now.done())))
+        if int(done) < process_group.world_size():
+            return None
+        outcomes = collectives.gather_objects(_outcome(flight.now))
+        if failures := list(dict.fromkeys(failure for _, failure in outcomes if failure)):
+            self._flight = None
+            if process_group.rank() == 0:
+                shutil.rmtree(flight.partial, ignore_errors=True)
+            last = self.store.latest() if process_group.rank() == 0 else None
+            untouched = f"{last} is untouched" if last else "there is no checkpoint before it"
+            kind = UserError if any(_NOT_FINITE in failure for failure in failures) else NotSaved
+            error = kind(f"step {flight.step} is not saved: {' '.join(failures)} ({untouched}.)")
+            error.everywhere = True
+            raise error
+        if flight.completing:
+            self._flight = None
+            return Path(outcomes[0][0])
+        flight.completing, flight.now = True, _nothing()
+        if process_group.rank() == 0:
+            files = {name: written for found, _ in outcomes for name, written in found.items()}
+            flight.now = started(lambda: _named(lambda: self.store.finish(flight.partial, files)))
+        return None
+
+    def finish(self) -> Path | None:
+        """Wait for the save in flight, however long its disk takes. None where there is none. Raises what `poll` does."""
+        began, path = time.monotonic(), None
+        while self._flight is not None:
+            path = self.poll()
+            if self._flight is not None:
+                time.sleep(min(_POLL_SECONDS[1], max(_POLL_SECONDS[0], 0.1 * (time.monotonic() - began))))
+        return path
+
+    def _folder(self, step: int, nbytes: int) -> Path:
+        try:
+            return collectives.on_rank_zero(lambda: _named(lambda: self.store.begin(step, nbytes)))
+        except UserError as error:
+            refused = NotSaved(f"step {step} is not saved: {error}")
+            refused.everywhere = True
+            raise refused from error
+
+    def _copied(self, name: str, data: Tensor) -> Tensor:
+        """The same elements in host memory, flat."""
+        data = data.detach()
+        held = self._held.get(name)
+        if held is None or held.numel() != data.numel():
+            held = self._held[name] = torch.empty(data.numel(), dtype=data.dtype, pin_memory=data.is_cuda)
+        return held.copy_(data.reshape(-1), non_blocking=True)
+
+
+def layout_of(engine: Engine) -> Layout:
+    """Who writes what. Every rank calls."""
+    values = [shard for shard in engine.shards() if shard.kind == VALUE]
+    held = torch.tensor([(shard.start, len(shard.data)) for shard in values])
+    return divided({shard.name: shard.shape for shard in values}, collectives.all_gather(held).numpy())
+
+
+def _write(partial: Path, files: dict[str, Tensors], texts: dict[str, str]) -> dict[str, Written]:
+    """This rank's files. Raises UserError for what is not to be written, and where that fails."""
+    for tensors in files.values():
+        if fault := not_finite((name, elements) for name, _, elements in tensors):
+            raise UserError(f"{fault}.")
+    return _named(
+        lambda: (
+            {name: write_safetensors(partial / name, tensors) for name, tensors in files.items()}
+            | {name: write_text(partial / name, text) for name, text in texts.items()}
+        )
+    )
+
+
+def _named(work: Callable[[], T]) -> T:
+    """What the system refuses, as a paragraph."""
+    try:
+        return work()
+    except OSError as error:
+        where = f" {error.filename}" if error.filename else ""
+        raise UserError(
+            f"cannot write{where}: {error.strerror or error}.{_ADVICE.get(error.errno or 0, '')}"
+        ) from error
+
+
+def _outcome(future: Future[Any]) -> tuple[Any, str]:
+    """What a rank tells the others."""
+    try:
+        return future.result(), ""
+    except UserError as error:
+        return None, str(error)
+    except Exception as error:
+        return None, f"rank {process_group.rank()} failed: {error!r}."
+
+
+def _nothing() -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_result(None)
+    return future
