@@ -26,6 +26,7 @@ from lejepa_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+LAST = "last_checkpoint"  # in the run directory: that there was one, should the folder of checkpoints be lost
 _NAME = re.compile(r"step_(\d{8,})")
 _REMAINS = re.compile(r"step_\d{8,}(\.replaced)?\.partial")
 _ROOM = 1.02  # of a checkpoint's bytes, for what a file system adds
@@ -80,6 +81,7 @@ class Store:
         partial.rename(target)
         sync_folder(self.root)
         write_text(target / MARKER, json.dumps({name: asdict(written) for name, written in files.items()}, indent=1))
+        write_text(self.root.parent / LAST, f"{target.name}\n")
         shutil.rmtree(replaced, ignore_errors=True)
         for old in self._expendable():
             self._remove(old)

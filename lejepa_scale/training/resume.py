@@ -15,7 +15,7 @@ from torch import Tensor
 from lejepa_scale.checkpoint import Progress, Saved, Store
 from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.checkpoint.saved import verify
-from lejepa_scale.checkpoint.store import find
+from lejepa_scale.checkpoint.store import LAST, find
 from lejepa_scale.config import Config, dump, migrate, recorded
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
@@ -23,7 +23,16 @@ from lejepa_scale.parallel import collectives, process_group
 from lejepa_scale.training.reporting import steps_taken
 
 logger = logging.getLogger(__name__)
-_OF_A_RUN = ("checkpoints", "metrics.jsonl", "config.yaml", "keys", "quarantine.jsonl", "evaluation.json", "wandb_id")
+_OF_A_RUN = (
+    "checkpoints",
+    LAST,
+    "metrics.jsonl",
+    "config.yaml",
+    "keys",
+    "quarantine.jsonl",
+    "evaluation.json",
+    "wandb_id",
+)
 
 
 def resume(config: Config, store: Store, mixture: Mixture) -> tuple[Saved | None, dict[str, Tensor], Progress]:
@@ -63,7 +72,9 @@ def _chosen(config: Config, store: Store) -> Path | None:
             )
         logger.info("run.resume is not used: the run has a checkpoint of its own.")
     if latest is None and (steps := steps_taken(config.run.dir)):
-        if steps >= config.checkpoint.every:
+        if (
+            config.run.dir / LAST
+        ).exists() or steps >= 2 * config.checkpoint.every:  # the first is over before the second
             raise UserError(
                 f"{config.run.dir} has taken {steps} steps, and no complete checkpoint is there. Restore one, or "
                 "begin again at step 0 with run.resume=never, which moves what is there aside, or with another run.dir."

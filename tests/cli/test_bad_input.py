@@ -158,6 +158,7 @@ def test_a_run_never_begins_again_unasked(command: Command, tmp_path: Path, scen
     assert f"what {run} held is now in {aside}" in anew.stderr
     assert (aside / "metrics.jsonl").read_text() == before
     shutil.rmtree(run / "checkpoints")
+    (run / "last_checkpoint").unlink()
     late = command(TRAIN, "--config", path, "checkpoint.every=100")
     assert late.returncode == 0, late.stderr
     assert "was ended in step 4, before its first checkpoint: starting at step 0" in late.stderr
