@@ -7,6 +7,8 @@
   python tools/bench.py input                    images/s per core of the input pipeline against torchvision on Pillow
   python tools/bench.py isotropy --plot FILE     free embeddings under SIGReg's gradient: is every direction Gaussian?
   python tools/bench.py encoders --page FILE     two steps, a checkpoint and an export of a model of every timm module
+  python tools/bench.py checkpoint --config configs/vits_cifar10.yaml --ranks 2 engine.name=fsdp
+                                                 what saving costs a step, and of large models: bytes, seconds, memory
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
 --smoke runs the same code at toy sizes on whatever is here: it checks the benchmark itself. Results go to
@@ -24,7 +26,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from benchmarks import encoders, gpu, input, order, reach, sigreg, step
+from benchmarks import encoders, gpu, input, order, reach, saving, sigreg, step
 from benchmarks.features import FEATURES
 from benchmarks.measure import Results, free_port, run_sections
 
@@ -92,14 +94,28 @@ def main() -> int:
     kind = kinds.add_parser("encoders", parents=[options], help="does a model of every timm module train and export?")
     kind.add_argument("--only", nargs="+", choices=encoders.MODELS, metavar="MODULE", default=[], help="of timm.models")
     kind.add_argument("--page", type=Path, help="write the table as Markdown")
+    kind = kinds.add_parser("checkpoint", parents=[options], help="what saving costs a step; bytes, seconds, memory")
+    kind.add_argument("--config", type=Path, help="a recipe's name, or a YAML file; see configs/")
+    kind.add_argument("--images", type=int, help="images a rank and step, in place of the recipe's batch")
+    kind.add_argument("--ranks", type=int, default=1, help="start this many ranks on this machine")
+    kind.add_argument("--every", type=int, default=20, help="steps between saves; %(default)s")
+    kind.add_argument("--rounds", type=int, default=3, help="of --every steps, for each way of saving; %(default)s")
+    kind.add_argument("--read", type=Path, metavar="CHECKPOINT", help="read that one instead, and time it")
+    kind.add_argument("--out", type=Path, help="folder for the checkpoints; default: a temporary one")
+    kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
-    unknown = [x for x in overrides if arguments.kind != "step" or x.startswith("-") or "=" not in x]
+    unknown = [
+        x for x in overrides if arguments.kind not in ("step", "checkpoint") or x.startswith("-") or "=" not in x
+    ]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.kind == "step":
         arguments.overrides += overrides
         return _step(arguments)
+    if arguments.kind == "checkpoint":
+        arguments.overrides += overrides
+        return _checkpoint(arguments)
     try:
         measure = {
             "gpu": _gpu,
@@ -143,6 +159,30 @@ def _step(arguments: argparse.Namespace) -> int:
         results = step.measure(recipe, options)
     except UserError as error:
         os._exit(refuse(error))  # other ranks may wait in a collective: leave without waiting for them
+    return _report(results, arguments.json if rank == 0 else None)
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    """Here, under a launcher, or on ranks of its own."""
+    rank = launch.rank()
+    ranks = launch.ranks() if launch.launched() else arguments.ranks
+    if ranks > 1 and not launch.launched():
+        return _on_ranks(ranks)
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    overrides = tuple(arguments.overrides)
+    if arguments.smoke:
+        arguments.config = arguments.config or Path(__file__).parents[1] / "configs/vits_cifar10.yaml"
+        overrides = ("model.options={depth: 2}", "objective.sigreg.num_slices=32", *overrides)
+        arguments.images, arguments.every, arguments.rounds = arguments.images or 4, 2, 1
+    try:
+        if arguments.config is None:
+            raise UserError("bench.py checkpoint needs --config FILE, a recipe such as configs/vits_cifar10.yaml.")
+        recipe = step.Recipe(arguments.config, overrides)
+        recipe = recipe.of(arguments.images, ranks) if arguments.images else recipe
+        results = saving.measure(recipe, arguments.every, arguments.rounds, arguments.read, arguments.out)
+    except UserError as error:
+        os._exit(refuse(error))
     return _report(results, arguments.json if rank == 0 else None)
 
 

@@ -68,13 +68,14 @@ class NotSaved(UserError):
 
 
 class Saver:
-    """Saves an engine's state; every rank calls every method, in the same order. At most one save is in flight.
+    """Saves an engine's state; every rank calls every method, in the same order. At most one save is in flight. staged: copy
+    it first, so that steps may go on meanwhile; else no tensor may change before `finish` has returned.
 
     `Future`s of ranks are never waited for inside a collective, so that a slow disk is no lost rank.
     """
 
-    def __init__(self, store: Store, engine: Engine) -> None:
-        self.store, self.engine = store, engine
+    def __init__(self, store: Store, engine: Engine, *, staged: bool = True) -> None:
+        self.store, self.engine, self._staged = store, engine, staged
         self._layout: Layout | None = None
         self._flight: _Flight | None = None
         self._held: dict[str, Tensor] = {}  # host memory, used again by every save
@@ -177,6 +178,8 @@ class Saver:
     def _copied(self, name: str, data: Tensor) -> Tensor:
         """The same elements in host memory, flat."""
         data = data.detach()
+        if not self._staged:
+            return data.reshape(-1).cpu()
         held = self._held.get(name)
         if held is None or held.numel() != data.numel():
             held = self._held[name] = torch.empty(data.numel(), dtype=data.dtype, pin_memory=data.is_cuda)

@@ -143,7 +143,10 @@ class Save:
     waited for."""
 
     def __init__(self, run: Run, store: Store) -> None:
-        self.saver, self.seconds_before = Saver(store, run.engine), run.progress.seconds
+        self.saver, self.seconds_before = (
+            Saver(store, run.engine, staged=run.config.checkpoint.mode == "async"),
+            run.progress.seconds,
+        )
 
     def __call__(self, run: Run, result: StepResult) -> None:
         settings, step = run.config.checkpoint, run.progress.step

@@ -1,0 +1,156 @@
+"""What a checkpoint costs: the share of the steps' time that saving takes, and of large models bytes, seconds and memory."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from math import prod
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.measure import Results, Row, run_sections
+from benchmarks.step import Recipe
+from benchmarks.trial import Trial
+from lejepa_scale.checkpoint import Progress, Saved, Saver, Store, restore
+from lejepa_scale.checkpoint.layout import divided
+from lejepa_scale.checkpoint.saved import index_text
+from lejepa_scale.config import Config, check_world
+from lejepa_scale.engine import build_engine
+from lejepa_scale.model import build
+from lejepa_scale.parallel import collectives, launch, process_group
+
+WAYS = ("none", "async", "sync")
+
+
+def measure(recipe: Recipe, every: int, rounds: int, read: Path | None, out: Path | None) -> Results:
+    """On every rank of the launcher's world. Raises UserError."""
+    config = recipe.config()
+    device = process_group.join(timedelta(minutes=config.engine.timeout_minutes))
+    if read is not None:
+        sections: dict[str, Iterator[Row]] = {"read": reading(config, device, read)}
+    else:
+        sections = {"stall": stall(config, device, every, rounds, out), "plan": plans(config)}
+    try:
+        return run_sections(sections, device, minutes=1e6)
+    finally:
+        process_group.leave()
+
+
+def stall(config: Config, device: torch.device, every: int, rounds: int, out: Path | None) -> Iterator[Row]:
+    """`every` steps with a save at their beginning, in turns with as many without, and what a save by itself takes."""
+    trial = Trial(config, device)
+    folder = collectives.on_rank_zero(lambda: Path(out or tempfile.mkdtemp(prefix="bench-checkpoint-")))
+    before = collectives.gather_objects(_peak())
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    begins: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
+    whole: dict[str, list[float]] = {way: [] for way in WAYS[1:]}
+    savers = {way: Saver(Store(folder / way, keep=1), trial.engine, staged=way == "async") for way in WAYS[1:]}
+    try:
+        for number in range(rounds):
+            for way in WAYS:
+                collectives.barrier()
+                began = time.perf_counter()
+                if way != "none":
+                    saver = savers[way]
+                    saver.begin(Progress(number + 1, "synthetic"), {}, "run: {}\n")
+                    if way == "sync":
+                        saver.finish()
+                        whole[way].append(time.perf_counter() - began)
+                    begins[way].append(time.perf_counter() - began)
+                for _ in range(every):
+                    trial.step(trial.synthetic())
+                    if way == "async" and saver.poll() is not None:
+                        whole[way].append(time.perf_counter() - began)
+                if way == "async" and saver.in_flight:
+                    saver.finish()
+                    whole[way].append(time.perf_counter() - began)
+                seconds[way].append(time.perf_counter() - began)
+        plain = median(seconds["none"])
+        path = Store(folder / "sync", keep=1).latest()
+        assert path is not None
+        size = sum(file.stat().st_size for file in path.iterdir())
+        yield {"case": f"{every} steps without a save", "s": plain, "ms a step": 1e3 * plain / every}
+        for way in WAYS[1:]:
+            yield {
+                "case": f"{every} steps with a save, {way}",
+                "s": median(seconds[way]),
+                "lost %": 100 * (median(seconds[way]) / plain - 1),
+                "the step waits s": median(begins[way]),
+                "the first s": begins[way][0],
+                "complete after s": median(whole[way]),
+            }
+        after = collectives.gather_objects(_peak())
+        yield {
+            "case": "a checkpoint",
+            "MB": size / 1e6,
+            "files": len(list(path.iterdir())),
+            "peak MiB of ranks before": [round(x / 2**20) for x in before],
+            "after": [round(x / 2**20) for x in after],
+        }
+    finally:
+        if out is None and process_group.rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def reading(config: Config, device: torch.device, path: Path) -> Iterator[Row]:
+    """A checkpoint into a new engine."""
+    engine = build_engine(config, check_world(config, launch.ranks()), lambda: build(config), device, None)
+    collectives.barrier()
+    before, began = collectives.gather_objects(_peak()), time.perf_counter()
+    saved = Saved(path)
+    restore(saved, engine)
+    collectives.barrier()
+    spent, after = time.perf_counter() - began, collectives.gather_objects(_peak())
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    yield {
+        "case": f"written by {saved.ranks} ranks, read by {process_group.world_size()}",
+        "GB": size / 1e9,
+        "s": spent,
+        "peak MiB of ranks before": [round(x / 2**20) for x in before],
+        "after": [round(x / 2**20) for x in after],
+    }
+    engine.close()
+
+
+def plans(config: Config) -> Iterator[Row]:
+    """Who writes what, for ranks that are not here: FSDP's cut of every parameter into rows."""
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
+    elements = sum(map(prod, shapes.values()))
+    for ranks in (64, 512):
+        held = np.zeros((ranks, len(shapes), 2), np.int64)
+        for column, shape in enumerate(shapes.values()):
+            rows, row = (shape[0], prod(shape[1:])) if shape else (1, 1)
+            each = -(-rows // ranks)
+            first = np.minimum(rows, each * np.arange(ranks))
+            held[:, column, 0], held[:, column, 1] = first * row, (np.minimum(rows, first + each) - first) * row
+        began = time.perf_counter()
+        layout = divided(shapes, held)
+        text = index_text(layout, {}, moments=True)
+        spent = time.perf_counter() - began
+        largest = max(12 * sum(part.length for part in layout.of_rank(rank).values()) for rank in range(0, ranks, 7))
+        yield {
+            "case": f"{elements / 1e9:.3g} B parameters on {ranks} ranks",
+            "GB": 12 * elements / 1e9,
+            "GB of the largest rank": largest / 1e9,
+            "files": 2 * ranks + 5,
+            "index MB": len(text) / 1e6,
+            "plan s": spent,
+            "s at 1 GB/s a rank": largest / 1e9,
+            "s at 20 GB/s in all": 12 * elements / 20e9,
+        }
+
+
+def _peak() -> int:
+    """Bytes of resident memory, at most so far."""
+    unit: Any = 1024 if sys.platform == "linux" else 1
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
