@@ -227,7 +227,7 @@ def _with_shards(config: Config, folder: Path, overrides: list[str], path: Path)
 
 
 def _local_shards(config: Config) -> list[str]:
-    shards = [shard for source in config.data.shards for shard in expand(source.shards)]
+    shards: list[str] = [shard for source in config.data.shards for shard in expand(source.shards)]
     if any(is_remote(shard) for shard in shards):
         raise UserError("the minimal recipe reads tar files of this machine; give such data.shards.")
     return shards
