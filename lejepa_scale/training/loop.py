@@ -4,8 +4,8 @@ between steps is in actions.py."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from lejepa_scale.checkpoint import Store
 from lejepa_scale.config import Config
 from lejepa_scale.parallel import collectives, process_group
 from lejepa_scale.training import actions
+from lejepa_scale.training.lock import locked
 from lejepa_scale.training.reporting import Reporter
 from lejepa_scale.training.resume import begin_anew, resume, write_config
 from lejepa_scale.training.run import Action, Run
@@ -38,7 +39,7 @@ def train(config: Config) -> Path:
     Called on every rank, under `python`, torchrun or the deepspeed launcher. Raises UserError.
     """
     plan, shapes = check_everything(config)
-    with process_group.joined(timedelta(minutes=config.engine.timeout_minutes)) as device:
+    with process_group.joined(timedelta(minutes=config.engine.timeout_minutes)) as device, _alone_in(config.run.dir):
         store = Store(config.run.dir, config.checkpoint.keep, config.checkpoint.keep_every)
         collectives.on_rank_zero(lambda: begin_anew(config))
         begin = first_weights(config, store, shapes)  # refused before shards are fetched and indexed
@@ -65,6 +66,14 @@ def train(config: Config) -> Path:
             loop(run, [actions.quarantine, of_probe, actions.Guard(), report, stop, save])
             collectives.barrier()
     return config.run.dir
+
+
+@contextmanager
+def _alone_in(run_dir: Path) -> Iterator[None]:
+    """The lock of the run directory, which rank 0 holds for all. Raises UserError, on every rank."""
+    with ExitStack() as stack:
+        collectives.on_rank_zero(lambda: stack.enter_context(locked(run_dir)))
+        yield
 
 
 def loop(run: Run, after_step: Sequence[Action]) -> None:

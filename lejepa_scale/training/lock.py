@@ -1,0 +1,153 @@
+"""One run, one directory: a lock file that names who trains in it, and shows by its time of change that they still do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from lejepa_scale.checkpoint.files import write_text
+from lejepa_scale.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NAME = "lock"
+BEAT_SECONDS = 15.0
+WATCH_SECONDS = 45.0  # in which a lock of another machine shows a beat, if anybody holds it
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, which is made where it is not there, and goes again where nothing came into
+    it. Raises UserError where another process trains there, with who and since when, or nothing can be written. The
+    lock of one that is gone is taken over, which is told of."""
+    path, mine, new = run_dir / NAME, _myself(), not run_dir.exists()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        while not _taken(path, mine):
+            other = _holder(path)
+            if other is not None and _alive(path, other):
+                raise UserError(
+                    f"{run_dir} is in use by {_named(other)}. Two runs would overwrite each other's checkpoints: end that "
+                    "one, or give another run.dir."
+                )
+            logger.warning("%s was in use by %s, which is gone: this run takes it over.", run_dir, _named(other))
+            _remove(path, other)
+    except OSError as error:
+        raise UserError(f"run.dir = {run_dir} cannot be written: {error.strerror or error}.") from error
+    over = threading.Event()
+    threading.Thread(target=_beat, args=(path, mine, over), daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        _remove(path, mine)
+        if new:
+            with suppress(OSError):  # it is not empty
+                run_dir.rmdir()
+
+
+def _myself() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
+        "begun": _begun(os.getpid()),
+        "namespace": _namespace(),
+    }
+
+
+def _taken(path: Path, mine: dict[str, Any]) -> bool:
+    """Whether the lock was free, and is ours now. It is never there without its text."""
+    unfinished = path.with_name(f"{NAME}.{mine['host']}.{mine['pid']}.partial")
+    try:
+        write_text(unfinished, json.dumps(mine))
+        os.link(unfinished, path)
+    except FileExistsError:
+        return False
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return True
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    """Who holds it; None where that cannot be read."""
+    with suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        if isinstance(found, dict) and {"host", "pid", "since"} <= found.keys():
+            return found
+    return None
+
+
+def _alive(path: Path, other: dict[str, Any]) -> bool:
+    if (other["host"], other.get("namespace")) == (socket.gethostname(), _namespace()):  # whose processes we see
+        begun = _begun(int(other["pid"]))
+        return begun is not None and begun == other.get("begun")
+    logger.info("waiting for a sign of life of %s, up to %.0f s.", _named(other), WATCH_SECONDS)
+    before, until = _changed(path), time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < until:
+        time.sleep(min(1.0, WATCH_SECONDS / 10))
+        if (now := _changed(path)) is None:
+            return False  # it has just let go
+        if now != before:
+            return True
+    return False
+
+
+def _changed(path: Path) -> int | None:
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _beat(path: Path, mine: dict[str, Any], over: threading.Event) -> None:
+    while not over.wait(BEAT_SECONDS):
+        if _holder(path) == mine:
+            with suppress(OSError):
+                os.utime(path)
+
+
+def _remove(path: Path, whose: dict[str, Any] | None) -> None:
+    if _holder(path) == whose:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _named(other: dict[str, Any] | None) -> str:
+    if other is None:
+        return "somebody whose lock cannot be read"
+    return f"process {other['pid']} on {other['host']}, since {other['since']}"
+
+
+def _begun(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks, which tell it from another of the same number; None where there is
+    none, or but what is left of one until its parent looks."""
+    if not Path("/proc/self/stat").exists():  # no Linux
+        with suppress(PermissionError):
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                return None
+        return ""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
+
+
+def _namespace() -> str:
+    """Which processes are seen from here: containers of one host name may not see one another's."""
+    try:
+        return os.readlink("/proc/self/ns/pid") + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
