@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import lejepa_scale
 from lejepa_scale.checkpoint.convert import export_encoder, verify_export
 from lejepa_scale.checkpoint.encoder import encoder_weights, load_encoder
+from lejepa_scale.checkpoint.saved import Saved
 from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import validate
 from lejepa_scale.data import evaluation_batches
@@ -101,7 +102,7 @@ def test_large_features_are_compared_with_their_size(
 def test_an_encoder_that_is_not_finite_is_refused_by_name(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = encoder_weights(find(run_dir))
+    whole = encoder_weights(Saved(find(run_dir)))
     broken = {**whole, "norm.bias": whole["norm.bias"] * torch.nan}
     monkeypatch.setattr("lejepa_scale.checkpoint.encoder.encoder_weights", lambda path: broken)
     for use in (lambda: load_encoder(run_dir), lambda: export_encoder(run_dir, tmp_path / "e.safetensors")):
