@@ -72,9 +72,8 @@ def _chosen(config: Config, store: Store) -> Path | None:
             )
         logger.info("run.resume is not used: the run has a checkpoint of its own.")
     if latest is None and (steps := steps_taken(config.run.dir)):
-        if (
-            config.run.dir / LAST
-        ).exists() or steps >= 2 * config.checkpoint.every:  # the first is over before the second
+        had_one = (config.run.dir / LAST).exists() or steps >= 2 * config.checkpoint.every  # whose first save was over
+        if had_one:
             raise UserError(
                 f"{config.run.dir} has taken {steps} steps, and no complete checkpoint is there. Restore one, or "
                 "begin again at step 0 with run.resume=never, which moves what is there aside, or with another run.dir."
@@ -87,6 +86,15 @@ def _before(store: Store, damaged: Path, problems: list[str]) -> Path | None:
     """The checkpoint before one that is damaged, which is renamed, so that it counts no more."""
     if damaged.parent.resolve() != store.root.resolve():
         raise UserError(problems[-1])
+    try:
+        verify(damaged)
+    except UserError:
+        pass
+    else:  # rank 0 finds nothing wrong with it
+        raise UserError(
+            f"{problems[-1]} Rank 0 reads it without a fault: run.dir must lie on a file system that all nodes share, and "
+            "its bytes must be the same on all of them."
+        )
     aside = store.set_aside(damaged)
     if (path := store.latest()) is None:
         raise UserError(

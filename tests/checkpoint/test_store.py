@@ -25,6 +25,7 @@ from lejepa_scale.checkpoint.saver import NotSaved
 from lejepa_scale.checkpoint.store import find
 from lejepa_scale.engine.base import VALUE
 from lejepa_scale.errors import UserError
+from lejepa_scale.training import resume
 
 
 def names(folder: Path) -> list[str]:
@@ -201,6 +202,18 @@ def test_shares_of_a_verification_are_all_of_it(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="neither a complete checkpoint nor a run directory"):
         find(tmp_path)
+
+
+def test_a_checkpoint_that_another_rank_does_not_see_is_not_set_aside(tmp_path: Path) -> None:
+    """Rank 0 judges for itself before it renames anything."""
+    store = Store(tmp_path, keep=2)
+    first, second = save(store, 1), save(store, 2)
+    with pytest.raises(UserError, match=r"is missing\. Rank 0 reads it without a fault: .* that all nodes share"):
+        resume._before(store, second, [f"{second} is missing."])
+    assert store.complete() == [first, second]
+    (second / "state.json").write_text("{}")
+    assert resume._before(store, second, ["corrupt."]) == first
+    assert names(tmp_path) == ["step_00000001", "step_00000002.damaged"]
 
 
 # -- layouts of before

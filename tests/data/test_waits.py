@@ -9,10 +9,12 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import small_views
 from processes import eventually
@@ -239,6 +241,17 @@ def test_calls_in_the_background_have_deadlines() -> None:
     before = threading.active_count()
     pool.close()
     assert eventually(lambda: threading.active_count() == before - 2, 5)
+
+
+def test_a_thread_keeps_nothing_of_what_it_gave() -> None:
+    """Tensors that a thread frees while the interpreter ends abort the process."""
+    pool = Pool(1)
+    given = pool.submit(lambda: np.zeros(3)).result(5)
+    alive = weakref.ref(given)
+    del given
+    assert eventually(lambda: alive() is None, 5)
+    pool.close(5)
+    assert not pool._running[0].is_alive()
 
 
 def _raises() -> None:
