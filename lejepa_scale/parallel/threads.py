@@ -60,9 +60,8 @@ def result(future: Future[T], seconds: float) -> T:
 def _serve(tasks: queue.SimpleQueue[Any]) -> None:
     while (task := tasks.get()) is not None:
         _settle(*task)
-        del (
-            task
-        )  # what came of it belongs to who waits for it: tensors that a thread frees at the exit abort the process
+        # What came of it belongs to who waits for it: tensors that a thread frees at the exit abort the process.
+        del task
 
 
 def _settle(future: Future[Any], call: Callable[[], Any]) -> None:

@@ -84,7 +84,7 @@ def test_a_folder_that_changed_is_copied_again(tmp_path: Path, cache: Path, chan
     elif change == "other":
         os.utime(root / "a.png", ns=(0, 0))
     else:
-        (root / "a.png").rename(root / "d.png")
+        (root / "a.png").rename(root / "a2.png")
     with pytest.raises(UserError, match="does not see them"):
         shards_of(str(root), build=False)
     after = shards_of(str(root))
