@@ -11,7 +11,6 @@ from concurrent.futures import Future, wait
 from contextlib import suppress
 from ctypes import c_int64
 from dataclasses import dataclass
-from multiprocessing.connection import wait as wait_for_processes
 from multiprocessing.process import BaseProcess
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
@@ -25,6 +24,7 @@ BEAT_SECONDS = 1.0
 GRACE_SECONDS = 5.0  # beyond the limit that the user sets: a busy machine may hold up a thread for so long
 _NOWHERE = -1
 _END_SECONDS = 1.0
+_DEATH_SECONDS = 2.0  # from its last connection to its exit status
 _ADVICE = {
     signal.SIGKILL: "The kernel kills so when memory is short (dmesg says so): fewer data.workers, or a smaller "
     "data.prefetch, need less.",
@@ -114,9 +114,11 @@ class Watch(Generic[T]):
     def _taken(self, future: Future[T]) -> T:
         try:
             return future.result()
-        except (OSError, EOFError, RuntimeError):  # what a batch of a worker that has just died gives
-            wait_for_processes([worker.sentinel for worker in self._workers], BEAT_SECONDS)
-            self._expect_alive()
+        except (OSError, EOFError, RuntimeError):  # what a batch of a worker that is dying gives
+            until = time.monotonic() + _DEATH_SECONDS
+            while time.monotonic() < until:
+                self._expect_alive()
+                time.sleep(0.02)
             raise
 
     def _expect_alive(self) -> None:

@@ -27,7 +27,7 @@ from lejepa_scale.data.io.cache import Cache
 from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.io.transport import Transport
 from lejepa_scale.data.samples import read_ahead, read_image
-from lejepa_scale.data.watch import Board, Watch
+from lejepa_scale.data.watch import Board, Lost, Watch
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel.parent import end_with_parent
 from lejepa_scale.parallel.threads import Pool, within
@@ -121,6 +121,20 @@ def test_a_worker_that_is_slow_is_waited_for(scenes: Path, monkeypatch: pytest.M
     monkeypatch.setattr(Reader, "read", lambda *where, **options: (time.sleep(0.7), read(*where, **options))[1])
     with Loader(mixture, data, BatchPlan(micro_batch=3), seed=0) as loader:
         assert len(next(iter(loader)).keys) == 3
+
+
+def test_a_worker_that_is_dying_is_waited_for() -> None:
+    """Its connections go before its exit status comes."""
+
+    def take() -> None:
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(0.5,))
+    process.start()
+    watch: Watch[None] = Watch(take, [process], Board(1), silence=30, patience=30)
+    with pytest.raises(Lost, match="ended with status 0"):
+        watch.next(0)
+    watch.close()
 
 
 def test_a_trainer_that_was_stopped_itself_does_not_blame_its_workers(
