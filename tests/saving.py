@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from lejepa_scale.checkpoint import Progress, Saver, Store
-from lejepa_scale.engine.base import MOMENTS, VALUE, Shard
+from lejepa_scale.engine.base import MOMENTS, VALUE, Engine, Shard
 
 DEVICE = torch.device("cpu")
 
 
-class Holder:
-    """What Saver asks of an engine. values: whole tensors by kind and name; ranges: this rank's part of each by name."""
+class Holder(Engine):
+    """What Saver asks of an engine, and nothing else of one. values: whole tensors by kind and name; ranges: this rank's part
+    of each by name."""
 
     device = DEVICE
 
@@ -30,7 +31,12 @@ class Holder:
     ) -> None:
         self.values, self._buffers, self._updates = values, buffers or {}, updates
         self.ranges = ranges or {name: (0, tensor.numel()) for name, tensor in values[VALUE].items()}
-        self.module = SimpleNamespace(named_parameters=lambda: values[VALUE].items())
+        self.module: Any = SimpleNamespace(named_parameters=lambda: values[VALUE].items())
+
+    def _not_asked(self, *_: Any, **__: Any) -> Any:
+        raise AssertionError("saving does not ask for this")
+
+    forward = backward = step = take = settle = prepare_moments = close = _not_asked
 
     def shards(self) -> Iterator[Shard]:
         for name, tensor in self.values[VALUE].items():

@@ -32,7 +32,7 @@ def test_an_encoder_of_a_checkpoint_from_before_keys_moved(tmp_path: Path) -> No
     text = flat(dump(config)).replace("prefetch: 1\n", "prefetch: 3\n")
     module = build(config)
     weights = {name: t.detach() for name, t in module.state_dict().items()}
-    saver = Saver(Store(tmp_path, keep=1), Holder({"value": weights}, updates=0))  # type: ignore[arg-type]
+    saver = Saver(Store(tmp_path, keep=1), Holder({"value": weights}, updates=0))
     saver.begin(Progress(1, "shards"), {}, text)
     saver.finish()
     encoder, found = load_encoder(tmp_path)

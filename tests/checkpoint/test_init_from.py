@@ -165,7 +165,7 @@ def _saved(folder: Path) -> tuple[Config, Tensors]:
     """A run with one checkpoint."""
     config = validate(small_config(folder, "s.tar", model={"options": SMALL}))
     weights = {name: tensor.detach() for name, tensor in build(config).state_dict().items()}
-    saver = Saver(Store(folder, 1), Holder({"value": weights}, updates=0))  # type: ignore[arg-type]
+    saver = Saver(Store(folder, 1), Holder({"value": weights}, updates=0))
     saver.begin(Progress(1, "shards"), {}, dump(config))
     saver.finish()
     return config, {n.removeprefix("encoder.backbone."): t for n, t in weights.items() if n.startswith("encoder.")}

@@ -334,7 +334,7 @@ def test_steps_go_on_while_it_is_written(tmp_path: Path, monkeypatch: pytest.Mon
     store, go, write = Store(tmp_path, keep=2), threading.Event(), saver.write_safetensors
     monkeypatch.setattr(saver, "write_safetensors", lambda *args: go.wait(20) and write(*args))
     holder = Holder(values(1.0))
-    background = Saver(store, holder)  # type: ignore[arg-type]
+    background = Saver(store, holder)
     background.begin(Progress(1, "shards"), {}, "run: {}\n")
     assert background.in_flight
     for tensors in holder.values.values():
