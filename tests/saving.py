@@ -17,8 +17,8 @@ DEVICE = torch.device("cpu")
 
 
 class Holder(Engine):
-    """What Saver asks of an engine, and nothing else of one. values: whole tensors by kind and name; ranges: this rank's part
-    of each by name."""
+    """What Saver asks of an engine, and nothing else of one. values: whole tensors by kind and name; ranges: this rank's
+    part of each by name."""
 
     device = DEVICE
 
