@@ -76,9 +76,12 @@ class Saved:
         except TypeError as error:
             raise UserError(f"{path / STATE} cannot be read: {error}. {advice(path)}") from error
         index = self._json(INDEX) if (path / INDEX).exists() else self._index_of_whole_files()
-        self.ranks: int = index["ranks"]
-        self.moments = set(index["kinds"]) >= set(MOMENTS)
-        self.parameters, self.buffers = _parts(index["parameters"]), _parts(index["buffers"])
+        try:
+            self.ranks = int(index["ranks"])
+            self.moments = set(index["kinds"]) >= set(MOMENTS)
+            self.parameters, self.buffers = (_parts(index[group], self.ranks) for group in ("parameters", "buffers"))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise self._unreadable(INDEX, error) from error
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -207,10 +210,18 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     return None
 
 
-def _parts(tensors: dict[str, Any]) -> dict[str, tuple[tuple[int, ...], tuple[Part, ...]]]:
-    return {
-        name: (tuple(found["shape"]), tuple(Part(*part) for part in found["parts"])) for name, found in tensors.items()
-    }
+def _parts(tensors: dict[str, Any], ranks: int) -> dict[str, tuple[tuple[int, ...], tuple[Part, ...]]]:
+    """Raises ValueError where parts do not tile their tensor: elements that nobody wrote would be read as they lie in
+    memory."""
+    out = {}
+    for name, found in tensors.items():
+        shape, parts = tuple(map(int, found["shape"])), tuple(Part(*map(int, part)) for part in found["parts"])
+        ends = [0, *(part.start + part.length for part in parts)]
+        tiled = ends[-1] == prod(shape) and all(a == part.start for a, part in zip(ends, parts, strict=False))
+        if not tiled or not all(0 <= part.rank < ranks and part.length > 0 for part in parts if prod(shape)):
+            raise ValueError(f"its parts of {name} are not all of it, once")
+        out[name] = (shape, parts)
+    return out
 
 
 def state_text(progress: Progress, **further: object) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from lejepa_scale.addresses import Address, is_remote
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.data.faults import printable
+from lejepa_scale.data.index.keys import read_label
 from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.io.kinds import COMPRESSED_TARS, IMAGES
 from lejepa_scale.data.io.reader import WRITING, addresses, expand
@@ -50,7 +51,10 @@ def _holds_images_alone(folder: Path) -> bool:
     """No shards: they are what is meant wherever there are some."""
     if not folder.is_dir():
         return False
-    names = [path.name.lower() for path in folder.iterdir()]
+    try:
+        names = [path.name.lower() for path in folder.iterdir()]
+    except OSError as error:
+        raise UserError(f"cannot read the folder {printable(str(folder))}: {error.strerror}.") from error
     if WRITING in names or any(name.endswith((".tar", *COMPRESSED_TARS)) for name in names):
         return False
     return any(path.suffix[1:].lower() in IMAGES for path in islice(folder.rglob("*"), MOST_FILES))
@@ -122,6 +126,13 @@ def _copied(folder: Path, build: bool) -> Path:
 
 
 def _with_names(source: sources.Source) -> Iterator[Sample]:
-    """Labels as the names of their classes, so that two folders agree on them where one has a class more."""
+    """Labels as the names of their classes, so that two folders agree on them where one has a class more; as they are
+    numbered where names cannot be told apart as labels (`1` and `01`), or are none."""
+    try:
+        labels = [read_label(name.encode(), ()) for name in source.classes]
+    except ValueError:
+        labels = []
+    usable = {label for label in labels if isinstance(label, str) or (label is not None and label >= 0)}
+    named = len(usable) == len(source.classes)
     for sample in source.samples:
-        yield sample if sample.label is None else replace(sample, label=source.classes[int(sample.label)])
+        yield replace(sample, label=source.classes[int(sample.label)]) if named and sample.label is not None else sample

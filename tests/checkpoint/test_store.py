@@ -216,6 +216,20 @@ def test_a_checkpoint_that_another_rank_does_not_see_is_not_set_aside(tmp_path: 
     assert names(tmp_path) == ["step_00000001", "step_00000002.damaged"]
 
 
+@pytest.mark.parametrize(
+    "parts", [[], [[0, 0, 5]], [[0, 1, 5]], [[0, 0, 3], [0, 2, 4]], [[1, 0, 6]], [[0, 0]], None, "x"]
+)
+def test_an_index_that_does_not_tell_of_all_elements_is_refused(tmp_path: Path, parts: Any) -> None:
+    """Else they would be read as they lie in memory."""
+    path = save(Store(tmp_path, keep=1), 1)
+    index = json.loads((path / "index.json").read_text())
+    assert index["parameters"]["a.weight"]["parts"] == [[0, 0, 6]]
+    index["parameters"]["a.weight"]["parts"] = parts
+    (path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index\.json cannot be read"):
+        Saved(path)
+
+
 # -- layouts of before
 
 

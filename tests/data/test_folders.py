@@ -72,6 +72,18 @@ def test_two_folders_agree_on_their_classes(tmp_path: Path) -> None:
     assert sorted(numbers.of(sets[0][0], i) for i in range(2)) == [1, 2]
 
 
+@pytest.mark.parametrize(
+    "names", [("01", "1"), ("-1", "cat"), ("-2", "cat"), ("a\tb", "cat"), ("7", "cat"), ("3", "4")]
+)
+def test_every_folder_is_a_class_of_its_own(tmp_path: Path, names: tuple[str, str]) -> None:
+    """Also where its name, as a label, would be another's, or none."""
+    shards = index_shards(shards_of(str(photos(tmp_path / "photos", *(f"{name}/a.png" for name in names)))))
+    numbers = class_numbers([shards])
+    found = [numbers.of(shards[0], member) for member in range(2)]
+    assert len(set(found)) == 2
+    assert min(found) >= 0
+
+
 @pytest.mark.parametrize("change", ["more", "less", "other", "renamed"])
 def test_a_folder_that_changed_is_copied_again(tmp_path: Path, cache: Path, change: str) -> None:
     root = photos(tmp_path / "photos", "a.png", "b.png")
