@@ -36,6 +36,7 @@ from lejepa_scale.engine.base import MOMENTS, VALUE, Engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, process_group
 from lejepa_scale.parallel.threads import started
+from lejepa_scale.parallel.waiting import Told
 
 T = TypeVar("T")
 Tensors = list[tuple[str, tuple[int, ...], Tensor]]  # key, shape, elements
@@ -160,16 +161,17 @@ class Saver:
 
     def finish(self) -> Path | None:
         """Wait for the save in flight, however long its disk takes. None where there is none. Raises what `poll` does."""
-        began, path = time.monotonic(), None
+        began, path, told = time.monotonic(), None, Told("waiting for the checkpoint to be written")
         while self._flight is not None:
             path = self.poll()
             if self._flight is not None:
+                told.look()
                 time.sleep(min(_POLL_SECONDS[1], max(_POLL_SECONDS[0], 0.1 * (time.monotonic() - began))))
         return path
 
     def _folder(self, step: int, nbytes: int) -> Path:
         try:
-            return collectives.on_rank_zero(lambda: _named(lambda: self.store.begin(step, nbytes)))
+            return collectives.on_rank_zero(lambda: _named(lambda: self.store.begin(step, nbytes)), "making room")
         except UserError as error:
             refused = NotSaved(f"step {step} is not saved: {error}")
             refused.everywhere = True

@@ -76,7 +76,7 @@ def spread(state: CanonicalState | None, engine: Engine) -> None:
             raise UserError(fault)
         return bool(state.moments), state.updates
 
-    has_moments, updates = on_rank_zero(header)
+    has_moments, updates = on_rank_zero(header, "comparing names and shapes")
     if has_moments:
         engine.prepare_moments(updates)
     for shard in list(engine.shards()):
@@ -117,7 +117,7 @@ def restore(saved: Saved, engine: Engine) -> None:
             _expect_numbers(saved, name, data)
             buffer.copy_(data)
 
-    everywhere(read)
+    everywhere(read, "reading the checkpoint")
     engine.settle()
 
 

@@ -85,7 +85,11 @@ class Engine(Section):
     activation_budget: float = Field(
         0.5, gt=0, le=1, description="budget: share of the activations of compiled blocks that may be kept"
     )
-    timeout_minutes: Positive = Field(10, description="how long a collective may wait for a lost rank")
+    timeout_minutes: Positive = Field(
+        10,
+        description="after which a rank counts as lost: one that a collective waits for, or without a sign of life while it "
+        "indexes, reads or writes, which may take any time",
+    )
 
 
 Interval = tuple[float, float]

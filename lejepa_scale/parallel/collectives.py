@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lejepa_scale.errors import UserError
-from lejepa_scale.parallel import process_group, shared_memory
+from lejepa_scale.parallel import process_group, shared_memory, waiting
 from lejepa_scale.parallel.process_group import Group, rank, world_size
 from lejepa_scale.parallel.shared_memory import SharedMemoryGather
 
@@ -160,18 +160,20 @@ class CountBytes(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def on_rank_zero(work: Callable[[], T]) -> T:
-    """Run `work` on rank 0 alone and give its result to all. A UserError on rank 0 is raised on every rank."""
+def on_rank_zero(work: Callable[[], T], doing: str = "waiting for rank 0") -> T:
+    """Run `work`, which takes no collective, on rank 0 alone and give its result to all, however long it takes. A UserError
+    on rank 0 is raised on every rank. doing: what the work is called in messages, "indexing the shards"."""
     if world_size() == 1:
         return work()
     message: list[Any] = [None, None]
     failure: BaseException | None = None
-    if rank() == 0:
-        try:
-            message[0] = work()
-        except Exception as error:
-            failure = error
-            message[1] = str(error) if isinstance(error, UserError) else f"rank 0 failed: {error!r}"
+    with waiting.awaited(doing):
+        if rank() == 0:
+            try:
+                message[0] = work()
+            except Exception as error:
+                failure = error
+                message[1] = str(error) if isinstance(error, UserError) else f"rank 0 failed: {error!r}"
     dist.broadcast_object_list(message, src=0)
     if failure is not None:
         raise failure
@@ -182,15 +184,17 @@ def on_rank_zero(work: Callable[[], T]) -> T:
     return message[0]
 
 
-def everywhere(work: Callable[[], T]) -> T:
-    """Run `work`, which takes no collective, on every rank, and give each its own result. What fails on any rank is
-    raised on all of them: UserErrors as one, whatever else as it is where it happened."""
+def everywhere(work: Callable[[], T], doing: str = "waiting for all ranks") -> T:
+    """Run `work`, which takes no collective, on every rank, and give each its own result, however long any of them takes.
+    What fails on any rank is raised on all of them: UserErrors as one, whatever else as it is where it happened. doing:
+    what the work is called in messages."""
     result: Any = None
     failure: Exception | None = None
-    try:
-        result = work()
-    except Exception as error:
-        failure = error
+    with waiting.awaited(doing):
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
     if any_rank(failure is not None, torch.device("cpu")):
         if failure is not None and not isinstance(failure, UserError):
             message = f"rank {rank()} failed: {failure!r}"

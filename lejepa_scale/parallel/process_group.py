@@ -96,6 +96,11 @@ def before_leaving(release: Callable[[], None]) -> None:
     _before_leaving.append(release)
 
 
+def store() -> dist.Store:
+    """What the ranks have met by: small values by name, seen by all. Only inside a group."""
+    return distributed_c10d._get_default_store()
+
+
 def timeout() -> timedelta:
     """How long a rank waits for another."""
     return _timeout

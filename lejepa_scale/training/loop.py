@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def train(config: Config) -> Path:
     plan, shapes = check_everything(config)
     with process_group.joined(timedelta(minutes=config.engine.timeout_minutes)) as device, _alone_in(config.run.dir):
         store = Store(config.run.dir, config.checkpoint.keep, config.checkpoint.keep_every)
-        collectives.on_rank_zero(lambda: begin_anew(config))
+        collectives.on_rank_zero(lambda: begin_anew(config), "moving the run before aside")
         begin = first_weights(config, store, shapes)  # refused before shards are fetched and indexed
         mixture = open_together(config)
         saved, probe_state, progress = resume(config, store, mixture)
@@ -51,14 +51,13 @@ def train(config: Config) -> Path:
         engine = start_engine(config, plan, device, saved, begin=begin, shapes=shapes)
         del saved, begin
         probe = start_probe(config, engine, mixture.num_classes, probe_state)
-        collectives.on_rank_zero(lambda: write_config(config))
-        first_rank = process_group.rank() == 0
-        if first_rank:
+        collectives.on_rank_zero(lambda: write_config(config), "writing config.yaml")
+        if process_group.rank() == 0:
             logger.info(summary(config, plan, mixture, shapes, device, progress.step))
         with (
             started(config, plan, mixture, engine, probe, progress) as run,
             StopSignal() as signal,
-            closing(Reporter(config, progress.step, active=first_rank)) as reporter,
+            _reporting(config, progress.step) as reporter,
         ):
             of_probe = actions.Probe(device)
             report = actions.Report(run, reporter, gauges=[of_probe.reading])
@@ -72,8 +71,21 @@ def train(config: Config) -> Path:
 def _alone_in(run_dir: Path) -> Iterator[None]:
     """The lock of the run directory, which rank 0 holds for all. Raises UserError, on every rank."""
     with ExitStack() as stack:
-        collectives.on_rank_zero(lambda: stack.enter_context(locked(run_dir)))
+        collectives.on_rank_zero(lambda: stack.enter_context(locked(run_dir)), "taking the lock of run.dir")
         yield
+
+
+@contextmanager
+def _reporting(config: Config, step: int) -> Iterator[Reporter]:
+    """Rank 0's reporter, whose service may be slow to answer at both ends."""
+    active = process_group.rank() == 0
+    reporter = collectives.everywhere(lambda: Reporter(config, step, active=active), "opening the log")
+    try:
+        yield reporter
+    except BaseException:
+        reporter.close()
+        raise
+    collectives.everywhere(reporter.close, "closing the log")
 
 
 def loop(run: Run, after_step: Sequence[Action]) -> None:

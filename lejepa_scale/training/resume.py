@@ -39,24 +39,25 @@ def resume(config: Config, store: Store, mixture: Mixture) -> tuple[Saved | None
     """The newest complete checkpoint that is undamaged, or the one that run.resume names; a fresh start where there is none.
     A damaged one is told of and renamed. Raises UserError, on every rank, where there is nothing sound to go on from,
     or what there is cannot be gone on from."""
-    path, problems = collectives.on_rank_zero(lambda: _chosen(config, store)), list[str]()
+    path, problems = collectives.on_rank_zero(lambda: _chosen(config, store), "looking for a checkpoint"), list[str]()
     while path is not None:
         try:
-            collectives.everywhere(partial(verify, path, process_group.rank(), process_group.world_size()))
+            verifying = partial(verify, path, process_group.rank(), process_group.world_size())
+            collectives.everywhere(verifying, "taking the checkpoint's checksums")
             break
         except UserError as error:
             problems.append(str(error))
-        path = collectives.on_rank_zero(partial(_before, store, path, problems))
+        path = collectives.on_rank_zero(partial(_before, store, path, problems), "looking at a damaged checkpoint")
     if path is None:
         return None, {}, Progress(0, mixture.fingerprint)
-    saved = collectives.everywhere(partial(Saved, path))
+    saved = collectives.everywhere(partial(Saved, path), "reading the checkpoint")
 
     def accepted() -> dict[str, Tensor]:
         logger.info("resuming from %s (step %d).", path, saved.progress.step)
         _refuse_another_order(config, mixture, saved)
         return saved.probe()
 
-    return saved, collectives.on_rank_zero(accepted), saved.progress
+    return saved, collectives.on_rank_zero(accepted, "reading the checkpoint"), saved.progress
 
 
 def _chosen(config: Config, store: Store) -> Path | None:

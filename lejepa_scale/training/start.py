@@ -40,8 +40,8 @@ def check_everything(config: Config) -> tuple[BatchPlan, LeJEPA]:
 
 def open_together(config: Config) -> Mixture:
     """The indexed sources: rank 0 indexes what has no index, the others read it. Raises UserError."""
-    collectives.on_rank_zero(lambda: open_mixture(config.data).num_samples)
-    return open_mixture(config.data, build=False)
+    collectives.on_rank_zero(lambda: open_mixture(config.data).num_samples, "indexing the shards")
+    return collectives.everywhere(lambda: open_mixture(config.data, build=False), "reading the index")
 
 
 def start_engine(
@@ -81,7 +81,7 @@ def start_engine(
             )
         held[0] = first
 
-    collectives.on_rank_zero(draw)
+    collectives.on_rank_zero(draw, "drawing the first weights")
     spread(held[0], engine)
     return engine
 
@@ -112,7 +112,7 @@ def first_weights(config: Config, store: Store, shapes: LeJEPA) -> dict[str, Ten
         if notice := pretrained.of_other_inputs(loaded, config.data):
             logger.warning(notice)
 
-    collectives.on_rank_zero(read)
+    collectives.on_rank_zero(read, "reading model.init_from")
     return held
 
 

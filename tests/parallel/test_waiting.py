@@ -1,0 +1,120 @@
+"""Work of unknown length is waited for as long as the ranks at work show signs of life, and a silent rank is named."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import pytest
+import torch.distributed as dist
+from ranks import run_ranks
+from torch.distributed import distributed_c10d
+
+from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import collectives, process_group, waiting
+
+LIMIT = 4.0  # seconds after which a collective gives up, and a silent rank counts as lost
+
+
+@contextmanager
+def impatient() -> Iterator[None]:
+    before = process_group.timeout()
+    collectives.barrier()  # all have started
+    process_group._timeout = timedelta(seconds=LIMIT)
+    distributed_c10d._set_pg_timeout(process_group.timeout(), dist.group.WORLD)
+    try:
+        yield
+    finally:
+        process_group._timeout = before
+        distributed_c10d._set_pg_timeout(before, dist.group.WORLD)
+
+
+def _slow_first_and_last() -> tuple[str, int]:
+    rank, last = process_group.rank(), process_group.world_size() - 1
+
+    def index() -> str:
+        time.sleep(2 * LIMIT)
+        return "indexed"
+
+    def read() -> int:
+        if rank == last:
+            time.sleep(2 * LIMIT)
+        return rank
+
+    with impatient():
+        index_of_all = collectives.on_rank_zero(index, "indexing the shards")
+        return index_of_all, collectives.everywhere(read, "reading the checkpoint")
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_at_work_are_waited_for_beyond_the_timeout(world: int) -> None:
+    assert run_ranks(_slow_first_and_last, world) == [("indexed", rank) for rank in range(world)]
+
+
+def _silent(stopped: int) -> str:
+    pids = collectives.gather_objects(os.getpid())
+    raised = ""
+    try:
+        with impatient(), waiting.awaited("reading the index"):
+            if process_group.rank() == stopped:
+                os.kill(os.getpid(), signal.SIGSTOP)
+    except UserError as error:
+        raised = str(error)
+    store = process_group.store()
+    store.add("over", 1)
+    if process_group.rank() == (stopped + 1) % 3:
+        while store.add("over", 0) < 2:
+            time.sleep(0.05)
+        os.kill(pids[stopped], signal.SIGCONT)
+    return raised
+
+
+def test_a_silent_rank_is_named_with_the_work() -> None:
+    found = run_ranks(_silent, 3, 1)
+    assert found[1] == ""
+    for message in (found[0], found[2]):
+        assert message.startswith("rank 1 gave no sign of life for 4 s (engine.timeout_minutes)")
+        assert "(reading the index)" in message
+
+
+def _failing() -> str:
+    def work() -> None:
+        time.sleep(1.5 * LIMIT)
+        raise UserError("there are no shards.")
+
+    try:
+        with impatient():
+            collectives.on_rank_zero(work, "indexing the shards")
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_what_fails_after_a_long_time_is_told_everywhere() -> None:
+    assert run_ranks(_failing, 2) == ["there are no shards."] * 2
+
+
+def test_a_long_wait_is_told_of_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(waiting.time, "monotonic", lambda: now[0])
+    told = waiting.Told("indexing the shards")
+    with caplog.at_level(logging.INFO, "lejepa_scale"):
+        for second in range(900):
+            now[0] = float(second)
+            told.look()
+    assert caplog.messages == [
+        f"indexing the shards: {waited} so far." for waited in ("30 s", "60 s", "2 min", "4 min", "8 min")
+    ]
+
+
+def test_alone_nobody_is_waited_for() -> None:
+    assert collectives.on_rank_zero(lambda: 3, "counting") == 3
+    with waiting.awaited("counting"):
+        pass
