@@ -59,7 +59,7 @@ def test_a_run_of_four_channels_and_twelve_bits(kind: str, deep: Path, tmp_path:
     config = config_of(tmp_path / "run", deep, model=ENCODERS[kind])
     train(config)
     encoder, _ = load_encoder(tmp_path / "run")
-    first, _ = load_encoder(tmp_path / "run", trained=False)
+    first, _ = load_encoder(tmp_path / "run", weights="first")
     convolution = next(m.weight for m in encoder.modules() if isinstance(m, torch.nn.Conv2d))
     before = next(m.weight for m in first.modules() if isinstance(m, torch.nn.Conv2d))
     assert convolution.shape[1] == 4

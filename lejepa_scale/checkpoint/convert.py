@@ -11,15 +11,17 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lejepa_scale.checkpoint.encoder import load_encoder
+from lejepa_scale.checkpoint.saved import Weights
 from lejepa_scale.errors import UserError
 
 _TOLERANCE = 1e-4  # of the largest feature, or of 1, which packing and synchronized norms may round differently
 
 
-def export_encoder(source: Path, target: Path) -> int:
-    """Write the encoder as safetensors under timm's names, with how to build it in the metadata; number of tensors."""
-    encoder, config = load_encoder(source)
-    weights = {name: t.contiguous() for name, t in encoder.backbone.state_dict().items()}
+def export_encoder(source: Path, target: Path, weights: Weights = "best") -> int:
+    """Write the encoder as safetensors under timm's names, with how to build it in the metadata; number of tensors.
+    weights: which of a checkpoint's, as `load_encoder` takes them."""
+    encoder, config = load_encoder(source, weights=weights)
+    tensors = {name: t.contiguous() for name, t in encoder.backbone.state_dict().items()}
     metadata = {
         "format": "pt",
         "encoder": config.model.encoder,
@@ -33,17 +35,17 @@ def export_encoder(source: Path, target: Path) -> int:
         "timm": json.dumps(encoder.timm_arguments),
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(weights, target, metadata)
-    return len(weights)
+    save_file(tensors, target, metadata)
+    return len(tensors)
 
 
-def verify_export(source: Path, target: Path) -> float:
+def verify_export(source: Path, target: Path, weights: Weights = "best") -> float:
     """Rebuild the model with timm alone and compare its features with the checkpoint's; the largest difference, as a share
     of the largest feature where that is more than 1.
 
     Raises UserError where they differ.
     """
-    encoder, config = load_encoder(source)
+    encoder, config = load_encoder(source, weights=weights)
     with safe_open(target, "pt") as file:
         plain = timm.create_model(**json.loads(file.metadata()["timm"])).eval()
         plain.load_state_dict({name: file.get_tensor(name) for name in file.keys()})

@@ -9,7 +9,7 @@ import yaml
 from torch import Tensor
 
 from lejepa_scale.checkpoint import pretrained
-from lejepa_scale.checkpoint.saved import Saved, not_finite, verify
+from lejepa_scale.checkpoint.saved import Saved, Weights, not_finite, verify
 from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import Config, recorded
 from lejepa_scale.errors import UserError
@@ -18,21 +18,23 @@ from lejepa_scale.model import Encoder, build, build_encoder
 PREFIX = "encoder.backbone."  # before timm's names in a checkpoint
 
 
-def load_encoder(path: Path, *, trained: bool = True) -> tuple[Encoder, Config]:
+def load_encoder(path: Path, *, weights: Weights = "best") -> tuple[Encoder, Config]:
     """Encoder (CPU, fp32, eval mode) and configuration of a run directory or one of its checkpoints.
 
-    `trained=False` gives the weights the run began with: the seed's, or those of `model.init_from`, read from there again.
-    Raises UserError for anything that is not a checkpoint, and for weights to begin with that are no longer there.
+    weights: `trained`; `averaged` along the way, where the run keeps an average; `best`: averaged where there are, else
+    trained; `first`: those the run began with, the seed's or those of `model.init_from`, read from there again. Raises
+    UserError for anything that is not a checkpoint, for an average that was not kept, and for weights to begin with that
+    are no longer there.
     """
     checkpoint = find(Path(path))
     verify(checkpoint)
     saved = Saved(checkpoint)
     config = recorded(yaml.safe_load(saved.config_text()), origin=str(checkpoint / "config.yaml"))
-    if trained:
-        encoder, weights = build_encoder(config), encoder_weights(saved)
-        if fault := not_finite(weights.items()):
+    if weights != "first":
+        encoder, tensors = build_encoder(config), encoder_weights(saved, weights)
+        if fault := not_finite(tensors.items()):
             raise UserError(f"the encoder of {checkpoint} is broken: {fault}. Use a checkpoint before it.")
-        encoder.backbone.load_state_dict(weights)  # strict: every name on both sides
+        encoder.backbone.load_state_dict(tensors)  # strict: every name on both sides
     else:
         torch.manual_seed(config.run.seed)
         encoder = build(config).encoder
@@ -42,6 +44,7 @@ def load_encoder(path: Path, *, trained: bool = True) -> tuple[Encoder, Config]:
     return encoder.eval(), config
 
 
-def encoder_weights(saved: Saved) -> dict[str, Tensor]:
-    """The encoder's tensors under timm's own names. Raises UserError where a file cannot be read."""
-    return {name.removeprefix(PREFIX): saved.whole(name) for name in saved.shapes if name.startswith(PREFIX)}
+def encoder_weights(saved: Saved, weights: Weights) -> dict[str, Tensor]:
+    """The encoder's tensors under timm's own names. Raises UserError where a file cannot be read, or there is no average."""
+    kind = saved.kind_of(weights)
+    return {name.removeprefix(PREFIX): saved.whole(name, kind) for name in saved.shapes if name.startswith(PREFIX)}

@@ -4,11 +4,11 @@ are whole in one file, are read alike."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from lejepa_scale.checkpoint.files import checksum
 from lejepa_scale.checkpoint.layout import Box, Layout, Part, boxes, key
-from lejepa_scale.engine.base import MOMENTS, VALUE
+from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
 
+Weights = Literal["best", "trained", "averaged", "first"]  # of a run: `best` is the average where one is kept
 MARKER, INDEX, STATE, CONFIG, PROBE = "COMPLETE", "index.json", "state.json", "config.yaml", "probe.safetensors"
 
 
@@ -30,23 +31,24 @@ class Progress:
     step: int
     data_fingerprint: str
     updates: int = 0
+    averaged: int = 0  # updates of the averaged weights; 0: there are none
     nonfinite: int = 0
     skipped_images: int = 0
     seconds: float = 0.0
 
 
 def file_of(kind: str, rank: int, ranks: int) -> str:
-    """The file that holds what a rank has written of the weights, or of the moments."""
-    stem = "model" if kind == VALUE else "optimizer"
+    """The file that holds what a rank has written of the weights, their average, or the moments."""
+    stem = {VALUE: "model", AVERAGE: AVERAGE}.get(kind, "optimizer")
     return f"{stem}.safetensors" if ranks == 1 else f"{stem}-{rank + 1:05d}-of-{ranks:05d}.safetensors"
 
 
 def title(kind: str, name: str) -> str:
     """A tensor's name in its file."""
-    return name if kind == VALUE else f"{kind}/{name}"
+    return name if kind in (VALUE, AVERAGE) else f"{kind}/{name}"
 
 
-def index_text(layout: Layout, buffers: Mapping[str, tuple[int, ...]], moments: bool) -> str:
+def index_text(layout: Layout, buffers: Mapping[str, tuple[int, ...]], kinds: Sequence[str]) -> str:
     """index.json: where every tensor's elements are. parts: [rank, first element, number of elements]; a rank's file is
     `file_of` it, the keys in it are `layout.key` of `layout.boxes`, after `title`."""
     tensors = {
@@ -54,8 +56,7 @@ def index_text(layout: Layout, buffers: Mapping[str, tuple[int, ...]], moments: 
         for name, parts in layout.parts.items()
     }
     whole = {name: {"shape": shape, "parts": [[0, 0, prod(shape)]]} for name, shape in buffers.items()}
-    kinds = [VALUE, *(MOMENTS if moments else ())]
-    return json.dumps({"ranks": layout.ranks, "kinds": kinds, "parameters": tensors, "buffers": whole})
+    return json.dumps({"ranks": layout.ranks, "kinds": list(kinds), "parameters": tensors, "buffers": whole})
 
 
 class Saved:
@@ -79,6 +80,7 @@ class Saved:
         try:
             self.ranks = int(index["ranks"])
             self.moments = set(index["kinds"]) >= set(MOMENTS)
+            self.averaged = AVERAGE in index["kinds"]
             self.parameters, self.buffers = (_parts(index[group], self.ranks) for group in ("parameters", "buffers"))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._unreadable(INDEX, error) from error
@@ -87,6 +89,15 @@ class Saved:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of parameters and buffers."""
         return {name: shape for name, (shape, _) in (self.parameters | self.buffers).items()}
+
+    def kind_of(self, weights: Weights) -> str:
+        """Which set of weights is meant. Raises UserError where the average is, and there is none."""
+        if weights == "averaged" and not self.averaged:
+            raise UserError(
+                f"{self.path} holds no averaged weights: a run keeps them with average.kind=ema or swa, from the step that "
+                "average.start says."
+            )
+        return AVERAGE if self.averaged and weights != "trained" else VALUE
 
     def config_text(self) -> str:
         return self._read(CONFIG)
@@ -120,7 +131,7 @@ class Saved:
         return torch.empty(0) if out is None else out
 
     def whole(self, name: str, kind: str = VALUE) -> Tensor:
-        """A tensor in its shape."""
+        """A tensor in its shape. Buffers have an average too."""
         return self.read(name, kind).view(self.shapes[name])
 
     def _elements(self, file: str, key: str, box: Box, first: int, last: int) -> Tensor:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,8 @@ from lejepa_scale.checkpoint.saved import (
     title,
 )
 from lejepa_scale.checkpoint.store import Store
-from lejepa_scale.engine.base import MOMENTS, VALUE, Engine
+from lejepa_scale.engine import Average
+from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE, Engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, process_group
 from lejepa_scale.parallel.threads import started
@@ -69,17 +71,18 @@ class NotSaved(UserError):
 
 
 class Saver:
-    """Saves an engine's state; every rank calls every method, in the same order. At most one save is in flight. staged: copy
-    it first, so that steps may go on meanwhile; else no tensor may change before `finish` has returned.
+    """Saves an engine's state, with the average of its weights where one is kept; every rank calls every method, in the same
+    order. At most one save is in flight. staged: copy it first, so that steps may go on meanwhile; else no tensor may
+    change before `finish` has returned.
 
     `Future`s of ranks are never waited for inside a collective, so that a slow disk is no lost rank.
     """
 
-    def __init__(self, store: Store, engine: Engine, *, staged: bool = True) -> None:
-        self.store, self.engine, self._staged = store, engine, staged
+    def __init__(self, store: Store, engine: Engine, average: Average | None = None, *, staged: bool = True) -> None:
+        self.store, self.engine, self.average, self._staged = store, engine, average, staged
         self._layout: Layout | None = None
         self._flight: _Flight | None = None
-        self._held: dict[str, Tensor] = {}  # host memory, used again by every save
+        self._held: dict[tuple[str, str], Tensor] = {}  # host memory, used again by every save
 
     @property
     def in_flight(self) -> bool:
@@ -89,19 +92,22 @@ class Saver:
         """Copy the state, and begin to write it. Raises UserError, on every rank, where there is no room or the
         folder cannot be made; the save before must have been finished."""
         assert self._flight is None, "a save is in flight"
-        progress = replace(progress, updates=self.engine.updates())
+        averages = self.average if self.average is not None and self.average.updates else None
+        progress = replace(
+            progress, updates=self.engine.updates(), averaged=averages.updates if averages is not None else 0
+        )
         if self._layout is None:
             self._layout = layout_of(self.engine)
         layout, mine = self._layout, self._layout.of_rank(process_group.rank())
-        kinds = [VALUE, *(MOMENTS if progress.updates else ())]
+        kinds = [VALUE, *(MOMENTS if progress.updates else ()), *([AVERAGE] if averages is not None else ())]
         nbytes = 4 * len(kinds) * sum(map(prod, layout.shapes.values()))
         partial = self._folder(progress.step, nbytes)
         files: dict[str, Tensors] = {}
-        for shard in self.engine.shards():
+        for shard in chain(self.engine.shards(), averages.shards() if averages is not None else ()):
             if (part := mine.get(shard.name)) is None:
                 continue
             assert (part.start, part.length) == (shard.start, len(shard.data)), f"the parts of {shard.name} have moved"
-            elements = self._copied(title(shard.kind, shard.name), shard.data)
+            elements = self._copied((shard.kind, shard.name), shard.data)
             tensors = files.setdefault(file_of(shard.kind, part.rank, layout.ranks), [])
             at = 0
             for box in boxes(shard.shape, part.start, part.length):
@@ -112,15 +118,17 @@ class Saver:
         texts: dict[str, str] = {}
         if process_group.rank() == 0:
             buffers = self.engine.buffers()
-            whole = files.setdefault(file_of(VALUE, 0, layout.ranks), [])
-            whole += [(name, tuple(x.shape), self._copied(name, x)) for name, x in buffers.items()]
+            for kind, tensors_of in ((VALUE, buffers), (AVERAGE, averages.buffers() if averages is not None else {})):
+                whole = [(name, tuple(x.shape), self._copied((kind, name), x)) for name, x in tensors_of.items()]
+                if whole:
+                    files.setdefault(file_of(kind, 0, layout.ranks), []).extend(whole)
             if not progress.updates:
                 files.setdefault(file_of(MOMENTS[0], 0, layout.ranks), [])
             if probe:
-                files[PROBE] = [(name, tuple(x.shape), self._copied(f"probe: {name}", x)) for name, x in probe.items()]
+                files[PROBE] = [(name, tuple(x.shape), self._copied((PROBE, name), x)) for name, x in probe.items()]
             shapes = {name: tuple(x.shape) for name, x in buffers.items()}
             texts = {
-                INDEX: index_text(layout, shapes, bool(progress.updates)),
+                INDEX: index_text(layout, shapes, kinds),
                 STATE: state_text(
                     progress, ranks=layout.ranks, torch=torch.__version__, python=platform.python_version()
                 ),
@@ -177,7 +185,7 @@ class Saver:
             refused.everywhere = True
             raise refused from error
 
-    def _copied(self, name: str, data: Tensor) -> Tensor:
+    def _copied(self, name: tuple[str, str], data: Tensor) -> Tensor:
         """The same elements in host memory, flat."""
         data = data.detach()
         if not self._staged:

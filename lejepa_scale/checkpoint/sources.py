@@ -89,7 +89,9 @@ def read(named: str) -> Source:
         saved = Saved(checkpoint)
         recorded = yaml.safe_load(saved.config_text())["data"]
         about = {name: recorded.get(name, Data.model_fields[name].default) for name in ("mean", "std")}
-        return Source(str(checkpoint), {"": {name: saved.whole(name) for name in saved.shapes}}, about)
+        kind = saved.kind_of("best")
+        where = f"{checkpoint}{' (averaged weights)' * saved.averaged}"
+        return Source(where, {"": {name: saved.whole(name, kind) for name in saved.shapes}}, about)
     if path.is_dir():
         return _folder(named, path)
     return _file(named, path)

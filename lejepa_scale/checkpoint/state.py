@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lejepa_scale.checkpoint.saved import Saved, advice, not_finite
-from lejepa_scale.engine.base import MOMENTS, VALUE, Engine, Shard, full_shape
+from lejepa_scale.engine import Average
+from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE, Engine, Shard, full_shape
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel.collectives import everywhere, gather_objects, on_rank_zero
 from lejepa_scale.parallel.process_group import rank, world_size
@@ -119,6 +120,25 @@ def restore(saved: Saved, engine: Engine) -> None:
 
     everywhere(read, "reading the checkpoint")
     engine.settle()
+
+
+@torch.no_grad()
+def restore_average(saved: Saved, average: Average) -> None:
+    """Give every rank its shards of the averaged weights of a checkpoint that has them, which each reads for itself. Every
+    rank calls. Raises UserError, on every rank, where a file cannot be read, or something in it is no number."""
+
+    def read() -> None:
+        average.prepare(saved.progress.averaged)
+        for shard in list(average.shards()):
+            data = saved.read(shard.name, AVERAGE, shard.start, len(shard.data))
+            _expect_numbers(saved, f"the average of {shard.name}", data)
+            average.take(replace(shard, data=data))
+        for name, buffer in average.buffers().items():
+            data = saved.whole(name, AVERAGE)
+            _expect_numbers(saved, f"the average of {name}", data)
+            buffer.copy_(data)
+
+    everywhere(read, "reading the averaged weights")
 
 
 def _expect_numbers(saved: Saved, name: str, data: Tensor) -> None:

@@ -83,6 +83,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=["best", "trained", "averaged", "first"],
+        default="best",
+        help="best: averaged along the way where the run keeps an average (average.kind), else trained; first: those it "
+        "began with",
+    )
+
+
 def add_range(parser: argparse.ArgumentParser, default: str) -> None:
     """`--range LOW HIGH`, of all channels or a pair for each; `ranges` reads it."""
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lejepa_scale.cli.command import Command, add_keys, add_range, positive, ranges
+from lejepa_scale.cli.command import Command, add_keys, add_range, add_weights, positive, ranges
 
 _DESCRIPTION = """  lejepa picture runs/quickstart --shards data/scenes/test --out picture.png
 
@@ -18,6 +18,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="PNG, PDF or SVG file")
     parser.add_argument("--images", type=positive, default=8)
     parser.add_argument("--size", type=positive, help="side in pixels; default twice the training size")
+    add_weights(parser)
     add_range(parser, "that of the run's shards")
     add_keys(parser, "that of the run's shards", label=False)
 
@@ -25,7 +26,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(a: argparse.Namespace) -> int:
     from lejepa_scale.evaluation.picture import draw
 
-    draw(a.run, a.shards, a.out, images=a.images, size=a.size, value_range=ranges(a.range), image_key=a.image_key)
+    draw(
+        a.run,
+        a.shards,
+        a.out,
+        images=a.images,
+        size=a.size,
+        weights=a.weights,
+        value_range=ranges(a.range),
+        image_key=a.image_key,
+    )
     print(f"wrote {a.out}")
     return 0
 

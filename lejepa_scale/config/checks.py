@@ -101,6 +101,13 @@ USES = (
         lambda config: config.optim.weight_decay > 0,
         "optim.weight_decay",
     ),
+    Use(
+        ("average.every", "average.start"),
+        "average.kind is ema or swa",
+        lambda config: config.average.kind != "none",
+        "average.kind",
+    ),
+    Use(("average.decay",), "average.kind is ema", lambda config: config.average.kind == "ema", "average.kind"),
     Use(("probe.lr",), "probe.enabled is true", lambda config: config.probe.enabled, "probe.enabled"),
 )
 

@@ -412,6 +412,28 @@ class Checkpoint(Section):
     )
 
 
+class Average(Section):
+    """A second set of weights: the average of those along the way, for evaluation and export; the training never sees it."""
+
+    kind: Literal["none", "ema", "swa"] = Field(
+        "none",
+        description="ema: exponential moving average; swa: the mean of all updates (arXiv 1803.05407). Takes 4 bytes a "
+        "parameter, sharded like the weights",
+    )
+    decay: float = Field(
+        0.9999, gt=0, lt=1, description="ema: share kept in a step; after n steps (1 + n) / (10 + n) where that is less"
+    )
+    every: Positive = Field(10, description="steps between updates of the average")
+    start: float | None = Field(
+        None, ge=0, lt=1, description="share of train.steps after which it begins; unset: ema 0, swa 0.75"
+    )
+
+    @property
+    def begins(self) -> float:
+        """`start`, or what it stands for where it is unset."""
+        return self.start if self.start is not None else {"swa": 0.75}.get(self.kind, 0.0)
+
+
 class Wandb(Section):
     """Weights & Biases, beside metrics.jsonl."""
 
@@ -444,6 +466,7 @@ class Config(Section):
     engine: Engine = Engine()
     objective: Objective = Objective()
     optim: Optim = Optim()
+    average: Average = Average()
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     probe: Probe = Probe()

@@ -17,6 +17,7 @@ from lejepa_scale.model import LeJEPA, Replay
 Factory = Callable[[], LeJEPA]
 VALUE = "value"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+AVERAGE = "average"  # of the values, along the way
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Shard:
     """One rank's part of a parameter, or of a moment of it: elements start, start + 1, ... of the flattened whole."""
 
     name: str
-    kind: str  # VALUE, or one of MOMENTS
+    kind: str  # VALUE, one of MOMENTS, or AVERAGE
     shape: tuple[int, ...]  # of the whole
     start: int
     data: Float[Tensor, " n"]  # fp32; none of them where this rank has no part

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from lejepa_scale.checkpoint import load_encoder
+from lejepa_scale.checkpoint import Weights, load_encoder
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.data.folders import shards_of
 from lejepa_scale.data.images.photometric import normalize
@@ -31,20 +31,22 @@ def draw(
     *,
     images: int = 8,
     size: int | None = None,
+    weights: Weights = "best",
     value_range: Ranges | None = None,
     image_key: str | None = None,
 ) -> None:
-    """Write the picture of a run directory with the first `images` of the shards, `size` pixels a side (unset: twice the
-    training size), values and members as those of the run's own images unless `value_range` or
-    `image_key` is given. Of three and more channels the
-    first three are shown, of others the first. Raises UserError for what is no run directory, and where matplotlib is
-    absent."""
+    """Write the picture of a run directory with the first `images` of the shards.
+
+    size: side in pixels; unset, twice the training size. weights: as `load_encoder` takes them. value_range, image_key: of
+    these images; unset, those of the run's own. Of three and more channels the first three are shown, of others the
+    first. Raises UserError for what is no run directory, and where matplotlib is absent.
+    """
     pyplot = _pyplot()
     metrics = run / "metrics.jsonl"
     if not metrics.exists():
         raise UserError(f"{run} is not a run directory: it has no metrics.jsonl.")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    encoder, config = load_encoder(run)
+    encoder, config = load_encoder(run, weights=weights)
     side = size or 2 * config.image_size
     indexed = index_shards(shards_of(shards), keys=keys_of_run(config.data, image_key))
     pixels = of_run(config.data, value_range)

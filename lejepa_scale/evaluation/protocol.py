@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lejepa_scale.checkpoint import load_encoder
+from lejepa_scale.checkpoint import Saved, find, load_encoder
 from lejepa_scale.config import Config
 from lejepa_scale.data import Pixels, evaluation_batches
 from lejepa_scale.data.folders import shards_of
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found: a row of scores for each kind of features, and the trained encoder's features of the test
-    images."""
+    """What `evaluate` found: a row of scores for each kind of features, and the features of the test images by the first of
+    these encoders: the averaged, else the trained one."""
 
     scores: list[Scores]
     features: Features
@@ -50,8 +50,8 @@ def evaluate(
 ) -> Evaluation:
     """Nearest neighbours and a linear classifier on frozen features: fitted on `train`, scored on `test`.
 
-    encoder: a run directory or checkpoint, whose first weights are scored too (`untrained`; `init_from`, if they are still
-    there), or an Encoder, which is left on `device`.
+    encoder: a run directory or checkpoint, whose average of the weights is scored first, if it keeps one, and whose first
+    weights are scored too (`untrained`; `init_from`, if they are still there), or an Encoder, which is left on `device`.
     train, test: labelled shards, as folders, files or brace patterns. device: unset, the GPU where there is one. image_size:
     side in pixels; unset, that of the checkpoint. value_range, of a checkpoint: ((low, high),) of the stored values, or a
     pair for each channel; unset, that of the run's own images. pixels, of an Encoder: what its images are; unset, 8-bit RGB
@@ -77,7 +77,12 @@ def evaluate(
     else:
         if pixels is not None:
             raise UserError("evaluate() of a checkpoint knows its pixels: value_range alone may be another.")
-        models["trained"], config = load_encoder(Path(encoder))
+        best, config = load_encoder(Path(encoder))
+        if config.average.kind != "none" and Saved(find(Path(encoder))).averaged:
+            models["averaged"] = best
+            models["trained"], _ = load_encoder(Path(encoder), weights="trained")
+        else:
+            models["trained"] = best
         models |= _first(Path(encoder), config)
         image_size, pixels = image_size or config.image_size, of_run(config.data, value_range)
         keys = keys_of_run(config.data, image_key, label_key)
@@ -103,9 +108,9 @@ def evaluate(
 def _first(checkpoint: Path, config: Config) -> dict[str, Encoder]:
     """The encoder that a run began with, by the name of its row."""
     if config.model.init_from is None:
-        return {"untrained": load_encoder(checkpoint, trained=False)[0]}
+        return {"untrained": load_encoder(checkpoint, weights="first")[0]}
     try:
-        return {"init_from": load_encoder(checkpoint, trained=False)[0]}
+        return {"init_from": load_encoder(checkpoint, weights="first")[0]}
     except UserError as error:
         logger.warning("no row for the weights that the run began with: %s", error)
         return {}

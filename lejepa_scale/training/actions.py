@@ -16,6 +16,7 @@ from lejepa_scale.checkpoint.saver import NotSaved
 from lejepa_scale.config import dump
 from lejepa_scale.cost import peak_flops, step_flops
 from lejepa_scale.data.faults import append_to_quarantine
+from lejepa_scale.engine import Average
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.spectrum import effective_rank
 from lejepa_scale.parallel import collectives, process_group
@@ -137,16 +138,27 @@ class Stop:
         run.stopping = collectives.any_rank(self.signal.asked, torch.device("cpu")) and not run.last
 
 
+class Averaging:
+    """Take the weights into their average every `average.every` steps, from `average.start` on."""
+
+    def __init__(self, run: Run, average: Average) -> None:
+        self.average, settings = average, run.config.average
+        self.first, self.every = settings.begins * run.config.train.steps, settings.every
+
+    def __call__(self, run: Run, result: StepResult) -> None:
+        step = run.progress.step
+        if step % self.every == 0 and (step > self.first or self.average.updates):
+            self.average.update()
+
+
 class Save:
     """Write a checkpoint every `checkpoint.every` steps, after the last step, and before the run stops. With
     `checkpoint.mode` async the next steps go on while it is written; at the end, and before the next one, it is
     waited for."""
 
-    def __init__(self, run: Run, store: Store) -> None:
-        self.saver, self.seconds_before = (
-            Saver(store, run.engine, staged=run.config.checkpoint.mode == "async"),
-            run.progress.seconds,
-        )
+    def __init__(self, run: Run, store: Store, average: Average | None = None) -> None:
+        self.saver = Saver(store, run.engine, average, staged=run.config.checkpoint.mode == "async")
+        self.seconds_before = run.progress.seconds
 
     def __call__(self, run: Run, result: StepResult) -> None:
         settings, step = run.config.checkpoint, run.progress.step

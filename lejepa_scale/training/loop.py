@@ -23,6 +23,7 @@ from lejepa_scale.training.start import (
     check_everything,
     first_weights,
     open_together,
+    start_average,
     start_engine,
     start_probe,
     started,
@@ -49,6 +50,7 @@ def train(config: Config) -> Path:
             logger.info("%s is trained to step %d already; raise train.steps to go on.", config.run.dir, progress.step)
             return config.run.dir
         engine = start_engine(config, plan, device, saved, begin=begin, shapes=shapes)
+        average = start_average(config, engine, saved)
         del saved, begin
         probe = start_probe(config, engine, mixture.num_classes, probe_state)
         collectives.on_rank_zero(lambda: write_config(config), "writing config.yaml")
@@ -61,8 +63,9 @@ def train(config: Config) -> Path:
         ):
             of_probe = actions.Probe(device)
             report = actions.Report(run, reporter, gauges=[of_probe.reading])
-            save, stop = actions.Save(run, store), actions.Stop(signal)
-            loop(run, [actions.quarantine, of_probe, actions.Guard(), report, stop, save])
+            averaging = [actions.Averaging(run, average)] if average is not None else []
+            save, stop = actions.Save(run, store, average), actions.Stop(signal)
+            loop(run, [actions.quarantine, of_probe, actions.Guard(), *averaging, report, stop, save])
             collectives.barrier()
     return config.run.dir
 

@@ -8,16 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 
 import torch
+import yaml
 from torch import Tensor
 
-from lejepa_scale.checkpoint import CanonicalState, Progress, Saved, Store, pretrained, restore, spread
+from lejepa_scale.checkpoint import CanonicalState, Progress, Saved, Store, pretrained, restore, restore_average, spread
 from lejepa_scale.checkpoint.encoder import PREFIX
-from lejepa_scale.checkpoint.saved import not_finite
-from lejepa_scale.config import BatchPlan, Config, check_world
+from lejepa_scale.checkpoint.saved import CONFIG, not_finite
+from lejepa_scale.config import BatchPlan, Config, check_world, recorded
 from lejepa_scale.data import Loader, Mixture, ahead, open_mixture
 from lejepa_scale.data.audit.keylog import KeyLog
 from lejepa_scale.data.index.classes import MOST
-from lejepa_scale.engine import Engine, Factory, build_engine
+from lejepa_scale.engine import Average, Engine, Factory, build_engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import LeJEPA, build, check
 from lejepa_scale.parallel import collectives, launch, process_group
@@ -142,6 +143,23 @@ def started(
         if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
             batches = ahead(batches, device)
         yield Run(config, plan, device, engine, Feed(batches, plan, device, key_log), progress, probe)
+
+
+def start_average(config: Config, engine: Engine, saved: Saved | None) -> Average | None:
+    """The average of the weights, as a checkpoint holds it or about to begin; None where the run keeps none. Every rank
+    calls. Raises UserError where that of the checkpoint cannot be read."""
+    settings, kept = config.average, "none"
+    if saved is not None and saved.averaged:
+        origin = str(saved.path / CONFIG)
+        kept = recorded(yaml.safe_load(saved.config_text()), origin).average.kind
+    if kept not in ("none", settings.kind):
+        logger.info("average.kind is %s, not %s as before: that average is given up.", settings.kind, kept)
+    if settings.kind == "none":
+        return None
+    average = Average(engine, settings.kind, settings.decay, settings.every)
+    if saved is not None and kept == settings.kind:
+        restore_average(saved, average)
+    return average
 
 
 def start_probe(config: Config, engine: Engine, classes: int, state: dict[str, Tensor]) -> OnlineProbe | None:

@@ -512,7 +512,7 @@ def test_a_run_begins_there_and_goes_on_without_opening_the_file(
     batch = {"global_batch": 16}
     train(validate(_run(run, scenes, source, train={"steps": 1, **batch}, **rates)))
     assert f"tensors of vit_nano from {source}" in caplog.text
-    trained, begin = load_encoder(run)[0], load_encoder(run, trained=False)[0]
+    trained, begin = load_encoder(run)[0], load_encoder(run, weights="first")[0]
     assert equal(dict(begin.backbone.state_dict()), weights)
     for name, tensor in trained.backbone.state_dict().items():
         torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-6)

@@ -161,6 +161,9 @@ IGNORED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     *((f"log.wandb.{key}", "x", {}, LOGGED) for key in ("project", "name")),
     ("optim.warmup_start_ratio", 0.01, {}, {"optim": {"warmup_steps": 9}}),
     ("optim.decay", "all", {"optim": {"weight_decay": 0.0}}, {}),
+    ("average.every", 3, {}, {"average": {"kind": "swa"}}),
+    ("average.start", 0.5, {}, {"average": {"kind": "ema"}}),
+    ("average.decay", 0.99, {"average": {"kind": "swa"}}, {"average": {"kind": "ema"}}),
     ("probe.lr", 0.1, {"probe": {"enabled": False}}, {}),
 ]
 

@@ -24,7 +24,8 @@ from lejepa_scale.checkpoint import Progress, Saved, Saver, Store, restore
 from lejepa_scale.checkpoint.layout import divided
 from lejepa_scale.checkpoint.saved import index_text
 from lejepa_scale.config import Config, check_world
-from lejepa_scale.engine import build_engine
+from lejepa_scale.engine import Average, build_engine
+from lejepa_scale.engine.base import MOMENTS, VALUE
 from lejepa_scale.model import build
 from lejepa_scale.parallel import collectives, launch, process_group
 
@@ -38,7 +39,11 @@ def measure(recipe: Recipe, every: int, rounds: int, read: Path | None, out: Pat
     if read is not None:
         sections: dict[str, Iterator[Row]] = {"read": reading(config, device, read)}
     else:
-        sections = {"stall": stall(config, device, every, rounds, out), "plan": plans(config)}
+        sections = {
+            "stall": stall(config, device, every, rounds, out),
+            "average": averaging(config, device),
+            "plan": plans(config),
+        }
     try:
         return run_sections(sections, device, minutes=1e6)
     finally:
@@ -101,6 +106,31 @@ def stall(config: Config, device: torch.device, every: int, rounds: int, out: Pa
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def averaging(config: Config, device: torch.device) -> Iterator[Row]:
+    """What an update of the averaged weights takes, beside a step."""
+    trial = Trial(config, device)
+    for kind in ("ema", "swa"):
+        average, updates, steps = Average(trial.engine, kind), list[float](), list[float]()
+        for _ in range(20):
+            for seconds, work in ((steps, lambda: trial.step(trial.synthetic())), (updates, average.update)):
+                collectives.barrier()
+                began = time.perf_counter()
+                work()
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                seconds.append(time.perf_counter() - began)
+        held = sum(shard.data.nbytes for shard in average.shards())
+        update, step = median(updates[1:]), median(steps[1:])
+        yield {
+            "case": f"an update of the average, {kind}",
+            "ms": 1e3 * update,
+            "ms a step": 1e3 * step,
+            "% of ten steps": 10 * update / step,
+            "MB of a rank": held / 1e6,
+        }
+    trial.engine.close()
+
+
 def reading(config: Config, device: torch.device, path: Path) -> Iterator[Row]:
     """A checkpoint into a new engine."""
     engine = build_engine(config, check_world(config, launch.ranks()), lambda: build(config), device, None)
@@ -135,7 +165,7 @@ def plans(config: Config) -> Iterator[Row]:
             held[:, column, 0], held[:, column, 1] = first * row, (np.minimum(rows, first + each) - first) * row
         began = time.perf_counter()
         layout = divided(shapes, held)
-        text = index_text(layout, {}, moments=True)
+        text = index_text(layout, {}, [VALUE, *MOMENTS])
         spent = time.perf_counter() - began
         largest = max(12 * sum(part.length for part in layout.of_rank(rank).values()) for rank in range(0, ranks, 7))
         yield {
