@@ -7,7 +7,7 @@ import errno
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -88,9 +88,15 @@ class Saver:
     def in_flight(self) -> bool:
         return self._flight is not None
 
-    def begin(self, progress: Progress, probe: dict[str, Tensor], config_yaml: str) -> None:
-        """Copy the state, and begin to write it. Raises UserError, on every rank, where there is no room or the
-        folder cannot be made; the save before must have been finished."""
+    def begin(
+        self,
+        progress: Progress,
+        probe: dict[str, Tensor],
+        config_yaml: str,
+        metrics: Mapping[str, float | None] | None = None,
+    ) -> None:
+        """Copy the state, and begin to write it. metrics: what was last measured. Raises UserError, on every rank, where
+        there is no room or the folder cannot be made; the save before must have been finished."""
         assert self._flight is None, "a save is in flight"
         averages = self.average if self.average is not None and self.average.updates else None
         progress = replace(
@@ -130,7 +136,11 @@ class Saver:
             texts = {
                 INDEX: index_text(layout, shapes, kinds),
                 STATE: state_text(
-                    progress, ranks=layout.ranks, torch=torch.__version__, python=platform.python_version()
+                    progress,
+                    ranks=layout.ranks,
+                    torch=torch.__version__,
+                    python=platform.python_version(),
+                    metrics=dict(metrics or {}),
                 ),
                 CONFIG: config_yaml,
             }

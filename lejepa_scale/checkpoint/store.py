@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -21,12 +22,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lejepa_scale.checkpoint.files import Written, sync_folder, write_text
-from lejepa_scale.checkpoint.saved import MARKER, marked
+from lejepa_scale.checkpoint.saved import MARKER, STATE, marked
 from lejepa_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 LAST = "last_checkpoint"  # in the run directory: that there was one, should the folder of checkpoints be lost
+BEST = "best_checkpoint"  # likewise, with its metric
 _NAME = re.compile(r"step_(\d{8,})")
 _REMAINS = re.compile(r"step_\d{8,}(\.replaced)?\.partial")
 _ROOM = 1.02  # of a checkpoint's bytes, for what a file system adds
@@ -34,10 +36,13 @@ _ROOM = 1.02  # of a checkpoint's bytes, for what a file system adds
 
 class Store:
     """The checkpoints of one run directory; rank 0 alone changes anything. keep: how many of the newest stay. keep_every:
-    those of steps that it divides stay for good."""
+    those of steps that it divides stay for good. best: `max:METRIC` or `min:METRIC`, by which the best one stays, of the
+    equal ones the newest."""
 
-    def __init__(self, run_dir: Path, keep: int, keep_every: int | None = None) -> None:
+    def __init__(self, run_dir: Path, keep: int, keep_every: int | None = None, best: str | None = None) -> None:
         self.root, self.keep, self.keep_every = run_dir / "checkpoints", keep, keep_every
+        self._goal, _, self._metric = (best or "").partition(":")
+        self._values: dict[Path, float | None] = {}
 
     def complete(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -83,9 +88,29 @@ class Store:
         write_text(target / MARKER, json.dumps({name: asdict(written) for name, written in files.items()}, indent=1))
         write_text(self.root.parent / LAST, f"{target.name}\n")
         shutil.rmtree(replaced, ignore_errors=True)
+        self._values.pop(target, None)
+        if self.best() == target:
+            write_text(self.root.parent / BEST, f"{target.name} {self._metric} {self._value(target)}\n")
+            logger.info("%s is the best so far: %s = %g.", target, self._metric, self._value(target))
         for old in self._expendable():
             self._remove(old)
         return target
+
+    def best(self) -> Path | None:
+        """The best complete one by the metric; None without one, or where none has it."""
+        valued = [(value, path) for path in self.complete() if (value := self._value(path)) is not None]
+        sign = -1 if self._goal == "min" else 1
+        return max(valued, key=lambda found: (sign * found[0], step_of(found[1])))[1] if valued else None
+
+    def _value(self, path: Path) -> float | None:
+        """Of the metric, as a checkpoint says it."""
+        if self._metric and path not in self._values:
+            try:
+                value = float(json.loads((path / STATE).read_text())["metrics"][self._metric])
+            except (OSError, ValueError, KeyError, TypeError):
+                value = math.nan
+            self._values[path] = value if math.isfinite(value) else None
+        return self._values.get(path)
 
     def set_aside(self, damaged: Path) -> Path:
         """Rename a checkpoint that cannot be read, so that it is neither gone on from nor counted."""
@@ -99,18 +124,20 @@ class Store:
 
     def _expendable(self) -> list[Path]:
         """Complete ones that need not be kept, oldest first."""
-        return [old for old in self.complete()[: -self.keep] if not self._for_good(old)]
+        best = self.best()
+        return [old for old in self.complete()[: -self.keep] if old != best and not self._for_good(old)]
 
     def _for_good(self, path: Path) -> bool:
         return self.keep_every is not None and step_of(path) % self.keep_every == 0
 
     def _make_room(self, nbytes: int) -> None:
-        """Remove the oldest that `keep` would keep, never the newest, nor those kept for good."""
+        """Remove the oldest that `keep` would keep, never the newest, nor the best, nor those kept for good."""
 
         def free() -> int:
             return shutil.disk_usage(self.root).free
 
-        for old in [path for path in self.complete()[:-1] if not self._for_good(path)]:
+        best = self.best()
+        for old in [path for path in self.complete()[:-1] if path != best and not self._for_good(path)]:
             if free() >= nbytes:
                 return
             logger.warning("%s is removed: the disk has no room for one more checkpoint beside it.", old)

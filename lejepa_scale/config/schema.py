@@ -401,6 +401,11 @@ class Checkpoint(Section):
     every: Positive = Field(1000, description="steps between checkpoints; the last step is always saved")
     keep: Positive = Field(2, description="newest checkpoints kept")
     keep_every: Positive | None = Field(None, description="steps whose multiples are kept for good; unset: none")
+    best: str | None = Field(
+        None,
+        pattern=r"^(max|min):\w+$",
+        description="the best by a metric is kept too: max:probe_accuracy, min:loss, of those in metrics.jsonl; unset: none",
+    )
     mode: Literal["async", "sync"] = Field(
         "async",
         description="async: steps go on while a checkpoint is written; takes its bytes once more in host memory, shared out "

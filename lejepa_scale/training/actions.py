@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from lejepa_scale.training.step import StepResult
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+Record = dict[str, float | None]  # a line of metrics.jsonl
 Gauge = Callable[[], dict[str, float]]  # what it has measured since it was last read
 
 
@@ -96,6 +98,7 @@ class Report:
     def __init__(self, run: Run, reporter: Reporter, gauges: Sequence[Gauge] = ()) -> None:
         self.reporter, self.gauges, self.means = reporter, gauges, Means()
         self.since, self.steps = time.monotonic(), 0
+        self.last: Record = {}
         peak = peak_flops(run.device)
         self.seconds_at_peak = step_flops(run.config, run.plan).total / peak if peak else None
 
@@ -107,7 +110,7 @@ class Report:
         self.steps += 1
         self.reporter.advance()
         if run.progress.step % run.config.log.every == 0 or run.last:
-            self.reporter.log(self._record(run, result))
+            self.last = self.reporter.log(self._record(run, result))
             self.since, self.steps = time.monotonic(), 0
 
     def _record(self, run: Run, result: StepResult) -> dict[str, float]:
@@ -154,14 +157,20 @@ class Averaging:
 class Save:
     """Write a checkpoint every `checkpoint.every` steps, after the last step, and before the run stops. With
     `checkpoint.mode` async the next steps go on while it is written; at the end, and before the next one, it is
-    waited for."""
+    waited for. metrics: the last record of the run, which becomes part of a checkpoint."""
 
-    def __init__(self, run: Run, store: Store, average: Average | None = None) -> None:
+    def __init__(
+        self, run: Run, store: Store, average: Average | None = None, metrics: Callable[[], Record] = dict
+    ) -> None:
+        self.metrics, self.best_is_known = metrics, False
         self.saver = Saver(store, run.engine, average, staged=run.config.checkpoint.mode == "async")
         self.seconds_before = run.progress.seconds
 
     def __call__(self, run: Run, result: StepResult) -> None:
         settings, step = run.config.checkpoint, run.progress.step
+        if settings.best and not self.best_is_known and (record := self.metrics()):
+            collectives.on_rank_zero(partial(_expect_metric, settings.best, record))
+            self.best_is_known = True
         self._try(run, self.saver.poll)
         if not (step % settings.every == 0 or run.last or run.stopping):
             return
@@ -176,7 +185,7 @@ class Save:
     def _begin(self, run: Run) -> None:
         probe = run.probe.state_dict() if run.probe is not None else {}
         run.progress.seconds = self.seconds_before + time.monotonic() - run.started
-        self.saver.begin(run.progress, probe, dump(run.config))
+        self.saver.begin(run.progress, probe, dump(run.config), self.metrics())
 
     def _try(self, run: Run, work: Callable[[], T]) -> T | None:
         """A save that fails stops the run, or is only told of. Numbers that are none stop it in any case."""
@@ -188,3 +197,11 @@ class Save:
             if process_group.rank() == 0:
                 logger.warning("%s The run goes on (checkpoint.on_error = continue).", error)
             return None
+
+
+def _expect_metric(best: str, record: Record) -> None:
+    if (metric := best.partition(":")[2]) not in record:
+        raise UserError(
+            f"checkpoint.best={best}: the run has no metric of that name; it has {', '.join(sorted(record))}."
+            + (" probe_accuracy needs shards with labels and probe.enabled." if metric == "probe_accuracy" else "")
+        )

@@ -41,7 +41,8 @@ def train(config: Config) -> Path:
     """
     plan, shapes = check_everything(config)
     with process_group.joined(timedelta(minutes=config.engine.timeout_minutes)) as device, _alone_in(config.run.dir):
-        store = Store(config.run.dir, config.checkpoint.keep, config.checkpoint.keep_every)
+        kept = config.checkpoint
+        store = Store(config.run.dir, kept.keep, kept.keep_every, kept.best)
         collectives.on_rank_zero(lambda: begin_anew(config), "moving the run before aside")
         begin = first_weights(config, store, shapes)  # refused before shards are fetched and indexed
         mixture = open_together(config)
@@ -64,7 +65,7 @@ def train(config: Config) -> Path:
             of_probe = actions.Probe(device)
             report = actions.Report(run, reporter, gauges=[of_probe.reading])
             averaging = [actions.Averaging(run, average)] if average is not None else []
-            save, stop = actions.Save(run, store, average), actions.Stop(signal)
+            save, stop = actions.Save(run, store, average, metrics=lambda: report.last), actions.Stop(signal)
             loop(run, [actions.quarantine, of_probe, actions.Guard(), *averaging, report, stop, save])
             collectives.barrier()
     return config.run.dir

@@ -70,16 +70,18 @@ class Reporter:
         if self.active:
             self._bar.update()
 
-    def log(self, record: dict[str, float]) -> None:
-        if not self.active:
-            return
+    def log(self, record: dict[str, float]) -> dict[str, float | None]:
+        """The record as it is written: None for what is no number."""
         clean = {k: (v if math.isfinite(v) else None) for k, v in record.items()}
+        if not self.active:
+            return clean
         with self.path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
         shown = {"loss": "loss", "images_per_second": "img/s", "probe_accuracy": "probe"}
         self._bar.set_postfix({label: f"{record[key]:.3g}" for key, label in shown.items() if key in record})
         if self._wandb is not None:
             self._wandb.log(clean, step=int(record["step"]))
+        return clean
 
     def close(self) -> None:
         if self.active:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lejepa_scale.checkpoint import Progress, Saved, Store
 from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.checkpoint.saved import verify
-from lejepa_scale.checkpoint.store import LAST, find
+from lejepa_scale.checkpoint.store import BEST, LAST, find
 from lejepa_scale.config import Config, dump, migrate, recorded
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _OF_A_RUN = (
     "checkpoints",
     LAST,
+    BEST,
     "metrics.jsonl",
     "config.yaml",
     "keys",

@@ -155,6 +155,37 @@ def test_every_mth_is_kept_for_good(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_00000004", "step_00000008", "step_00000009"]
 
 
+@pytest.mark.parametrize(
+    ("best", "kept", "named"),
+    [("max:accuracy", [3, 6], "3 accuracy 0.9"), ("min:loss", [4, 6], "4 loss 0.25"), (None, [6], None)],
+)
+def test_the_best_by_a_metric_is_kept(tmp_path: Path, best: str | None, kept: list[int], named: str | None) -> None:
+    """Of equal ones the newest; what is no number, or was not measured, never; also by a store that finds them."""
+    accuracies = {1: 0.9, 2: 0.1, 3: 0.9, 4: 0.2, 5: None, 6: 0.8}
+    losses = {1: 0.5, 2: 0.3, 3: float("nan"), 4: 0.25, 5: 0.25, 6: float("inf")}
+    for step in range(1, 7):
+        metrics = {"accuracy": accuracies[step]} | ({"loss": losses[step]} if step != 5 else {})
+        store = Store(tmp_path, keep=1, best=best)
+        background = Saver(store, Holder(values(float(step))))
+        background.begin(Progress(step, "shards"), {}, "run: {}\n", metrics)
+        background.finish()
+    assert names(tmp_path) == [f"step_{step:08d}" for step in kept]
+    file = tmp_path / "best_checkpoint"
+    assert (file.read_text() == f"step_0000000{named}\n") if named else not file.exists()
+
+
+def test_room_is_not_made_of_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path, keep=3, best="max:accuracy")
+    for step in (1, 2, 3):
+        background = Saver(store, Holder(values(float(step))))
+        background.begin(Progress(step, "shards"), {}, "run: {}\n", {"accuracy": 1 / step})
+        background.finish()
+    monkeypatch.setattr(stores.shutil, "disk_usage", lambda _: namedtuple("usage", "free")(0))
+    with pytest.raises(NotSaved, match="Make room"):
+        save(store, 4)
+    assert names(tmp_path) == ["step_00000001", "step_00000003"]
+
+
 @pytest.mark.parametrize("marker", ["", "{}", "null", "[1]", '{"a": 1}', '{"state.json": {}}', "\0\0\0", None])
 def test_an_empty_or_foreign_marker_is_none(tmp_path: Path, marker: str | None) -> None:
     store = Store(tmp_path, keep=3)

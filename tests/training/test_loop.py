@@ -79,3 +79,26 @@ def test_a_config_that_cannot_be_read_is_said_and_written_anew(
     resume.write_config(config)
     resume.write_config(_saved(tmp_path, scenes, run={"seed": 3}))
     assert "configuration changed since this run was started: run.seed: 0 -> 3" in caplog.text
+
+
+def test_the_best_checkpoint_is_kept_by_what_the_run_has_measured(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    checkpoint = {"every": 1, "keep": 1, "best": "max:loss"}  # the highest comes early
+    loop.train(_saved(tmp_path, scenes, train={"steps": 6, "global_batch": 16}, checkpoint=checkpoint))
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    best = max(records, key=lambda record: record["loss"])
+    kept = {f"step_{step:08d}" for step in (best["step"], 6)}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == kept
+    assert (tmp_path / "best_checkpoint").read_text() == f"step_{best['step']:08d} loss {best['loss']}\n"
+    assert f"is the best so far: loss = {best['loss']:g}." in caplog.text
+
+
+def test_a_metric_that_the_run_does_not_have_is_refused_at_the_first_line(scenes: Path, tmp_path: Path) -> None:
+    checkpoint = {"every": 100, "best": "max:accuracy"}
+    with pytest.raises(
+        UserError, match=r"checkpoint\.best=max:accuracy: .* it has data_wait_fraction, .*, probe_accuracy"
+    ):
+        loop.train(_saved(tmp_path, scenes, train={"steps": 6, "global_batch": 16}, checkpoint=checkpoint))
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
