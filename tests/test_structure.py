@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objective": {"errors", "seeds", "config", "parallel", "cpu"},
     "model": {"errors", "config", "parallel", "cpu", "objective"},
     "engine": {"errors", "config", "parallel", "model"},
-    "checkpoint": {"errors", "config", "parallel", "model", "engine"},
+    "checkpoint": {"addresses", "errors", "config", "parallel", "model", "engine"},
     "evaluation": {"errors", "config", "parallel", "data", "model", "objective", "checkpoint"},
     "cost": {"config", "errors", "objective", "model", "engine"},
 }

@@ -11,13 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lejepa_scale.checkpoint.encoder import load_encoder
+from lejepa_scale.checkpoint.places import Place
 from lejepa_scale.checkpoint.saved import Weights
 from lejepa_scale.errors import UserError
 
 _TOLERANCE = 1e-4  # of the largest feature, or of 1, which packing and synchronized norms may round differently
 
 
-def export_encoder(source: Path, target: Path, weights: Weights = "best") -> int:
+def export_encoder(source: str | Place, target: Path, weights: Weights = "best") -> int:
     """Write the encoder as safetensors under timm's names, with how to build it in the metadata; number of tensors.
     weights: which of a checkpoint's, as `load_encoder` takes them."""
     encoder, config = load_encoder(source, weights=weights)
@@ -39,7 +40,7 @@ def export_encoder(source: Path, target: Path, weights: Weights = "best") -> int
     return len(tensors)
 
 
-def verify_export(source: Path, target: Path, weights: Weights = "best") -> float:
+def verify_export(source: str | Place, target: Path, weights: Weights = "best") -> float:
     """Rebuild the model with timm alone and compare its features with the checkpoint's; the largest difference, as a share
     of the largest feature where that is more than 1.
 

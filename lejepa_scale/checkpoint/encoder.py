@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 import yaml
 from torch import Tensor
 
 from lejepa_scale.checkpoint import pretrained
+from lejepa_scale.checkpoint.places import Place
 from lejepa_scale.checkpoint.saved import Saved, Weights, not_finite, verify
 from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import Config, recorded
@@ -18,15 +17,16 @@ from lejepa_scale.model import Encoder, build, build_encoder
 PREFIX = "encoder.backbone."  # before timm's names in a checkpoint
 
 
-def load_encoder(path: Path, *, weights: Weights = "best") -> tuple[Encoder, Config]:
-    """Encoder (CPU, fp32, eval mode) and configuration of a run directory or one of its checkpoints.
+def load_encoder(path: str | Place, *, weights: Weights = "best") -> tuple[Encoder, Config]:
+    """Encoder (CPU, fp32, eval mode) and configuration of a run directory or one of its checkpoints, which may lie
+    in a store (s3://bucket/run).
 
     weights: `trained`; `averaged` along the way, where the run keeps an average; `best`: averaged where there are, else
     trained; `first`: those the run began with, the seed's or those of `model.init_from`, read from there again. Raises
     UserError for anything that is not a checkpoint, for an average that was not kept, and for weights to begin with that
     are no longer there.
     """
-    checkpoint = find(Path(path))
+    checkpoint = find(path)
     verify(checkpoint)
     saved = Saved(checkpoint)
     config = recorded(yaml.safe_load(saved.config_text()), origin=str(checkpoint / "config.yaml"))

@@ -12,15 +12,18 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from lejepa_scale.checkpoint.files import checksum
 from lejepa_scale.checkpoint.layout import Box, Layout, Part, boxes, key
+from lejepa_scale.checkpoint.places import Place, faults, is_local, said
+from lejepa_scale.checkpoint.remote import RemoteTensors
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
 
 Weights = Literal["best", "trained", "averaged", "first"]  # of a run: `best` is the average where one is kept
+_OPEN_OBJECTS = 8  # of a store at once
 MARKER, INDEX, STATE, CONFIG, PROBE = "COMPLETE", "index.json", "state.json", "config.yaml", "probe.safetensors"
 
 
@@ -62,7 +65,7 @@ def index_text(layout: Layout, buffers: Mapping[str, tuple[int, ...]], kinds: Se
 class Saved:
     """A complete checkpoint. Raises UserError, naming the file, for what is none, or cannot be read."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Place) -> None:
         self.path = path
         self.files = marked(path)
         if self.files is None:
@@ -107,8 +110,8 @@ class Saved:
         if PROBE not in (self.files or {}):
             return {}
         try:
-            return load_file(self.path / PROBE)
-        except (OSError, SafetensorError) as error:
+            return load((self.path / PROBE).read_bytes())
+        except faults(self.path, SafetensorError) as error:
             raise self._unreadable(PROBE, error) from error
 
     def read(self, name: str, kind: str = VALUE, start: int = 0, length: int | None = None) -> Tensor:
@@ -138,24 +141,31 @@ class Saved:
         """Of a contiguous rectangle, by the rows that hold them."""
         try:
             if file not in self._open:
-                self._open[file] = safe_open(self.path / file, "pt")
+                self._open[file] = self._opened(file)
             if not box:
                 return self._open[file].get_tensor(key).view(1)
             row = prod(side.stop - side.start for side in box[1:])
             low, high = first // row, -(-last // row)
             rows = self._open[file].get_slice(key)[low:high]
-        except (OSError, SafetensorError) as error:
+        except faults(self.path, SafetensorError) as error:
             raise self._unreadable(file, error) from error
         return rows.reshape(-1)[first - low * row : last - low * row]
+
+    def _opened(self, file: str) -> Any:
+        if isinstance(self.path, Path):
+            return safe_open(self.path / file, "pt")
+        if len(self._open) >= _OPEN_OBJECTS:
+            del self._open[next(iter(self._open))]  # each holds what was last asked for
+        return RemoteTensors(self.path / file)
 
     def _index_of_whole_files(self) -> dict[str, Any]:
         """Of a checkpoint from before there was one."""
         shapes: dict[str, dict[str, tuple[int, ...]]] = {}
         for name in ("model.safetensors", "optimizer.safetensors"):
             try:
-                with safe_open(self.path / name, "pt") as file:
-                    shapes[name] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-            except (OSError, SafetensorError) as error:
+                file = self._opened(name)
+                shapes[name] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+            except faults(self.path, SafetensorError) as error:
                 raise self._unreadable(name, error) from error
         model, moments = shapes.values()
         kinds = sorted({key.partition("/")[0] for key in moments})
@@ -174,26 +184,31 @@ class Saved:
     def _read(self, name: str) -> str:
         try:
             return (self.path / name).read_text()
-        except (OSError, ValueError) as error:
+        except faults(self.path, ValueError) as error:
             raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
         return UserError(f"checkpoint file {self.path / name} cannot be read: {error}. {advice(self.path)}")
 
 
-def marked(path: Path) -> dict[str, dict[str, int]] | None:
-    """The files that a completion marker promises; None where there is no marker, or it is not one of ours."""
+def marked(path: Place) -> dict[str, dict[str, int]] | None:
+    """The files that a completion marker promises; None where there is no marker, or it is not one of ours. Raises UserError
+    where a store does not say."""
     try:
         found = json.loads((path / MARKER).read_text())
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
         return None
+    except faults(path) as error:
+        if is_local(path):
+            return None
+        raise UserError(f"{path / MARKER} cannot be read: {said(error)}.") from error
     if not isinstance(found, dict) or STATE not in found:
         return None
     sound = all(isinstance(row, dict) and {"bytes", "crc32"} <= row.keys() for row in found.values())
     return found if sound else None
 
 
-def verify(path: Path, share: int = 0, of: int = 1) -> None:
+def verify(path: Place, share: int = 0, of: int = 1) -> None:
     """Compare every file of a checkpoint, or a share of them, with its completion marker. Raises UserError naming the first
     that differs."""
     files = marked(path)
@@ -203,13 +218,19 @@ def verify(path: Path, share: int = 0, of: int = 1) -> None:
         if number % of != share:
             continue
         file = path / name
-        if not file.exists():
-            raise UserError(f"checkpoint file {file} is missing. {advice(path)}")
-        if file.stat().st_size != expected["bytes"] or checksum(file) != expected["crc32"]:
+        try:
+            same = file.stat().st_size == expected["bytes"] and checksum(file) == expected["crc32"]
+        except FileNotFoundError as error:
+            raise UserError(f"checkpoint file {file} is missing. {advice(path)}") from error
+        except Exception as error:
+            if is_local(path):
+                raise
+            raise UserError(f"{file} cannot be read: {said(error)}.") from error
+        if not same:
             raise UserError(f"checkpoint file {file} is corrupt: its checksum differs from {MARKER}. {advice(path)}")
 
 
-def advice(path: Path) -> str:
+def advice(path: Place) -> str:
     return f"Restore it, or delete {path} to go on from the checkpoint before."
 
 

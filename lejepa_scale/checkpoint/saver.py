@@ -5,21 +5,21 @@ from __future__ import annotations
 
 import errno
 import platform
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from lejepa_scale.checkpoint import places
 from lejepa_scale.checkpoint.files import Written, write_safetensors, write_text
 from lejepa_scale.checkpoint.layout import Layout, boxes, divided, key
+from lejepa_scale.checkpoint.places import Place
 from lejepa_scale.checkpoint.saved import (
     CONFIG,
     INDEX,
@@ -52,6 +52,7 @@ _ADVICE = {
     errno.ENOENT: " The folder has vanished while it was written to: check that its disk is still mounted.",
     errno.ESTALE: " The folder was replaced, or its server restarted: check the mount.",
 }
+_OF_A_STORE = "Check the address, the right to write there, and the credentials that its library finds on every node."
 _NOT_FINITE = "are not finite"  # what saved.not_finite says
 _POLL_SECONDS = 0.05, 1.0  # between two looks at a save that is waited for: at first, at last
 
@@ -61,7 +62,7 @@ class _Flight:
     """A save that is under way."""
 
     step: int
-    partial: Path
+    partial: Place
     now: Future[Any]  # this rank's files; once every rank has written its own, what rank 0 makes of them
     completing: bool = False
 
@@ -148,7 +149,7 @@ class Saver:
             torch.cuda.synchronize(self.engine.device)
         self._flight = _Flight(progress.step, partial, started(lambda: _write(partial, files, texts)))
 
-    def poll(self) -> Path | None:
+    def poll(self) -> Place | None:
         """The checkpoint, where the save in flight has just become complete. Takes a small collective. Raises UserError, on
         every rank, with what went wrong on any."""
         flight = self._flight
@@ -161,23 +162,22 @@ class Saver:
         if failures := list(dict.fromkeys(failure for _, failure in outcomes if failure)):
             self._flight = None
             if process_group.rank() == 0:
-                shutil.rmtree(flight.partial, ignore_errors=True)
-            last = self.store.latest() if process_group.rank() == 0 else None
-            untouched = f"{last} is untouched" if last else "there is no checkpoint before it"
+                places.remove(flight.partial)
+            untouched = self._untouched() if process_group.rank() == 0 else ""
             kind = UserError if any(_NOT_FINITE in failure for failure in failures) else NotSaved
             error = kind(f"step {flight.step} is not saved: {' '.join(failures)} ({untouched}.)")
             error.everywhere = True
             raise error
         if flight.completing:
             self._flight = None
-            return Path(outcomes[0][0])
+            return self.store.root / outcomes[0][0]
         flight.completing, flight.now = True, _nothing()
         if process_group.rank() == 0:
             files = {name: written for found, _ in outcomes for name, written in found.items()}
-            flight.now = started(lambda: _named(lambda: self.store.finish(flight.partial, files)))
+            flight.now = started(lambda: _named(lambda: self.store.finish(flight.partial, files).name, flight.partial))
         return None
 
-    def finish(self) -> Path | None:
+    def finish(self) -> Place | None:
         """Wait for the save in flight, however long its disk takes. None where there is none. Raises what `poll` does."""
         began, path, told = time.monotonic(), None, Told("waiting for the checkpoint to be written")
         while self._flight is not None:
@@ -187,13 +187,24 @@ class Saver:
                 time.sleep(min(_POLL_SECONDS[1], max(_POLL_SECONDS[0], 0.1 * (time.monotonic() - began))))
         return path
 
-    def _folder(self, step: int, nbytes: int) -> Path:
+    def _folder(self, step: int, nbytes: int) -> Place:
+        root = self.store.root
         try:
-            return collectives.on_rank_zero(lambda: _named(lambda: self.store.begin(step, nbytes)), "making room")
+            begun = collectives.on_rank_zero(
+                lambda: _named(lambda: self.store.begin(step, nbytes).name, root), "making room for a checkpoint"
+            )
+            return root / begun
         except UserError as error:
             refused = NotSaved(f"step {step} is not saved: {error}")
             refused.everywhere = True
             raise refused from error
+
+    def _untouched(self) -> str:
+        try:
+            last = self.store.latest()
+        except UserError:  # the store is out of reach
+            return "those before it are untouched"
+        return f"{last} is untouched" if last else "there is no checkpoint before it"
 
     def _copied(self, name: tuple[str, str], data: Tensor) -> Tensor:
         """The same elements in host memory, flat."""
@@ -213,7 +224,7 @@ def layout_of(engine: Engine) -> Layout:
     return divided({shard.name: shard.shape for shard in values}, collectives.all_gather(held).numpy())
 
 
-def _write(partial: Path, files: dict[str, Tensors], texts: dict[str, str]) -> dict[str, Written]:
+def _write(partial: Place, files: dict[str, Tensors], texts: dict[str, str]) -> dict[str, Written]:
     """This rank's files. Raises UserError for what is not to be written, and where that fails."""
     for tensors in files.values():
         if fault := not_finite((name, elements) for name, _, elements in tensors):
@@ -222,18 +233,24 @@ def _write(partial: Path, files: dict[str, Tensors], texts: dict[str, str]) -> d
         lambda: (
             {name: write_safetensors(partial / name, tensors) for name, tensors in files.items()}
             | {name: write_text(partial / name, text) for name, text in texts.items()}
-        )
+        ),
+        partial,
     )
 
 
-def _named(work: Callable[[], T]) -> T:
-    """What the system refuses, as a paragraph."""
+def _named(work: Callable[[], T], where: Place) -> T:
+    """What the system or a store refuses, as a paragraph."""
     try:
         return work()
-    except OSError as error:
-        where = f" {error.filename}" if error.filename else ""
+    except UserError:
+        raise
+    except places.faults(where) as error:
+        number, named = getattr(error, "errno", None), getattr(error, "filename", None)
+        if not places.is_local(where):
+            raise UserError(f"cannot write {where}: {places.said(error)}. {_OF_A_STORE}") from error
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"cannot write{where}: {error.strerror or error}.{_ADVICE.get(error.errno or 0, '')}"
+            f"cannot write{f' {named}' if named else ''}: {reason}.{_ADVICE.get(number or 0, '')}"
         ) from error
 
 

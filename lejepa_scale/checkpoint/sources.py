@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict_from_hf
 from torch import Tensor
 
+from lejepa_scale.checkpoint.places import Place, place
 from lejepa_scale.checkpoint.saved import MARKER, Saved, verify
 from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import Data
@@ -76,25 +77,31 @@ def read(named: str) -> Source:
     """The tensors that `named` means, on the CPU and as they are stored. Raises UserError, which says what to do."""
     if named.startswith(TAG):
         return _released(named)
+    if "://" in named:
+        return _checkpoint(named, place(named))
     path = Path(named).expanduser()
     if not path.exists():
         raise refusal(named, _not_there(named))
     if path.name == _WHOLE[0] and (path.parent / MARKER).exists():
         path = path.parent
     if (path / MARKER).exists() or ((path / "checkpoints").is_dir() and not (path / "config.json").exists()):
-        try:
-            verify(checkpoint := find(path))
-        except UserError as error:
-            raise refusal(named, str(error)) from error
-        saved = Saved(checkpoint)
-        recorded = yaml.safe_load(saved.config_text())["data"]
-        about = {name: recorded.get(name, Data.model_fields[name].default) for name in ("mean", "std")}
-        kind = saved.kind_of("best")
-        where = f"{checkpoint}{' (averaged weights)' * saved.averaged}"
-        return Source(where, {"": {name: saved.whole(name, kind) for name in saved.shapes}}, about)
+        return _checkpoint(named, path)
     if path.is_dir():
         return _folder(named, path)
     return _file(named, path)
+
+
+def _checkpoint(named: str, path: Place) -> Source:
+    try:
+        verify(checkpoint := find(path))
+    except UserError as error:
+        raise refusal(named, str(error)) from error
+    saved = Saved(checkpoint)
+    recorded = yaml.safe_load(saved.config_text())["data"]
+    about = {name: recorded.get(name, Data.model_fields[name].default) for name in ("mean", "std")}
+    kind = saved.kind_of("best")
+    where = f"{checkpoint}{' (averaged weights)' * saved.averaged}"
+    return Source(where, {"": {name: saved.whole(name, kind) for name in saved.shapes}}, about)
 
 
 def _file(named: str, path: Path) -> Source:

@@ -13,7 +13,9 @@ safetensors: tensors under timm's names; the metadata says how to build the mode
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="run directory (its newest checkpoint) or a step directory")
+    parser.add_argument(
+        "source", help="run directory (its newest checkpoint) or a step directory, or the address of one (s3://...)"
+    )
     parser.add_argument("target", type=Path, help="file to write")
     parser.add_argument("--to", choices=["safetensors"], default="safetensors")
     add_weights(parser)

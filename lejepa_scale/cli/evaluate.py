@@ -17,7 +17,9 @@ Gaussian the trained encoder's features are along random directions."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", type=Path, help="run directory (its newest checkpoint) or a step directory")
+    parser.add_argument(
+        "checkpoint", help="run directory (its newest checkpoint) or a step directory, or the address of one (s3://...)"
+    )
     parser.add_argument("--train", nargs="+", required=True, help="labelled shards: folder, files or brace patterns")
     parser.add_argument("--test", nargs="+", required=True)
     parser.add_argument("--k", type=int, default=20, help="neighbours (default 20)")
@@ -30,6 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(a: argparse.Namespace) -> int:
+    from lejepa_scale.checkpoint.places import place
     from lejepa_scale.evaluation import as_table, evaluate, isotropy, isotropy_table
 
     found = evaluate(
@@ -43,7 +46,7 @@ def _run(a: argparse.Namespace) -> int:
         image_key=a.image_key,
         label_key=a.label_key,
     )
-    target = a.json or a.checkpoint / "evaluation.json"
+    target = a.json or place(a.checkpoint) / "evaluation.json"
     target.write_text(json.dumps([asdict(row) for row in found.scores], indent=1))
     print(as_table(found.scores))
     if a.isotropy:

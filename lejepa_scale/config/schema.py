@@ -92,6 +92,9 @@ class Engine(Section):
     )
 
 
+CheckpointDir = Annotated[
+    str, AfterValidator(os.path.expanduser), AfterValidator(Address), PlainSerializer(str, return_type=str)
+]
 Interval = tuple[float, float]
 
 
@@ -398,6 +401,10 @@ class Optim(Section):
 class Checkpoint(Section):
     """When a run is saved, and what is kept."""
 
+    dir: CheckpointDir | None = Field(
+        None,
+        description="where they are kept: a folder, or a store such as s3://bucket/run; unset: checkpoints/ in run.dir",
+    )
     every: Positive = Field(1000, description="steps between checkpoints; the last step is always saved")
     keep: Positive = Field(2, description="newest checkpoints kept")
     keep_every: Positive | None = Field(None, description="steps whose multiples are kept for good; unset: none")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from lejepa_scale.checkpoint import Saved, find, load_encoder
+from lejepa_scale.checkpoint.places import Place
 from lejepa_scale.config import Config
 from lejepa_scale.data import Pixels, evaluation_batches
 from lejepa_scale.data.folders import shards_of
@@ -35,7 +35,7 @@ class Evaluation:
 
 
 def evaluate(
-    encoder: Encoder | Path | str,
+    encoder: Encoder | Place | str,
     train: str | Sequence[str],
     test: str | Sequence[str],
     *,
@@ -77,13 +77,13 @@ def evaluate(
     else:
         if pixels is not None:
             raise UserError("evaluate() of a checkpoint knows its pixels: value_range alone may be another.")
-        best, config = load_encoder(Path(encoder))
-        if config.average.kind != "none" and Saved(find(Path(encoder))).averaged:
+        best, config = load_encoder(encoder)
+        if config.average.kind != "none" and Saved(find(encoder)).averaged:
             models["averaged"] = best
-            models["trained"], _ = load_encoder(Path(encoder), weights="trained")
+            models["trained"], _ = load_encoder(encoder, weights="trained")
         else:
             models["trained"] = best
-        models |= _first(Path(encoder), config)
+        models |= _first(encoder, config)
         image_size, pixels = image_size or config.image_size, of_run(config.data, value_range)
         keys = keys_of_run(config.data, image_key, label_key)
     sets = [index_shards(shards_of(s), keys=keys) for s in (train, test)]
@@ -105,7 +105,7 @@ def evaluate(
     return Evaluation(scores, found[0])
 
 
-def _first(checkpoint: Path, config: Config) -> dict[str, Encoder]:
+def _first(checkpoint: str | Place, config: Config) -> dict[str, Encoder]:
     """The encoder that a run began with, by the name of its row."""
     if config.model.init_from is None:
         return {"untrained": load_encoder(checkpoint, weights="first")[0]}

@@ -1,4 +1,5 @@
-"""One run, one directory: a lock file that names who trains in it, and shows by its time of change that they still do."""
+"""One run, one directory: a lock file that names who trains in it, and shows by its time of change that they still do; in an
+object store, by its text."""
 
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lejepa_scale.checkpoint.files import write_text
+from lejepa_scale.checkpoint.places import Place, faults, said
 from lejepa_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -25,13 +27,15 @@ WATCH_SECONDS = 45.0  # in which a lock of another machine shows a beat, if anyb
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, which is made where it is not there, and goes again where nothing came into
-    it. Raises UserError where another process trains there, with who and since when, or nothing can be written. The
-    lock of one that is gone is taken over, which is told of."""
-    path, mine, new = run_dir / NAME, _myself(), not run_dir.exists()
+def locked(run_dir: Place) -> Iterator[None]:
+    """Hold the lock of a directory, which is made where it is not there, and goes again where nothing came into it. Raises
+    UserError where another process trains there, with who and since when, or nothing can be written. The lock of one that
+    is gone is taken over, which is told of."""
+    path, mine = run_dir / NAME, _myself()
+    new = isinstance(run_dir, Path) and not run_dir.exists()
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        if isinstance(run_dir, Path):
+            run_dir.mkdir(parents=True, exist_ok=True)
         while not _taken(path, mine):
             other = _holder(path)
             if other is not None and _alive(path, other):
@@ -41,8 +45,10 @@ def locked(run_dir: Path) -> Iterator[None]:
                 )
             logger.warning("%s was in use by %s, which is gone: this run takes it over.", run_dir, _named(other))
             _remove(path, other)
-    except OSError as error:
-        raise UserError(f"run.dir = {run_dir} cannot be written: {error.strerror or error}.") from error
+    except UserError:
+        raise
+    except faults(run_dir) as error:
+        raise UserError(f"{run_dir} cannot be written: {getattr(error, 'strerror', None) or said(error)}.") from error
     over = threading.Event()
     threading.Thread(target=_beat, args=(path, mine, over), daemon=True).start()
     try:
@@ -50,7 +56,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     finally:
         over.set()
         _remove(path, mine)
-        if new:
+        if new and isinstance(run_dir, Path):
             with suppress(OSError):  # it is not empty
                 run_dir.rmdir()
 
@@ -65,8 +71,14 @@ def _myself() -> dict[str, Any]:
     }
 
 
-def _taken(path: Path, mine: dict[str, Any]) -> bool:
+def _taken(path: Place, mine: dict[str, Any]) -> bool:
     """Whether the lock was free, and is ours now. It is never there without its text."""
+    if not isinstance(path, Path):
+        try:
+            path.fs.pipe_file(path.path, json.dumps(mine).encode(), mode="create")
+        except FileExistsError:
+            return False
+        return True
     unfinished = path.with_name(f"{NAME}.{mine['host']}.{mine['pid']}.partial")
     try:
         write_text(unfinished, json.dumps(mine))
@@ -78,16 +90,16 @@ def _taken(path: Path, mine: dict[str, Any]) -> bool:
     return True
 
 
-def _holder(path: Path) -> dict[str, Any] | None:
+def _holder(path: Place) -> dict[str, Any] | None:
     """Who holds it; None where that cannot be read."""
-    with suppress(OSError, ValueError):
+    with suppress(*faults(path, ValueError)):
         found = json.loads(path.read_text())
         if isinstance(found, dict) and {"host", "pid", "since"} <= found.keys():
-            return found
+            return {key: value for key, value in found.items() if key != "beat"}
     return None
 
 
-def _alive(path: Path, other: dict[str, Any]) -> bool:
+def _alive(path: Place, other: dict[str, Any]) -> bool:
     if (other["host"], other.get("namespace")) == (socket.gethostname(), _namespace()):  # whose processes we see
         begun = _begun(int(other["pid"]))
         return begun is not None and begun == other.get("begun")
@@ -102,23 +114,28 @@ def _alive(path: Path, other: dict[str, Any]) -> bool:
     return False
 
 
-def _changed(path: Path) -> int | None:
+def _changed(path: Place) -> int | str | None:
     try:
-        return path.stat().st_mtime_ns
-    except OSError:
+        return path.stat().st_mtime_ns if isinstance(path, Path) else path.read_text()
+    except faults(path):
         return None
 
 
-def _beat(path: Path, mine: dict[str, Any], over: threading.Event) -> None:
+def _beat(path: Place, mine: dict[str, Any], over: threading.Event) -> None:
+    number = 0
     while not over.wait(BEAT_SECONDS):
         if _holder(path) == mine:
-            with suppress(OSError):
-                os.utime(path)
+            number += 1
+            with suppress(*faults(path)):
+                if isinstance(path, Path):
+                    os.utime(path)
+                else:
+                    path.write_bytes(json.dumps({**mine, "beat": number}).encode())
 
 
-def _remove(path: Path, whose: dict[str, Any] | None) -> None:
+def _remove(path: Place, whose: dict[str, Any] | None) -> None:
     if _holder(path) == whose:
-        with suppress(OSError):
+        with suppress(*faults(path)):
             path.unlink()
 
 

@@ -10,6 +10,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from lejepa_scale.checkpoint import Store
+from lejepa_scale.checkpoint.places import Place, place
 from lejepa_scale.config import Config
 from lejepa_scale.parallel import collectives, process_group
 from lejepa_scale.training import actions
@@ -40,10 +41,14 @@ def train(config: Config) -> Path:
     Called on every rank, under `python`, torchrun or the deepspeed launcher. Raises UserError.
     """
     plan, shapes = check_everything(config)
-    with process_group.joined(timedelta(minutes=config.engine.timeout_minutes)) as device, _alone_in(config.run.dir):
+    timeout = timedelta(minutes=config.engine.timeout_minutes)
+    with process_group.joined(timeout) as device, _alone_in(config.run.dir), ExitStack() as stack:
         kept = config.checkpoint
-        store = Store(config.run.dir, kept.keep, kept.keep_every, kept.best)
-        collectives.on_rank_zero(lambda: begin_anew(config), "moving the run before aside")
+        root = place(kept.dir) if kept.dir is not None else None
+        store = Store(config.run.dir, kept.keep, kept.keep_every, kept.best, root)
+        if root not in (None, config.run.dir):
+            stack.enter_context(_alone_in(root))
+        collectives.on_rank_zero(lambda: begin_anew(config, store), "moving the run before aside")
         begin = first_weights(config, store, shapes)  # refused before shards are fetched and indexed
         mixture = open_together(config)
         saved, probe_state, progress = resume(config, store, mixture)
@@ -72,8 +77,8 @@ def train(config: Config) -> Path:
 
 
 @contextmanager
-def _alone_in(run_dir: Path) -> Iterator[None]:
-    """The lock of the run directory, which rank 0 holds for all. Raises UserError, on every rank."""
+def _alone_in(run_dir: Place) -> Iterator[None]:
+    """The lock of a directory, which rank 0 holds for all. Raises UserError, on every rank."""
     with ExitStack() as stack:
         collectives.on_rank_zero(lambda: stack.enter_context(locked(run_dir)), "taking the lock of run.dir")
         yield

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lejepa_scale.checkpoint import Progress, Saved, Store
 from lejepa_scale.checkpoint.files import write_text
+from lejepa_scale.checkpoint.places import Place, place, within
 from lejepa_scale.checkpoint.saved import verify
 from lejepa_scale.checkpoint.store import BEST, LAST, find
 from lejepa_scale.config import Config, dump, migrate, recorded
@@ -61,13 +62,13 @@ def resume(config: Config, store: Store, mixture: Mixture) -> tuple[Saved | None
     return saved, collectives.on_rank_zero(accepted, "reading the checkpoint"), saved.progress
 
 
-def _chosen(config: Config, store: Store) -> Path | None:
+def _chosen(config: Config, store: Store) -> Place | None:
     """What to go on from, if it is sound."""
     latest, named = store.latest(), config.run.resume
     if named not in ("auto", "never"):
         if latest is None:
-            return find(Path(named))
-        if store.root.resolve() in Path(named).resolve().parents:
+            return find(named)
+        if within(store.root, place(named)):
             raise UserError(
                 f"run.resume={named} lies in the run itself, which has gone on to {latest}: what came after would be "
                 "lost. Give another run.dir, which goes on from there."
@@ -84,7 +85,7 @@ def _chosen(config: Config, store: Store) -> Path | None:
     return latest
 
 
-def _before(store: Store, damaged: Path, problems: list[str]) -> Path | None:
+def _before(store: Store, damaged: Place, problems: list[str]) -> Place | None:
     """The checkpoint before one that is damaged, which is renamed, so that it counts no more."""
     if damaged.parent.resolve() != store.root.resolve():
         raise UserError(problems[-1])
@@ -100,17 +101,20 @@ def _before(store: Store, damaged: Path, problems: list[str]) -> Path | None:
     aside = store.set_aside(damaged)
     if (path := store.latest()) is None:
         raise UserError(
-            f"no checkpoint of {store.root.parent} is sound. {' '.join(problems)} What is damaged is in {aside}; "
+            f"no checkpoint of {store.run_dir} is sound. {' '.join(problems)} What is damaged is in {aside}; "
             "begin again at step 0 with run.resume=never, or in another run.dir."
         )
     logger.warning("%s It is now %s; the run goes on from the one before, %s.", problems[-1], aside, path)
     return path
 
 
-def begin_anew(config: Config) -> None:
-    """With run.resume=never: move what a run has left in its folder aside. A restart by a launcher goes on, all the same."""
+def begin_anew(config: Config, store: Store) -> None:
+    """With run.resume=never: move what a run has left in its folder aside. A restart by a launcher goes on, all the same.
+    Raises UserError where its checkpoints lie elsewhere."""
     if config.run.resume != "never" or int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0) > 0:
         return
+    if config.checkpoint.dir is not None and (latest := store.latest()) is not None:
+        raise UserError(f"run.resume=never, and {latest} is there: give another checkpoint.dir, or move what it holds.")
     found = [config.run.dir / name for name in _OF_A_RUN if (config.run.dir / name).exists()]
     if found:
         aside = config.run.dir / f"before_{time.strftime('%Y%m%d_%H%M%S')}"

@@ -64,7 +64,7 @@ def test_its_files_are_read_without_us(tmp_path: Path) -> None:
     assert {stat.S_IMODE(p.stat().st_mode) for p in path.iterdir()} == {0o666 & ~mask}
 
 
-@pytest.mark.parametrize("dtype", files._DTYPES)
+@pytest.mark.parametrize("dtype", files.DTYPES)
 def test_every_type_is_written_as_safetensors_does(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"a": torch.arange(6).view(2, 3), "": torch.tensor(1), "empty": torch.empty(0, 2)}
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}

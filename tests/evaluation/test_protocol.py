@@ -94,7 +94,7 @@ def test_large_features_are_compared_with_their_size(
     """Features of 1e6 round by more than 1e-4."""
     target, (encoder, config) = tmp_path / "encoder.safetensors", load_encoder(run_dir)
     encoder.backbone.norm.weight.data *= 1e6
-    monkeypatch.setattr("lejepa_scale.checkpoint.convert.load_encoder", lambda source: (encoder, config))
+    monkeypatch.setattr("lejepa_scale.checkpoint.convert.load_encoder", lambda source, weights: (encoder, config))
     export_encoder(run_dir, target)
     assert verify_export(run_dir, target) < 1e-5
 
@@ -102,7 +102,7 @@ def test_large_features_are_compared_with_their_size(
 def test_an_encoder_that_is_not_finite_is_refused_by_name(
     run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = encoder_weights(Saved(find(run_dir)))
+    whole = encoder_weights(Saved(find(run_dir)), "trained")
     broken = {**whole, "norm.bias": whole["norm.bias"] * torch.nan}
     monkeypatch.setattr("lejepa_scale.checkpoint.encoder.encoder_weights", lambda path: broken)
     for use in (lambda: load_encoder(run_dir), lambda: export_encoder(run_dir, tmp_path / "e.safetensors")):
