@@ -104,7 +104,7 @@ def test_an_encoder_that_is_not_finite_is_refused_by_name(
 ) -> None:
     whole = encoder_weights(Saved(find(run_dir)), "trained")
     broken = {**whole, "norm.bias": whole["norm.bias"] * torch.nan}
-    monkeypatch.setattr("lejepa_scale.checkpoint.encoder.encoder_weights", lambda path: broken)
+    monkeypatch.setattr("lejepa_scale.checkpoint.encoder.encoder_weights", lambda saved, weights: broken)
     for use in (lambda: load_encoder(run_dir), lambda: export_encoder(run_dir, tmp_path / "e.safetensors")):
         with pytest.raises(UserError, match=r"step_\d+ is broken: .* values of norm\.bias are not finite"):
             use()
