@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -33,17 +34,35 @@ class Written:
     crc32: int
 
 
-def write_safetensors(path: Place, tensors: Sequence[tuple[str, Sequence[int], Tensor]]) -> Written:
-    """Write (key, shape, elements) in their order, elements on the CPU. Raises OSError."""
-    header, end = dict[str, object]({"__metadata__": {"format": "pt"}}), 0
-    for key, shape, elements in tensors:
-        begin, end = end, end + elements.numel() * elements.element_size()
-        header[key] = {"dtype": DTYPES[elements.dtype], "shape": list(shape), "data_offsets": [begin, end]}
-        assert elements.numel() == prod(shape), f"{key} has {elements.numel()} elements, not those of {list(shape)}"
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of a file to come, on the CPU, which is asked for when its turn has come."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    elements: Callable[[], Tensor]  # of that number and type, in any shape
+
+    @classmethod
+    def of(cls, key: str, shape: Sequence[int], elements: Tensor) -> Entry:
+        """Of elements that are at hand."""
+        return cls(key, tuple(shape), elements.dtype, lambda: elements)
+
+    @property
+    def bytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def write_safetensors(path: Place, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None) -> Written:
+    """Write tensors in their order, one in memory at a time. Raises OSError, and what asking for them does."""
+    header, end = dict[str, object]({"__metadata__": {"format": "pt", **(metadata or {})}}), 0
+    for entry in entries:
+        begin, end = end, end + entry.bytes
+        header[entry.key] = {"dtype": DTYPES[entry.dtype], "shape": list(entry.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that elements are aligned
     with places.created(path) as file:
-        return _written(file, [len(text).to_bytes(8, "little") + text, *(_bytes(x) for _, _, x in tensors)])
+        return _written(file, chain([len(text).to_bytes(8, "little") + text], map(_bytes, entries)))
 
 
 def _written(file: IO[bytes], parts: Iterable[bytes | memoryview]) -> Written:
@@ -58,7 +77,10 @@ def _written(file: IO[bytes], parts: Iterable[bytes | memoryview]) -> Written:
     return Written(size, checksum)
 
 
-def _bytes(elements: Tensor) -> memoryview:
+def _bytes(entry: Entry) -> memoryview:
+    elements = entry.elements()
+    if (elements.numel(), elements.dtype) != (prod(entry.shape), entry.dtype):
+        raise AssertionError(f"{entry.key} is {elements.numel()} elements of {elements.dtype}, which nobody announced")
     flat = elements.detach().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(flat)  # type: ignore[arg-type]  # numpy of before 2.4 is no Buffer to a type checker
 

@@ -7,23 +7,22 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
 from lejepa_scale.checkpoint.files import checksum
-from lejepa_scale.checkpoint.layout import Box, Layout, Part, boxes, key
+from lejepa_scale.checkpoint.layout import Layout, Part, boxes, key
 from lejepa_scale.checkpoint.places import Place, faults, is_local, said
-from lejepa_scale.checkpoint.remote import RemoteTensors
+from lejepa_scale.checkpoint.tensors import TensorFile
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
 
 Weights = Literal["best", "trained", "averaged", "first"]  # of a run: `best` is the average where one is kept
-_OPEN_OBJECTS = 8  # of a store at once
+_OPEN_FILES = 8  # at once
 MARKER, INDEX, STATE, CONFIG, PROBE = "COMPLETE", "index.json", "state.json", "config.yaml", "probe.safetensors"
 
 
@@ -72,7 +71,7 @@ class Saved:
             raise UserError(
                 f"{path} is not a complete checkpoint: {path / MARKER} is missing, or says nothing of files."
             )
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, TensorFile] = {}
         state = self._json(STATE)
         known = {field.name for field in fields(Progress)}
         try:
@@ -115,8 +114,7 @@ class Saved:
             raise self._unreadable(PROBE, error) from error
 
     def read(self, name: str, kind: str = VALUE, start: int = 0, length: int | None = None) -> Tensor:
-        """Elements start .. start + length - 1 of the flattened tensor; all without `length`. Takes the memory of these, and
-        of one rank's rectangle of the tensor."""
+        """Elements start .. start + length - 1 of the flattened tensor; all without `length`. Takes their memory, twice."""
         shape, parts = (self.parameters | self.buffers)[name]
         stop = prod(shape) if length is None else start + length
         out: Tensor | None = None
@@ -127,7 +125,7 @@ class Saved:
                 first, last = max(start, begin), min(stop, begin + count)
                 if first < last:
                     file = file_of(kind, part.rank, self.ranks)
-                    found = self._elements(file, key(title(kind, name), shape, box), box, first - begin, last - begin)
+                    found = self._elements(file, key(title(kind, name), shape, box), first - begin, last - begin)
                     out = torch.empty(stop - start, dtype=found.dtype) if out is None else out
                     out[first - start : last - start] = found
                 begin += count
@@ -137,26 +135,19 @@ class Saved:
         """A tensor in its shape. Buffers have an average too."""
         return self.read(name, kind).view(self.shapes[name])
 
-    def _elements(self, file: str, key: str, box: Box, first: int, last: int) -> Tensor:
-        """Of a contiguous rectangle, by the rows that hold them."""
+    def _elements(self, file: str, key: str, first: int, last: int) -> Tensor:
+        """Of a contiguous rectangle."""
         try:
-            if file not in self._open:
-                self._open[file] = self._opened(file)
-            if not box:
-                return self._open[file].get_tensor(key).view(1)
-            row = prod(side.stop - side.start for side in box[1:])
-            low, high = first // row, -(-last // row)
-            rows = self._open[file].get_slice(key)[low:high]
-        except faults(self.path, SafetensorError) as error:
+            return self._opened(file).elements(key, first, last)
+        except faults(self.path, KeyError, ValueError) as error:
             raise self._unreadable(file, error) from error
-        return rows.reshape(-1)[first - low * row : last - low * row]
 
-    def _opened(self, file: str) -> Any:
-        if isinstance(self.path, Path):
-            return safe_open(self.path / file, "pt")
-        if len(self._open) >= _OPEN_OBJECTS:
-            del self._open[next(iter(self._open))]  # each holds what was last asked for
-        return RemoteTensors(self.path / file)
+    def _opened(self, file: str) -> TensorFile:
+        if file not in self._open:
+            if len(self._open) >= _OPEN_FILES:
+                self._open.pop(next(iter(self._open))).close()
+            self._open[file] = TensorFile(self.path / file)
+        return self._open[file]
 
     def _index_of_whole_files(self) -> dict[str, Any]:
         """Of a checkpoint from before there was one."""
@@ -164,8 +155,8 @@ class Saved:
         for name in ("model.safetensors", "optimizer.safetensors"):
             try:
                 file = self._opened(name)
-                shapes[name] = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-            except faults(self.path, SafetensorError) as error:
+                shapes[name] = {key: file.shape(key) for key in file.keys()}
+            except faults(self.path, ValueError) as error:
                 raise self._unreadable(name, error) from error
         model, moments = shapes.values()
         kinds = sorted({key.partition("/")[0] for key in moments})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lejepa_scale.checkpoint import places
-from lejepa_scale.checkpoint.files import Written, write_safetensors, write_text
+from lejepa_scale.checkpoint.files import Entry, Written, write_safetensors, write_text
 from lejepa_scale.checkpoint.layout import Layout, boxes, divided, key
 from lejepa_scale.checkpoint.places import Place
 from lejepa_scale.checkpoint.saved import (
@@ -231,7 +231,10 @@ def _write(partial: Place, files: dict[str, Tensors], texts: dict[str, str]) -> 
             raise UserError(f"{fault}.")
     return _named(
         lambda: (
-            {name: write_safetensors(partial / name, tensors) for name, tensors in files.items()}
+            {
+                name: write_safetensors(partial / name, [Entry.of(*tensor) for tensor in tensors])
+                for name, tensors in files.items()
+            }
             | {name: write_text(partial / name, text) for name, text in texts.items()}
         ),
         partial,

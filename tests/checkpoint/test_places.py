@@ -24,13 +24,13 @@ from steps import start, take_step
 from upath import UPath
 
 from lejepa_scale.checkpoint import Progress, Saved, Saver, Store, gather, load_encoder, places, sources
-from lejepa_scale.checkpoint.files import write_safetensors, write_text
+from lejepa_scale.checkpoint.files import Entry, write_safetensors, write_text
 from lejepa_scale.checkpoint.layout import boxes, divided, key
 from lejepa_scale.checkpoint.places import place
-from lejepa_scale.checkpoint.remote import RemoteTensors
 from lejepa_scale.checkpoint.saved import index_text, marked, state_text, verify
 from lejepa_scale.checkpoint.saver import NotSaved
 from lejepa_scale.checkpoint.store import find
+from lejepa_scale.checkpoint.tensors import TensorFile
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import validate
 from lejepa_scale.engine.base import VALUE
@@ -189,14 +189,14 @@ def test_rows_are_those_of_safetensors(root: UPath, tmp_path: Path) -> None:
     }  # fmt: skip
     save_file(tensors, tmp_path / "t.safetensors")
     (root / "t.safetensors").write_bytes((tmp_path / "t.safetensors").read_bytes())
-    ours = RemoteTensors(root / "t.safetensors")
-    with safe_open(tmp_path / "t.safetensors", "pt") as theirs:
-        assert sorted(ours.keys()) == sorted(theirs.keys())
-        for name in tensors:
-            assert torch.equal(ours.get_tensor(name), theirs.get_tensor(name))
-            if tensors[name].dim():
-                assert ours.get_slice(name).get_shape() == theirs.get_slice(name).get_shape()
-                assert torch.equal(ours.get_slice(name)[1:2], theirs.get_slice(name)[1:2])
+    for path in (root / "t.safetensors", tmp_path / "t.safetensors"):
+        ours = TensorFile(path)
+        with safe_open(tmp_path / "t.safetensors", "pt") as theirs:
+            assert sorted(ours.keys()) == sorted(theirs.keys())
+            for name in tensors:
+                assert torch.equal(ours.tensor(name), theirs.get_tensor(name))
+                assert list(ours.shape(name)) == theirs.get_slice(name).get_shape()
+            assert torch.equal(ours.elements("a", 15, 45).view(2, 5, 3), theirs.get_slice("a")[1:3])
 
 
 def test_any_part_of_any_cut_is_read(root: UPath, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_any_part_of_any_cut_is_read(root: UPath, tmp_path: Path) -> None:
             for box in boxes(shape, first, last - first):
                 sides = tuple(side.stop - side.start for side in box)
                 count = int(np.prod(sides))
-                out.append((key("w", shape, box), sides, flat[at : at + count]))
+                out.append(Entry.of(key("w", shape, box), sides, flat[at : at + count]))
                 at += count
             name = f"model-{rank + 1:05d}-of-00004.safetensors"
             files[name] = write_safetensors(folder / name, out)

@@ -68,7 +68,7 @@ def test_its_files_are_read_without_us(tmp_path: Path) -> None:
 def test_every_type_is_written_as_safetensors_does(tmp_path: Path, dtype: torch.dtype) -> None:
     tensors = {"a": torch.arange(6).view(2, 3), "": torch.tensor(1), "empty": torch.empty(0, 2)}
     tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    written = files.write_safetensors(tmp_path / "a", [(name, x.shape, x) for name, x in tensors.items()])
+    written = files.write_safetensors(tmp_path / "a", [files.Entry.of(name, x.shape, x) for name, x in tensors.items()])
     save_file(tensors, tmp_path / "b")
     for found in (load_file(tmp_path / "a"), load_file(tmp_path / "b")):
         assert found.keys() == tensors.keys()
