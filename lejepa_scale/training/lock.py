@@ -50,11 +50,13 @@ def locked(run_dir: Place) -> Iterator[None]:
     except faults(run_dir) as error:
         raise UserError(f"{run_dir} cannot be written: {getattr(error, 'strerror', None) or said(error)}.") from error
     over = threading.Event()
-    threading.Thread(target=_beat, args=(path, mine, over), daemon=True).start()
+    beating = threading.Thread(target=_beat, args=(path, mine, over), daemon=True)
+    beating.start()
     try:
         yield
     finally:
         over.set()
+        beating.join(BEAT_SECONDS)  # a beat that is under way would write it again
         _remove(path, mine)
         if new and isinstance(run_dir, Path):
             with suppress(OSError):  # it is not empty
