@@ -69,3 +69,16 @@ def save(store: Store, step: int, holder: Any = None, probe: dict[str, Tensor] |
     path = saver.finish()
     assert path is not None
     return path
+
+
+def exported(
+    source: str | Path, target: Path, kind: str = "safetensors", weights: Any = "best", verify: bool = True
+) -> Any:
+    """What `lejepa convert` writes of a source, compared with it."""
+    from lejepa_scale.conversion import compare, convert, open_model
+
+    model = open_model(str(source), weights)
+    done = convert(model, target, kind)
+    if verify:
+        compare(model, target, kind, exact=done.exact, dtype=torch.float32)
+    return done

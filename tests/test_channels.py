@@ -16,10 +16,10 @@ import timm
 import torch
 from conftest import ROOT, Command, small_config
 from safetensors import safe_open
+from saving import exported
 from timm.models import adapt_input_conv
 
 from lejepa_scale.checkpoint import load_encoder, pretrained
-from lejepa_scale.checkpoint.convert import export_encoder, verify_export
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.cost import step_flops, step_memory
@@ -68,8 +68,7 @@ def test_a_run_of_four_channels_and_twelve_bits(kind: str, deep: Path, tmp_path:
     batches = list(evaluation_batches(str(deep), image_size=32, batch_size=48, pixels=of_run(config.data)))
     ours = extract(encoder, batches, torch.device("cpu"), pixels=of_run(config.data)).rows
     target = tmp_path / "encoder.safetensors"
-    export_encoder(tmp_path / "run", target)
-    assert verify_export(tmp_path / "run", target) < 1e-5
+    exported(tmp_path / "run", target)
     with safe_open(target, "pt") as file:
         said = file.metadata()
         plain = timm.create_model(**json.loads(said["timm"])).eval()

@@ -22,10 +22,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"errors", "config", "parallel", "cpu", "objective"},
     "engine": {"errors", "config", "parallel", "model"},
     "checkpoint": {"addresses", "errors", "config", "parallel", "model", "engine"},
+    "conversion": {"errors", "config", "model", "engine", "checkpoint"},
     "evaluation": {"errors", "config", "parallel", "data", "model", "objective", "checkpoint"},
     "cost": {"config", "errors", "objective", "model", "engine"},
 }
-MAY_IMPORT["training"] = {*MAY_IMPORT, "evaluation", "cost"}
+MAY_IMPORT["training"] = {*MAY_IMPORT, "evaluation", "cost"} - {"conversion"}
 MAY_IMPORT["operations"] = {*MAY_IMPORT, "training"}
 MAY_IMPORT["logs"] = {
     "addresses",

@@ -135,6 +135,17 @@ class Saved:
         """A tensor in its shape. Buffers have an average too."""
         return self.read(name, kind).view(self.shapes[name])
 
+    def dtype(self, name: str, kind: str = VALUE) -> torch.dtype:
+        """Of a tensor, as it is stored."""
+        shape, parts = (self.parameters | self.buffers)[name]
+        part = parts[0]
+        box = boxes(shape, part.start, part.length)[0] if part.length else ()
+        file = file_of(kind, part.rank, self.ranks)
+        try:
+            return self._opened(file).dtype(key(title(kind, name), shape, box))
+        except faults(self.path, KeyError, ValueError) as error:
+            raise self._unreadable(file, error) from error
+
     def _elements(self, file: str, key: str, first: int, last: int) -> Tensor:
         """Of a contiguous rectangle."""
         try:

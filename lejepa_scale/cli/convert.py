@@ -1,36 +1,124 @@
-"""lejepa convert: the encoder out of a checkpoint."""
+"""lejepa convert: an encoder for other programs."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import re
 from pathlib import Path
+from typing import Any
 
-from lejepa_scale.cli.command import Command, add_weights
+from lejepa_scale.cli.command import Command, add_weights, positive
+from lejepa_scale.errors import UserError
 
-_DESCRIPTION = """  lejepa convert runs/quickstart encoder.safetensors --to safetensors --verify
+_DESCRIPTION = """  lejepa convert runs/quickstart encoder                         a folder for timm and transformers
+  lejepa convert runs/quickstart encoder.onnx --to onnx
+  lejepa convert s3://bucket/run encoder.safetensors --to safetensors --dtype bf16
+  lejepa convert weights.pth encoder --encoder vit_small_patch14_dinov2 --image-size 518
 
-safetensors: tensors under timm's names; the metadata says how to build the model with timm.create_model."""
+SOURCE: a run directory (its newest checkpoint), a checkpoint, or the address of one in a store; a file or folder that this
+command, timm or transformers' TimmWrapper wrote; with --encoder, any weights of that encoder.
+
+timm         a folder, for timm.create_model("local-dir:TARGET", pretrained=True) as for
+             transformers.AutoModel.from_pretrained("TARGET")
+hf           a folder for transformers' own class (Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel, ViTModel), where
+             one holds the encoder exactly; the card says at which sizes
+safetensors  one file under timm's names, whose metadata say how to build the model; several with --max-shard-size
+onnx         pooled features and patch tokens for any number, height and width of images; always verified
+
+Mean, standard deviation, size and interpolation go with each, and a model card (README.md) with folders."""
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def _bytes(text: str) -> int:
+    found = re.fullmatch(r"([0-9.]+) *([KMG]?B?)", text.strip().upper())
+    try:
+        assert found is not None
+        value = int(float(found[1]) * _UNITS[found[2] if found[2] in _UNITS else f"{found[2]}B"])
+        assert value > 0
+    except (AssertionError, KeyError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: as in 5GB or 800MB") from error
+    return value
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "source", help="run directory (its newest checkpoint) or a step directory, or the address of one (s3://...)"
-    )
-    parser.add_argument("target", type=Path, help="file to write")
-    parser.add_argument("--to", choices=["safetensors"], default="safetensors")
+    parser.add_argument("source", help="run, checkpoint, address, file or folder")
+    parser.add_argument("target", type=Path, help="file or folder to write")
+    parser.add_argument("--to", choices=["timm", "hf", "safetensors", "onnx"], default="timm", help="default timm")
     add_weights(parser)
-    parser.add_argument("--verify", action="store_true", help="load it with timm alone and compare features")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights, default fp32"
+    )
+    parser.add_argument("--heads", action="store_true", help="safetensors: the projector too, under projector.*")
+    parser.add_argument(
+        "--max-shard-size", type=_bytes, metavar="SIZE", help="safetensors, hf: as 5GB; several files and an index"
+    )
+    parser.add_argument("--encoder", metavar="NAME", help="what the source is for, where it does not say: a timm name")
+    parser.add_argument("--image-size", type=positive, help="with --encoder: pixels, default 224")
+    parser.add_argument("--patch-size", type=positive, help="with --encoder: pixels, default what its name says")
+    parser.add_argument("--channels", type=positive, help="with --encoder: default 3")
+    parser.add_argument("--verify", action="store_true", help="compare features with the source's, at several sizes")
+    parser.add_argument("--images", nargs="+", metavar="SHARDS", help="with --verify: real images too, of a run's kind")
+    parser.add_argument("--overwrite", action="store_true", help="replace what is at TARGET")
+    parser.add_argument("--push", metavar="REPO", help="timm, hf: upload the folder to a model hub, as USER/NAME")
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    from lejepa_scale.checkpoint.convert import export_encoder, verify_export
+def _run(a: argparse.Namespace) -> int:
+    from lejepa_scale.conversion import Given, compare, convert, open_model
+    from lejepa_scale.conversion.source import DTYPES
 
-    count = export_encoder(arguments.source, arguments.target, arguments.weights)
-    print(f"wrote {count} tensors to {arguments.target}")
-    if arguments.verify:
-        difference = verify_export(arguments.source, arguments.target, arguments.weights)
-        print(f"verified with timm: largest difference {difference:.1e}")
+    given = Given(a.encoder, a.image_size, a.patch_size, a.channels)
+    if a.encoder is None and (a.image_size or a.patch_size or a.channels):
+        raise UserError(
+            "--image-size, --patch-size and --channels go with --encoder: other sources say these themselves."
+        )
+    if a.push and a.to not in ("timm", "hf"):
+        raise UserError(f"--push is for --to timm and hf, whose folders have a model card, not {a.to}.")
+    model = open_model(a.source, a.weights, given)
+    done = convert(
+        model,
+        a.target,
+        a.to,
+        dtype=a.dtype,
+        heads=a.heads,
+        max_shard_bytes=a.max_shard_size,
+        overwrite=a.overwrite,
+        scores=_scores(Path(a.source)),
+    )
+    print(f"wrote {done.tensors} tensors to {a.target} ({len(done.files)} files, {done.bytes / 1e6:,.1f} MB)")
+    if not done.exact:
+        print(f"exact at {model.inputs.image_size} px alone; --to timm is exact at every size.")
+    if a.verify:
+        real = _real_images(model, a.images) if a.images else None
+        for found in compare(model, a.target, a.to, exact=done.exact, dtype=DTYPES[a.dtype], real=real):
+            print(f"verified with {found}")
+    if a.push:
+        from lejepa_scale.conversion.push import push
+
+        print(f"uploaded to {push(a.target, a.push)}")
     return 0
 
 
-COMMAND = Command("convert", "write the encoder for other programs", _DESCRIPTION, _add_arguments, _run)
+def _scores(run: Path) -> list[dict[str, Any]]:
+    """What `lejepa evaluate` has written into a run directory."""
+    try:
+        return list(json.loads((run / "evaluation.json").read_text()))
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def _real_images(model: Any, shards: list[str]) -> Any:
+    """The first few of the shards, as the encoder takes them."""
+    from lejepa_scale.data import Pixels, evaluation_batches
+    from lejepa_scale.data.images.photometric import normalize
+
+    inputs = model.inputs
+    ranges = next((tuple(tuple(pair) for pair in found) for found in inputs.ranges if found), None)
+    pixels = Pixels(inputs.channels, ranges, tuple(inputs.mean), tuple(inputs.std))
+    images, _ = next(
+        iter(evaluation_batches(shards, image_size=inputs.image_size, batch_size=4, limit=4, pixels=pixels))
+    )
+    return normalize(images, pixels)
+
+
+COMMAND = Command("convert", "write an encoder for other programs", _DESCRIPTION, _add_arguments, _run)

@@ -40,6 +40,9 @@ class Run(Section):
     """Where a run lives, and what its random numbers begin with."""
 
     dir: FilePath = Field(description="run directory: config.yaml, metrics.jsonl, checkpoints/")
+    license: str | None = Field(
+        None, description="of the weights, as model cards have it: apache-2.0, cc-by-nc-4.0; unset: none is named"
+    )
     resume: str = Field(
         "auto",
         description="auto: go on from the run's newest sound checkpoint, or begin. never: begin, and move what is there "

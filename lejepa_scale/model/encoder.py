@@ -24,6 +24,11 @@ OUR_SIZES: dict[str, dict[str, Any]] = {
     "vit_micro": dict(embed_dim=192, depth=6, num_heads=3, patch_size=8),
 }
 
+# What timm.create_model takes besides the model's own arguments: it would open files, unpickle or download.
+_NOT_OPTIONS = {
+    "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_strict",
+}  # fmt: skip
+
 
 class Encoder(nn.Module):
     """`encoder([x_1, x_2, ...])` with x_i [B_i, C, H_i, W_i] -> [B_i, E] pooled features, one tensor per input.
@@ -58,6 +63,10 @@ class Encoder(nn.Module):
             arguments["drop_path_rate"] = drop_path
         if channels != 3:
             arguments["in_chans"] = channels
+        if of_timm := sorted(_NOT_OPTIONS & {*(options or {})}):
+            raise UserError(
+                f"model.options.{of_timm[0]}: weights come from model.init_from, not out of timm's own loader."
+            )
         arguments |= {"num_classes": head_dim or 0, **(options or {})}
         if arguments["num_classes"] != (head_dim or 0):
             raise UserError(

@@ -15,14 +15,13 @@ import torch
 from conftest import small_config
 from ranks import run_ranks
 from safetensors.torch import save_file
-from saving import Holder
+from saving import Holder, exported
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv, load_checkpoint
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from lejepa_scale.checkpoint import Progress, Saver, Store, gather, load_encoder, pretrained, sources
-from lejepa_scale.checkpoint.convert import export_encoder
 from lejepa_scale.config import Config, check_world, dump, validate
 from lejepa_scale.config.schema import InitFrom
 from lejepa_scale.errors import UserError
@@ -173,7 +172,7 @@ def _saved(folder: Path) -> tuple[Config, Tensors]:
 
 def test_our_runs_checkpoints_and_exports(tmp_path: Path) -> None:
     config, weights = _saved(tmp_path / "run")
-    export_encoder(tmp_path / "run", tmp_path / "encoder.safetensors")
+    exported(tmp_path / "run", tmp_path / "encoder.safetensors")
     checkpoint = tmp_path / "run/checkpoints/step_00000001"
     torch.manual_seed(1)
     encoder = check(config).encoder
@@ -229,7 +228,7 @@ def test_weights_that_learned_on_other_inputs_are_named(
     train(validate(_run(tmp_path / "run", scenes, folder, train={"steps": 1, "global_batch": 16})))
     said = "data.mean=[0.5, 0.5, 0.5] data.std=[0.5, 0.25, 0.5] give them theirs"
     assert said in caplog.text
-    export_encoder(tmp_path / "run", tmp_path / "encoder.safetensors")
+    exported(tmp_path / "run", tmp_path / "encoder.safetensors")
     for source in (tmp_path / "run", tmp_path / "encoder.safetensors"):
         assert load(source, vit()).standardization == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     caplog.clear()

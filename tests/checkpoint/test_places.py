@@ -275,7 +275,7 @@ def test_a_run_goes_on_from_a_store_without_its_directory(scenes: Path, tmp_path
     for found in (tmp_path / "b", str(root), f"{root}/step_00000006"):
         encoder, _ = load_encoder(found)
         assert torch.equal(encoder.backbone.norm.weight, here.whole("encoder.backbone.norm.weight"))  # type: ignore[union-attr, arg-type]
-    assert main(["convert", str(root), str(tmp_path / "e.safetensors"), "--verify"]) == 0
+    assert main(["convert", str(root), str(tmp_path / "e.safetensors"), "--to", "safetensors", "--verify"]) == 0
     read = sources.read(str(root))
     assert torch.equal(read.sets[""]["encoder.backbone.norm.weight"], here.whole("encoder.backbone.norm.weight"))
     with pytest.raises(

@@ -164,7 +164,7 @@ def test_other_encoders_train_with_the_same_configuration(
 def test_export_verify_evaluate_and_draw(command: Command, tmp_path: Path, scenes: Path) -> None:
     run = tmp_path / "run"
     assert command(TRAIN, "--config", command.config(small_config(run, scenes))).returncode == 0
-    target = tmp_path / "encoder.safetensors"
+    target = tmp_path / "encoder"
     result = command(ROOT / "tools/convert_checkpoint.py", run, target, "--verify")
     assert result.returncode == 0, result.stderr
     assert "verified with timm" in result.stdout

@@ -10,15 +10,15 @@ import torch
 from conftest import small_config
 from ranks import run_ranks
 from safetensors import safe_open
-from saving import Holder, values
+from saving import Holder, exported, values
 from steps import start, take_step
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_swa_avg_fn
 
 from lejepa_scale.checkpoint import Progress, Saved, Saver, Store, gather, load_encoder
-from lejepa_scale.checkpoint.convert import export_encoder, verify_export
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import Config, validate
+from lejepa_scale.conversion import compare, open_model
 from lejepa_scale.engine import Average
 from lejepa_scale.engine.base import AVERAGE, VALUE
 from lejepa_scale.errors import UserError
@@ -269,12 +269,12 @@ def test_averaged_weights_are_evaluated_and_exported(scenes: Path, tmp_path: Pat
     assert rows == ["averaged", "trained", "untrained", "raw pixels"]
     for options, expected in (([], "averaged"), (["--weights", "trained"], "trained")):
         target = tmp_path / f"{expected}.safetensors"
-        assert main(["convert", str(run), str(target), "--verify", *options]) == 0
+        assert main(["convert", str(run), str(target), "--to", "safetensors", "--verify", *options]) == 0
         assert torch.equal(_tensors(target)[name], of[expected])
-    assert export_encoder(run, tmp_path / "first.safetensors", "first")
-    assert verify_export(run, tmp_path / "first.safetensors", "first") < 1e-4
-    with pytest.raises(UserError, match="differ"):
-        verify_export(run, tmp_path / "first.safetensors", "averaged")
+    assert exported(run, tmp_path / "first.safetensors", weights="first")
+    model = open_model(str(run), "averaged")
+    with pytest.raises(UserError, match="DIFFERS"):
+        compare(model, tmp_path / "first.safetensors", "safetensors", exact=True, dtype=torch.float32)
 
 
 def test_an_average_that_was_not_kept_is_refused(scenes: Path, tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import torch
 from conftest import small_config
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from saving import exported
 
 import lejepa_scale
-from lejepa_scale.checkpoint.convert import export_encoder, verify_export
 from lejepa_scale.checkpoint.encoder import encoder_weights, load_encoder
 from lejepa_scale.checkpoint.saved import Saved
 from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import validate
+from lejepa_scale.conversion import compare, open_model
 from lejepa_scale.data import evaluation_batches
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation import evaluate, extract, score
@@ -73,42 +74,41 @@ def test_what_cannot_be_evaluated_is_refused(scenes: Path, options: dict, messag
 
 def test_an_export_with_other_weights_is_refused(run_dir: Path, tmp_path: Path) -> None:
     target = tmp_path / "deeper/encoder.safetensors"
-    assert export_encoder(run_dir, target) == len(load_file(target))
-    assert verify_export(run_dir, target) < 1e-5
+    assert exported(run_dir, target).tensors == len(load_file(target))
+    model = open_model(str(run_dir))
+    assert max(found.pooled for found in compare(model, target, "safetensors", exact=True, dtype=torch.float32)) < 1e-5
     with safe_open(target, "pt") as file:
         metadata = file.metadata()
     tensors = load_file(target)
     tensors["norm.bias"] += 1e-2
     save_file(tensors, target, metadata)
-    with pytest.raises(UserError, match=r"differ by [2-5]\.\de-03"):  # 1e-2 of features of up to 3
-        verify_export(run_dir, target)
+    with pytest.raises(UserError, match=r"pooled [2-5]\.\de-03.* DIFFERS"):  # 1e-2 of features of up to 3
+        compare(model, target, "safetensors", exact=True, dtype=torch.float32)
     tensors["norm.bias"] *= torch.nan
     save_file(tensors, target, metadata)
-    with pytest.raises(UserError, match="differ by nan"):
-        verify_export(run_dir, target)
+    with pytest.raises(UserError, match=r"pooled nan.* DIFFERS"):
+        compare(model, target, "safetensors", exact=True, dtype=torch.float32)
 
 
-def test_large_features_are_compared_with_their_size(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_features_are_compared_with_their_size(run_dir: Path, tmp_path: Path) -> None:
     """Features of 1e6 round by more than 1e-4."""
-    target, (encoder, config) = tmp_path / "encoder.safetensors", load_encoder(run_dir)
-    encoder.backbone.norm.weight.data *= 1e6
-    monkeypatch.setattr("lejepa_scale.checkpoint.convert.load_encoder", lambda source, weights: (encoder, config))
-    export_encoder(run_dir, target)
-    assert verify_export(run_dir, target) < 1e-5
+    first, target = tmp_path / "first.safetensors", tmp_path / "encoder.safetensors"
+    exported(run_dir, first, verify=False)
+    tensors = load_file(first)
+    tensors["norm.weight"] *= 1e6
+    with safe_open(first, "pt") as file:
+        save_file(tensors, first, file.metadata())
+    exported(first, target)
+    found = compare(open_model(str(first)), target, "safetensors", exact=True, dtype=torch.float32)
+    assert max(row.pooled for row in found) < 1e-5
 
 
-def test_an_encoder_that_is_not_finite_is_refused_by_name(
-    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_encoder_that_is_not_finite_is_refused_by_name(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = encoder_weights(Saved(find(run_dir)), "trained")
     broken = {**whole, "norm.bias": whole["norm.bias"] * torch.nan}
     monkeypatch.setattr("lejepa_scale.checkpoint.encoder.encoder_weights", lambda saved, weights: broken)
-    for use in (lambda: load_encoder(run_dir), lambda: export_encoder(run_dir, tmp_path / "e.safetensors")):
-        with pytest.raises(UserError, match=r"step_\d+ is broken: .* values of norm\.bias are not finite"):
-            use()
-    assert not (tmp_path / "e.safetensors").exists()
+    with pytest.raises(UserError, match=r"step_\d+ is broken: .* values of norm\.bias are not finite"):
+        load_encoder(run_dir)
 
 
 def test_a_picture_shows_every_step_and_image(run_dir: Path, scenes: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.measure import Row, describe
 from lejepa_scale.checkpoint import load_encoder
-from lejepa_scale.checkpoint.convert import export_encoder, verify_export
 from lejepa_scale.config import validate
+from lejepa_scale.conversion import compare, convert, open_model
 from lejepa_scale.data.make import sources
 from lejepa_scale.data.make.writer import write_shards
 from lejepa_scale.errors import UserError
@@ -117,8 +117,9 @@ def _trained(model: str, shards: Path, run: Path, sides: dict[str, int]) -> int:
     }
     config = validate(tree)
     train(config)
-    export_encoder(run, run / "encoder.safetensors")
-    verify_export(run, run / "encoder.safetensors")
+    opened = open_model(run)
+    convert(opened, run / "encoder.safetensors", "safetensors", overwrite=True)
+    compare(opened, run / "encoder.safetensors", "safetensors", exact=True, dtype=torch.float32)
     encoder, _ = load_encoder(run)
     with torch.no_grad():
         maps = encoder.patch_features(torch.randn(1, encoder.channels, config.image_size, config.image_size))

@@ -1,0 +1,208 @@
+"""Whether a converted encoder gives the features of its source, at several sizes, loaded as its users load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from lejepa_scale.checkpoint.tensors import TensorFile
+from lejepa_scale.conversion import onnx
+from lejepa_scale.conversion.source import HEADS, Model
+from lejepa_scale.conversion.timm_folder import outputs, patch_size
+from lejepa_scale.errors import UserError
+from lejepa_scale.model import Encoder
+
+Features = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # images -> pooled, patch tokens
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest feature, or of 1
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of features by one reader at one size, as a share of the largest feature where that is more
+    than 1. None: not compared."""
+
+    reader: str
+    images: str
+    size: tuple[int, int]
+    pooled: float
+    patches: float | None
+    passed: bool
+    note: str = ""
+
+    def __str__(self) -> str:
+        patches = "" if self.patches is None else f", patch tokens {self.patches:.1e}"
+        mark = "" if self.passed else " DIFFERS"
+        note = f" ({self.note})" if self.note else ""
+        return (
+            f"{self.reader}, {self.images} images of {self.size[0]} x {self.size[1]}: pooled {self.pooled:.1e}{patches}"
+            f"{mark}{note}"
+        )
+
+
+def compare(
+    model: Model, target: Path, kind: str, *, exact: bool, dtype: torch.dtype, real: Tensor | None = None
+) -> list[Difference]:
+    """Every reader of the target against the source at the native size, a smaller, a larger and a non-square one. exact: at
+    every size, else at the native one alone. real: standardized images [B, C, S, S]. Raises UserError where they differ, or
+    a feature is no number, after all were compared."""
+    expected, found = _of_source(model), list[Difference]()
+    readers = list(_readers(target, kind, dtype))
+    for label, images in _images(model, real):
+        size = (images.shape[2], images.shape[3])
+        try:
+            with torch.inference_mode():
+                wanted = expected(images)
+        except Exception:  # the encoder itself takes this size alone; timm's classes say so by many errors
+            continue
+        native = size == (model.inputs.image_size,) * 2
+        for name, reader in readers:
+            with torch.inference_mode():
+                pooled, patches = reader(images)
+            differences = [_difference(wanted[0], pooled)]
+            if patches is not None and wanted[1] is not None:
+                differences.append(_difference(wanted[1], patches))
+            close = all(difference <= _TOLERANCE[dtype] for difference in differences)  # NaN is no agreement
+            elsewhere = not native and not exact and all(difference == difference for difference in differences)
+            note = (
+                "" if close or not elsewhere else "exact at its native size alone: positions are interpolated otherwise"
+            )
+            found.append(
+                Difference(name, label, size, differences[0], (*differences[1:], None)[0], close or elsewhere, note)
+            )
+    if wrong := [difference for difference in found if not difference.passed]:
+        raise UserError(f"{target} differs from {model.where}: {'; '.join(map(str, wrong[:4]))}.")
+    if not found:
+        raise UserError(f"{model.where} takes no image of {model.inputs.image_size} pixels: nothing was compared.")
+    return found
+
+
+def _difference(expected: Tensor, found: Tensor) -> float:
+    if expected.shape != found.shape:
+        return float("nan")
+    return float((expected - found.float()).abs().max() / expected.abs().max().clamp_min(1))
+
+
+def _images(model: Model, real: Tensor | None) -> Iterator[tuple[str, Tensor]]:
+    size, step = model.inputs.image_size, patch_size(model.shapes) or 32
+    less = max(step, round(0.7 * size / step) * step)
+    more = round(1.4 * size / step) * step
+    generator = torch.Generator().manual_seed(0)
+    for height, width in dict.fromkeys([(size, size), (less, less), (more, more), (size, less)]):
+        yield "random", torch.randn(2, model.inputs.channels, height, width, generator=generator)
+    if real is not None:
+        yield "real", real
+
+
+def _of_source(model: Model) -> Features:
+    encoder: Any = model.encoder()
+    if not isinstance(encoder, Encoder):
+        return lambda images: outputs(encoder, images)
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not encoder.packed:
+            return outputs(encoder.backbone, images)
+        return encoder([images])[0], rearrange(encoder.patch_features(images), "b h w e -> b (h w) e")
+
+    return features
+
+
+# -- readers
+
+
+def _readers(target: Path, kind: str, dtype: torch.dtype) -> Iterator[tuple[str, Features]]:
+    """The libraries that load a target, of those that are here."""
+    if kind == "timm":
+        plain: Any = timm.create_model(f"local-dir:{target}", pretrained=True).float().eval()
+        yield "timm", lambda images: outputs(plain, images)
+        if find_spec("transformers") and not plain.num_classes:
+            yield "transformers", _wrapped(target)
+    elif kind == "safetensors":
+        built = _rebuilt(target)
+        yield "timm", lambda images: outputs(built, images)
+    elif kind == "hf":
+        if not find_spec("transformers"):
+            raise UserError("--verify of --to hf needs transformers: pip install 'lejepa_scale[hf]'.")
+        yield "transformers", _native(target)
+    elif kind == "onnx":
+        if not find_spec("onnxruntime"):
+            raise UserError("--verify of --to onnx needs onnxruntime: pip install 'lejepa_scale[onnx]'.")
+        yield "onnxruntime", _session(target, dtype)
+
+
+def _loaded(target: Path) -> Any:
+    import transformers
+
+    loader: Any = transformers.AutoModel
+    options: dict[str, Any] = {}
+    if json.loads((target / "config.json").read_text()).get("architectures") == ["ViTModel"]:
+        loader, options = transformers.ViTModel, {"add_pooling_layer": False}
+    loaded, info = loader.from_pretrained(target, output_loading_info=True, **options)
+    if wrong := {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}:
+        raise UserError(f"transformers {transformers.__version__} does not find its weights in {target}: {wrong}.")
+    return loaded.float().eval()
+
+
+def _wrapped(target: Path) -> Features:
+    loaded = _loaded(target)
+    return lambda images: (
+        outputs(loaded.timm_model, images) if _has_outputs(loaded) else (_pooled(loaded, images), None)
+    )
+
+
+def _has_outputs(loaded: Any) -> bool:
+    return hasattr(loaded, "timm_model")
+
+
+def _pooled(loaded: Any, images: Tensor) -> Tensor:
+    pooled: Tensor = loaded(pixel_values=images).pooler_output
+    return pooled
+
+
+def _native(target: Path) -> Features:
+    loaded = _loaded(target)
+    registers = int(getattr(loaded.config, "num_register_tokens", 0) or 0)
+    options = {"interpolate_pos_encoding": True} if type(loaded).__name__ == "ViTModel" else {}
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = loaded(pixel_values=images, **options)
+        tokens = found.last_hidden_state
+        return tokens[:, 0] if options else found.pooler_output, tokens[:, 1 + registers :]
+
+    return features
+
+
+def _session(target: Path, dtype: torch.dtype) -> Features:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(target), providers=["CPUExecutionProvider"])
+
+    def features(images: Tensor) -> tuple[Tensor, Tensor | None]:
+        given = {onnx.INPUT: images.to(dtype).numpy()}
+        pooled, patches = (torch.from_numpy(array) for array in session.run([onnx.POOLED, onnx.TOKENS], given))
+        return pooled, patches
+
+    return features
+
+
+def _rebuilt(target: Path) -> Any:
+    """As the card says: by what the file itself says."""
+    files = sorted(target.glob("*.safetensors")) if target.is_dir() else [target]
+    tensors, about = dict[str, Tensor](), dict[str, str]()
+    for path in files:
+        file = TensorFile(path)
+        about |= file.metadata
+        tensors |= {name: file.tensor(name) for name in file.keys() if not name.startswith(HEADS)}
+    built: Any = timm.create_model(**json.loads(about["timm"])).eval()
+    built.load_state_dict(
+        {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    )
+    return built
