@@ -9,6 +9,7 @@
   python tools/bench.py encoders --page FILE     two steps, a checkpoint and an export of a model of every timm module
   python tools/bench.py checkpoint --config configs/vits_cifar10.yaml --ranks 2 engine.name=fsdp
                                                  what saving costs a step, and of large models: bytes, seconds, memory
+  python tools/bench.py convert                  every target for every family of encoders: exact, at which sizes, or refused
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
 --smoke runs the same code at toy sizes on whatever is here: it checks the benchmark itself. Results go to
@@ -26,7 +27,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from benchmarks import encoders, gpu, input, order, reach, saving, sigreg, step
+from benchmarks import conversion, encoders, gpu, input, order, reach, saving, sigreg, step
 from benchmarks.features import FEATURES
 from benchmarks.measure import Results, free_port, run_sections
 
@@ -101,8 +102,20 @@ def main() -> int:
     kind.add_argument("--every", type=int, default=20, help="steps between saves; %(default)s")
     kind.add_argument("--rounds", type=int, default=3, help="of --every steps, for each way of saving; %(default)s")
     kind.add_argument("--read", type=Path, metavar="CHECKPOINT", help="read that one instead, and time it")
+    kind.add_argument(
+        "--write", type=Path, metavar="FOLDER", help="save random weights and moments there instead, and time it"
+    )
     kind.add_argument("--out", type=Path, help="folder for the checkpoints; default: a temporary one")
     kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
+    kind = kinds.add_parser(
+        "convert", parents=[options], help="which encoder can become what, how exactly, at what cost"
+    )
+    kind.add_argument(
+        "--source", type=Path, help="what `lejepa convert` costs of this checkpoint, in place of the table"
+    )
+    kind.add_argument(
+        "--to", nargs="+", default=["timm", "hf", "safetensors"], help="targets, as 'safetensors --dtype bf16'"
+    )
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
     unknown = [
@@ -124,6 +137,7 @@ def main() -> int:
             "isotropy": _isotropy,
             "order": _order,
             "encoders": _encoders,
+            "convert": _convert,
         }
         results = measure[arguments.kind](arguments)
     except UserError as error:
@@ -180,7 +194,8 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
             raise UserError("bench.py checkpoint needs --config FILE, a recipe such as configs/vits_cifar10.yaml.")
         recipe = step.Recipe(arguments.config, overrides)
         recipe = recipe.of(arguments.images, ranks) if arguments.images else recipe
-        results = saving.measure(recipe, arguments.every, arguments.rounds, arguments.read, arguments.out)
+        a = arguments
+        results = saving.measure(recipe, a.every, a.rounds, a.read, a.write, a.out)
     except UserError as error:
         os._exit(refuse(error))
     return _report(results, arguments.json if rank == 0 else None)
@@ -236,6 +251,14 @@ def _gpu(arguments: argparse.Namespace) -> Results:
             "On a machine without one, --smoke runs the same code at toy sizes."
         )
     return gpu.measure(gpu.FULL, torch.device("cuda"), arguments.minutes, only)
+
+
+def _convert(arguments: argparse.Namespace) -> Results:
+    if arguments.source is not None:
+        sections = {"costs": conversion.costs(arguments.source, arguments.to)}
+    else:
+        sections = {"table": conversion.table(2 if arguments.smoke else None)}
+    return run_sections(sections, torch.device("cpu"), minutes=1e6)
 
 
 def _encoders(arguments: argparse.Namespace) -> Results:

@@ -27,7 +27,7 @@ def load_encoder(path: str | Place, *, weights: Weights = "best") -> tuple[Encod
     are no longer there.
     """
     checkpoint = find(path)
-    verify(checkpoint)
+    verify(checkpoint, moments=False)
     saved = Saved(checkpoint)
     config = recorded(yaml.safe_load(saved.config_text()), origin=str(checkpoint / "config.yaml"))
     if weights != "first":

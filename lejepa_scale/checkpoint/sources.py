@@ -93,7 +93,7 @@ def read(named: str) -> Source:
 
 def _checkpoint(named: str, path: Place) -> Source:
     try:
-        verify(checkpoint := find(path))
+        verify(checkpoint := find(path), moments=False)
     except UserError as error:
         raise refusal(named, str(error)) from error
     saved = Saved(checkpoint)

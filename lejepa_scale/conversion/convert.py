@@ -125,8 +125,13 @@ def _write_timm(model: Model, folder: Path, options: _Options) -> _Written:
     (folder / "config.json").write_text(json.dumps(timm_folder.config(model), indent=1))
     about = timm_folder.metadata(model)
     write_safetensors(folder / "model.safetensors", _entries(model.tensors, options), about)
-    loads = ["timm"] if model.arguments.get("num_classes") else ["timm", "transformers"]
-    sizes = f"exact at {model.inputs.image_size} px and at every other size that timm's model takes."
+    loads, sizes = (
+        ["timm", "transformers"],
+        f"exact at {model.inputs.image_size} px and at every other that timm's model takes.",
+    )
+    if model.arguments.get("num_classes"):
+        loads = ["timm"]
+        sizes += " transformers' AutoModel leaves out the linear layer behind the pooling, whose output are the features here."
     text = card(model, loads=loads, library="timm", sizes=sizes, scores=options.scores)
     (folder / "README.md").write_text(text)
     return _Written(len(model.tensors))

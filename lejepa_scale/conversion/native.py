@@ -48,9 +48,12 @@ def native(model: Model) -> Native:
     try:
         return _dinov3(model) if type(model.shapes).__name__ == "Eva" else _dinov2(model)
     except Cannot as error:
+        other = "that transformers.AutoModel loads, exactly and at every size"
+        if model.arguments.get("num_classes"):
+            other = "that timm loads, exactly and at every size (transformers leaves the layer out)"
         raise UserError(
-            f"no class of transformers holds {model.architecture} as it is here: {error}. `--to timm` writes a folder that "
-            "transformers.AutoModel loads, exactly and at every size."
+            f"no class of transformers holds {model.architecture} as it is here: {error}. `--to timm` writes a folder "
+            f"{other}."
         ) from error
 
 

@@ -185,7 +185,7 @@ def open_model(named: str | Place, weights: Weights = "best", given: Given | Non
 
 
 def _of_run(checkpoint: Place, weights: Weights) -> Model:
-    verify(checkpoint)
+    verify(checkpoint, moments=False)
     saved = Saved(checkpoint)
     config = recorded(yaml.safe_load(saved.config_text()), origin=str(checkpoint / "config.yaml"))
     shapes = _on_meta(lambda: build_encoder(config))

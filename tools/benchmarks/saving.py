@@ -23,7 +23,7 @@ from benchmarks.trial import Trial
 from lejepa_scale.checkpoint import Progress, Saved, Saver, Store, restore
 from lejepa_scale.checkpoint.layout import divided
 from lejepa_scale.checkpoint.saved import index_text
-from lejepa_scale.config import Config, check_world
+from lejepa_scale.config import Config, check_world, dump
 from lejepa_scale.engine import Average, build_engine
 from lejepa_scale.engine.base import MOMENTS, VALUE
 from lejepa_scale.model import build
@@ -32,12 +32,16 @@ from lejepa_scale.parallel import collectives, launch, process_group
 WAYS = ("none", "async", "sync")
 
 
-def measure(recipe: Recipe, every: int, rounds: int, read: Path | None, out: Path | None) -> Results:
+def measure(
+    recipe: Recipe, every: int, rounds: int, read: Path | None, write: Path | None, out: Path | None
+) -> Results:
     """On every rank of the launcher's world. Raises UserError."""
     config = recipe.config()
     device = process_group.join(timedelta(minutes=config.engine.timeout_minutes))
     if read is not None:
         sections: dict[str, Iterator[Row]] = {"read": reading(config, device, read)}
+    elif write is not None:
+        sections = {"write": writing(config, device, write)}
     else:
         sections = {
             "stall": stall(config, device, every, rounds, out),
@@ -129,6 +133,34 @@ def averaging(config: Config, device: torch.device) -> Iterator[Row]:
             "MB of a rank": held / 1e6,
         }
     trial.engine.close()
+
+
+def writing(config: Config, device: torch.device, folder: Path) -> Iterator[Row]:
+    """Random weights and moments of an engine that never took a step, straight from its tensors: for models whose step this
+    machine cannot hold."""
+    engine = build_engine(config, check_world(config, launch.ranks()), lambda: build(config), device, None)
+    engine.prepare_moments(1)
+    for shard in list(engine.shards()):
+        shard.data.normal_() if shard.kind == VALUE else shard.data.uniform_(0, 1e-3)
+    engine.settle()
+    for buffer in engine.buffers().values():  # NaN until they are taken in
+        buffer.nan_to_num_()
+    collectives.barrier()
+    before, began = collectives.gather_objects(_peak()), time.perf_counter()
+    saver = Saver(Store(folder, keep=1), engine, staged=False)
+    saver.begin(Progress(1, "synthetic"), {}, dump(config))
+    path = saver.finish()
+    assert isinstance(path, Path)
+    spent, after = time.perf_counter() - began, collectives.gather_objects(_peak())
+    size = sum(file.stat().st_size for file in path.iterdir())
+    yield {
+        "case": f"written by {process_group.world_size()} ranks",
+        "GB": size / 1e9,
+        "s": spent,
+        "peak MiB of ranks before": [round(x / 2**20) for x in before],
+        "after": [round(x / 2**20) for x in after],
+    }
+    engine.close()
 
 
 def reading(config: Config, device: torch.device, path: Path) -> Iterator[Row]:
