@@ -25,6 +25,9 @@ hf           a folder for transformers' own class (Dinov2Model, Dinov2WithRegist
              one holds the encoder exactly; the card says at which sizes
 safetensors  one file under timm's names, whose metadata say how to build the model; several with --max-shard-size
 onnx         pooled features and patch tokens for any number, height and width of images; always verified
+dcp          the whole training state, as torch.distributed.checkpoint loads it: model.*, optim.state.*.exp_avg, ...
+zero         the whole training state, as DeepSpeed's ZeRO-1, 2 and 3 load it: a universal checkpoint
+lejepa       a run directory, out of such a folder: `lejepa train` with the run's configuration and this run.dir goes on
 
 Mean, standard deviation, size and interpolation go with each, and a model card (README.md) with folders."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -44,7 +47,12 @@ def _bytes(text: str) -> int:
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="run, checkpoint, address, file or folder")
     parser.add_argument("target", type=Path, help="file or folder to write")
-    parser.add_argument("--to", choices=["timm", "hf", "safetensors", "onnx"], default="timm", help="default timm")
+    parser.add_argument(
+        "--to",
+        choices=["timm", "hf", "safetensors", "onnx", "dcp", "zero", "lejepa"],
+        default="timm",
+        help="default timm",
+    )
     add_weights(parser)
     parser.add_argument(
         "--dtype", choices=["fp32", "bf16", "fp16"], default="fp32", help="of the weights, default fp32"
@@ -64,7 +72,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(a: argparse.Namespace) -> int:
-    from lejepa_scale.conversion import Given, compare, convert, open_model
+    from lejepa_scale.conversion import STATES, Given, compare, convert, open_model
     from lejepa_scale.conversion.source import DTYPES
 
     given = Given(a.encoder, a.image_size, a.patch_size, a.channels)
@@ -74,6 +82,8 @@ def _run(a: argparse.Namespace) -> int:
         )
     if a.push and a.to not in ("timm", "hf"):
         raise UserError(f"--push is for --to timm and hf, whose folders have a model card, not {a.to}.")
+    if a.to in STATES:
+        return _convert_state(a)
     model = open_model(a.source, a.weights, given)
     done = convert(
         model,
@@ -96,6 +106,23 @@ def _run(a: argparse.Namespace) -> int:
         from lejepa_scale.conversion.push import push
 
         print(f"uploaded to {push(a.target, a.push)}")
+    return 0
+
+
+def _convert_state(a: argparse.Namespace) -> int:
+    from lejepa_scale.conversion import convert_state, open_state
+
+    of_encoders = {
+        "--heads": a.heads,
+        "--max-shard-size": a.max_shard_size,
+        "--encoder": a.encoder,
+        "--verify": a.verify,
+    }
+    if a.dtype != "fp32" or a.weights != "best" or any(of_encoders.values()):
+        named = [*(name for name, value in of_encoders.items() if value), "--dtype", "--weights"]
+        raise UserError(f"{named[0]} is for encoders: --to {a.to} writes the whole training state as it is.")
+    done = convert_state(open_state(a.source), a.target, a.to, overwrite=a.overwrite)
+    print(f"wrote {done.tensors} tensors to {a.target} ({len(done.files)} files, {done.bytes / 1e6:,.1f} MB)")
     return 0
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +15,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lejepa_scale.checkpoint import find
 from lejepa_scale.checkpoint.files import Entry, write_safetensors
-from lejepa_scale.conversion import native, onnx, timm_folder
+from lejepa_scale.checkpoint.places import Place, place
+from lejepa_scale.conversion import dcp, native, onnx, timm_folder, zero
 from lejepa_scale.conversion.card import card
 from lejepa_scale.conversion.source import DTYPES, Dtype, Lazy, Model, finite
+from lejepa_scale.conversion.training import TrainingState, of_checkpoint, write_checkpoint
 from lejepa_scale.conversion.verify import compare
 from lejepa_scale.errors import UserError
 
-TARGETS = ("timm", "hf", "safetensors", "onnx")
-_FOLDERS = ("timm", "hf")
+TARGETS = ("timm", "hf", "safetensors", "onnx")  # of an encoder
+STATES = ("dcp", "zero", "lejepa")  # of a whole training state
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,32 @@ def convert(
         raise UserError(f"{target} is there already: name another target, or give --overwrite.")
     if heads and not model.heads:
         raise UserError(f"{model.where} has no projector.")
-    with _aside(target) as partial, _bar(model) as told:
+    with _aside(target) as partial, _bar(model.tensors.values()) as told:
         written = _WRITERS[kind](model, partial, _Options(DTYPES[dtype], heads, max_shard_bytes, scores or [], told))
     files = (target, target.with_name(f"{target.name}.data")) if target.is_file() else sorted(target.iterdir())
     there = tuple(file for file in files if file.is_file())
     return Converted(target, there, written.tensors, sum(file.stat().st_size for file in there), written.exact)
+
+
+def open_state(named: str | Place) -> TrainingState:
+    """The training state that `named` means: a run or checkpoint of ours, a folder of torch.distributed.checkpoint or a
+    universal checkpoint of DeepSpeed, with state.json and config.yaml of a run beside it. Raises UserError."""
+    path = place(named) if isinstance(named, str) else named
+    for form in (dcp, zero):
+        if isinstance(path, Path) and form.is_one(path):
+            return form.read(path)
+    return of_checkpoint(find(path))
+
+
+def convert_state(state: TrainingState, target: Path, kind: str, *, overwrite: bool = False) -> Converted:
+    """Write a training state as one of STATES: `dcp`, a folder of torch.distributed.checkpoint, `zero`, DeepSpeed's
+    universal checkpoint, or `lejepa`, a run directory of ours, from which a run goes on. Raises UserError."""
+    if target.exists() and not overwrite:
+        raise UserError(f"{target} is there already: name another target, or give --overwrite.")
+    with _aside(target) as partial, _bar(lazy for _, _, lazy in state.each()) as told:
+        count = {"dcp": dcp.write, "zero": zero.write, "lejepa": write_checkpoint}[kind](state, partial, told)
+    files = tuple(file for file in sorted(target.rglob("*")) if file.is_file())
+    return Converted(target, files, count, sum(file.stat().st_size for file in files), exact=True)
 
 
 @dataclass(frozen=True)
@@ -106,9 +130,9 @@ def _aside(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _bar(model: Model) -> Iterator[Callable[[int], object]]:
+def _bar(tensors: Iterable[Lazy]) -> Iterator[Callable[[int], object]]:
     """Bytes read so far, of those of the source."""
-    total = sum(_nbytes(lazy) for lazy in model.tensors.values())
+    total = sum(map(_nbytes, tensors))
     with tqdm(total=total, unit="B", unit_scale=True, desc="converting", delay=1.0) as bar:
         yield bar.update
 
@@ -131,7 +155,7 @@ def _write_timm(model: Model, folder: Path, options: _Options) -> _Written:
     )
     if model.arguments.get("num_classes"):
         loads = ["timm"]
-        sizes += " transformers' AutoModel leaves out the linear layer behind the pooling, whose output are the features here."
+        sizes += " transformers' AutoModel leaves out the layer behind the pooling, whose output are the features here."
     text = card(model, loads=loads, library="timm", sizes=sizes, scores=options.scores)
     (folder / "README.md").write_text(text)
     return _Written(len(model.tensors))

@@ -31,6 +31,7 @@ def summary(
         f"{sum(len(s) for s in mixture.shards):,} shards; steps {first_step} to {config.train.steps}."
         + _decay_notice(config, shapes)
         + _warmup_notice(config)
+        + _average_notice(config)
         + _blocks_notice(config, plan, shapes, device)
         + _draws_notice(config, plan, shapes)
         + _objective_notice(config, plan, shapes)
@@ -46,6 +47,15 @@ def _decay_notice(config: Config, shapes: LeJEPA) -> str:
         for group in split(shapes, config.optim.decay == "all")
     )
     return f"\nWeight decay {config.optim.weight_decay:g} on {decayed}, none on {others}: optim.decay={config.optim.decay}."
+
+
+def _average_notice(config: Config) -> str:
+    average = config.average
+    if average.kind == "none":
+        return ""
+    how = f"decay {average.decay:g}, " if average.kind == "ema" else ""
+    first = max(1, int(average.begins * config.train.steps) + 1)
+    return f"\nWeights are averaged too ({average.kind}, {how}every {average.every} steps from step {first}): average.kind."
 
 
 def _warmup_notice(config: Config) -> str:

@@ -1,0 +1,114 @@
+"""DeepSpeed's universal checkpoint: a folder for every parameter, which ZeRO-1, 2 and 3 load at any number of ranks with
+`"checkpoint": {"load_universal": true}`. Written and read parameter by parameter, without DeepSpeed; what is read is never
+unpickled beyond tensors and plain values."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lejepa_scale.conversion.source import Lazy
+from lejepa_scale.conversion.training import OURS, TrainingState, rebuilt, texts_beside
+from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
+from lejepa_scale.errors import UserError
+
+LATEST = "latest_universal"
+_MODEL, _OPTIMIZER, _FOLDER = "mp_rank_00_model_states.pt", "optimizer_state.pt", "zero"
+_FILES = {VALUE: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
+_AVERAGED = "average.pt"  # beside it: DeepSpeed would take a further file of a parameter's folder for a moment
+_GROUPS = 64  # of parameters, at most: DeepSpeed passes over groups of the optimizer that a file does not name
+_VERSION = "0.19.5"  # of DeepSpeed's format; what reads it demands a number
+
+
+def write(state: TrainingState, folder: Path, told: Callable[[int], object]) -> int:
+    """Number of tensors."""
+    tag = folder / f"global_step{state.progress.step}_universal"
+    (tag / _FOLDER).mkdir(parents=True)
+    updates, count = torch.tensor(float(state.progress.updates)), 0
+    whole: dict[str, dict[str, Tensor]] = {VALUE: {}, AVERAGE: {}}
+    for kind, name, lazy in state.each():
+        tensor, count = lazy.read(), count + 1
+        told(tensor.nbytes)
+        if kind == AVERAGE or name in state.buffers:
+            whole[kind][name] = tensor
+            continue
+        place = tag / _FOLDER / name
+        place.mkdir(exist_ok=True)
+        torch.save({"param": tensor}, place / _FILES[kind])
+        if kind == MOMENTS[0]:
+            torch.save(updates, place / "step.pt")
+    groups: list[dict[str, Any]] = [{} for _ in range(_GROUPS)]
+    about: dict[str, Any] = {"ds_version": _VERSION, "param_groups": groups}
+    about["optimizer_state_dict"] = {"state": {0: {"step": updates}}, "param_groups": groups}
+    torch.save(about, tag / _FOLDER / _OPTIMIZER)
+    if whole[AVERAGE]:
+        torch.save(whole[AVERAGE], tag / _AVERAGED)
+    counters = {"global_steps": state.progress.step, "global_samples": 0, "skipped_steps": 0}
+    ranks = {"dp_world_size": 1, "mp_world_size": 1}
+    plain: dict[str, Any] = {"ds_version": _VERSION, "ds_config": {}, "lr_scheduler": None, "optimizer": None}
+    torch.save(
+        {"module": whole[VALUE], "buffer_names": list(state.buffers), **counters, **ranks, **plain}, tag / _MODEL
+    )
+    for name, text in texts_beside(state).items():
+        (folder / name).write_text(text)
+    (folder / LATEST).write_text(tag.name)
+    return count
+
+
+def is_one(folder: Path) -> bool:
+    return (folder / LATEST).is_file()
+
+
+def read(folder: Path) -> TrainingState:
+    """The one that `latest_universal` names. Raises UserError where it cannot be read."""
+    named = (folder / LATEST).read_text(errors="replace").strip()
+    tag = folder / named
+    if Path(named).name != named or not (tag / _FOLDER).is_dir():
+        raise UserError(f"{folder / LATEST} names {named!r}, in which there is no folder {_FOLDER}.")
+    tensors: dict[str, dict[str, Lazy]] = {}
+    for place in sorted(path for path in (tag / _FOLDER).iterdir() if path.is_dir()):
+        for kind, file in _FILES.items():
+            if (place / file).exists():
+                found = _parameter(place / file)
+                read_it = partial(_parameter, place / file)
+                tensors.setdefault(kind, {})[place.name] = Lazy(tuple(found.shape), found.dtype, read_it)
+    module = _loaded(tag / _MODEL)
+    averages = _loaded(tag / _AVERAGED) if (tag / _AVERAGED).exists() else {}
+    if not isinstance(module, dict) or not isinstance(averages, dict):
+        raise UserError(f"{tag / _MODEL} holds no named tensors.")
+    for kind, named_tensors in ((VALUE, module.get("module") or {}), (AVERAGE, averages)):
+        for name, tensor in named_tensors.items():
+            if isinstance(tensor, Tensor):
+                tensors.setdefault(kind, {}).setdefault(
+                    str(name), Lazy(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+                )
+    texts = {name: (folder / name).read_text() for name in OURS if (folder / name).exists()}
+    return rebuilt(str(folder), tensors, texts)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _parameter(path: Path) -> Tensor:
+    found = _loaded(path)
+    tensor = found.get("param") if isinstance(found, dict) else found
+    if not isinstance(tensor, Tensor):
+        raise UserError(f"{path} holds no tensor.")
+    return tensor
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"reading {path} would run code that it names, which is never done here.") from error
+    except Exception as error:  # of zip files, of the system, of whatever bytes make of an unpickler
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read: {reason}") from error

@@ -1,0 +1,264 @@
+"""Whole training states in other formats and back: the same bits, read by the programs of those formats, nothing run."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as torch_dcp
+from conftest import small_config
+from ranks import run_ranks
+from safetensors.torch import load_file
+from steps import start, take_step
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from lejepa_scale.checkpoint import Saved, Store, find
+from lejepa_scale.cli.main import main
+from lejepa_scale.config import Config, dump, validate
+from lejepa_scale.conversion import convert_state, open_state
+from lejepa_scale.engine.base import AVERAGE
+from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import process_group
+from lejepa_scale.training import loop
+
+
+def config_of(run: Path, shards: Path, steps: int) -> Config:
+    sections: dict[str, Any] = {"train": {"steps": steps, "global_batch": 16}, "optim": {"final_lr_ratio": 1.0}}
+    return validate(small_config(run, shards, average={"kind": "ema", "every": 1}, **sections))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
+    folder = tmp_path_factory.mktemp("state") / "run"
+    loop.train(config_of(folder, scenes, 3))
+    return folder
+
+
+def files(run: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {path.name: load_file(path) for path in sorted(Path(str(find(run))).glob("*.safetensors"))}
+
+
+def same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[f].keys() == b[f].keys() and all(torch.equal(a[f][n], b[f][n]) for n in a[f]) for f in a
+    )
+
+
+@pytest.mark.parametrize("kind", ["dcp", "zero"])
+def test_there_and_back_are_the_same_bits_and_the_run_goes_on(
+    run: Path, scenes: Path, tmp_path: Path, kind: str
+) -> None:
+    assert main(["convert", str(run), str(tmp_path / "there"), "--to", kind]) == 0
+    assert main(["convert", str(tmp_path / "there"), str(tmp_path / "back"), "--to", "lejepa"]) == 0
+    before, after = files(run), files(tmp_path / "back")
+    probe = before.pop("probe.safetensors")
+    assert probe  # which is not part of another trainer's state: it begins anew
+    assert same(before, after)
+    assert {*after} == {"model.safetensors", "optimizer.safetensors", "average.safetensors"}
+    loop.train(config_of(tmp_path / "back", scenes, 5))
+    loop.train(config_of(tmp_path / "whole", scenes, 5))
+    ended = [files(tmp_path / name) for name in ("back", "whole")]
+    assert same(*({k: v for k, v in found.items() if k != "probe.safetensors"} for found in ended))
+
+
+def test_torch_reads_what_is_written(run: Path, tmp_path: Path) -> None:
+    """By its own `load` and its own converter."""
+    convert_state(open_state(run), tmp_path / "dcp", "dcp")
+    saved = Saved(find(run))
+    name = "encoder.backbone.blocks.0.attn.qkv.weight"
+    state = {
+        "model": {name: torch.zeros(saved.shapes[name])},
+        "optim": {"state": {name: {"exp_avg": torch.zeros(saved.shapes[name]), "step": torch.tensor(0.0)}}},
+    }
+    torch_dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert torch.equal(state["model"][name], saved.whole(name))
+    assert torch.equal(state["optim"]["state"][name]["exp_avg"], saved.whole(name, "exp_avg"))
+    assert state["optim"]["state"][name]["step"] == 3
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "all.pt")
+    whole = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert {*whole} == {"model", "optim", "average"}
+    assert {*whole["model"]} == {*saved.shapes}
+    assert all(torch.equal(tensor, saved.whole(key)) for key, tensor in whole["model"].items())
+    assert all(torch.equal(tensor, saved.whole(key, AVERAGE)) for key, tensor in whole["average"].items())
+
+
+def _saved_by_torch(folder: str, run: str) -> None:
+    """The state of a run under plain FSDP2 and torch's own `save`, of every rank its shards."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+
+    from lejepa_scale.config import load_config
+
+    config = load_config(Path(run) / "config.yaml", ["engine.name=fsdp"])
+    engine, plan = start(config, saved=Saved(find(run)))
+    views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rank = process_group.rank()
+    take_step(engine, plan, [[views[:, rank * plan.micro_batch :][:, : plan.micro_batch]]], 3)
+    state: dict[str, Any] = {
+        "model": get_model_state_dict(engine.module),
+        "optim": get_optimizer_state_dict(engine.module, engine.optimizer),  # type: ignore[attr-defined]
+    }
+    torch_dcp.save(state, checkpoint_id=folder)
+    from lejepa_scale.checkpoint import Progress, Saver
+
+    saver = Saver(Store(Path(folder).parent / "ours", keep=1), engine)
+    saver.begin(Progress(4, "x"), {}, dump(config))
+    saver.finish()
+    engine.close()
+
+
+def test_what_torch_has_saved_of_two_ranks_is_read(run: Path, tmp_path: Path) -> None:
+    """Shards of every parameter, in the files of two ranks, against our own checkpoint of the same engine."""
+    run_ranks(_saved_by_torch, 2, str(tmp_path / "dcp"), str(run))
+    with pytest.raises(UserError, match=r"holds no state\.json and config\.yaml of a run"):
+        open_state(tmp_path / "dcp")
+    for name in ("state.json", "config.yaml"):
+        (tmp_path / "dcp" / name).write_text((Path(str(find(run))) / name).read_text())
+    state, ours = open_state(tmp_path / "dcp"), Saved(find(tmp_path / "ours"))
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 2
+    for kind, name, lazy in state.each():
+        assert torch.equal(lazy.read(), ours.whole(name, kind)), (kind, name)
+    assert {name for kind, name, _ in state.each() if kind == "value"} == {*ours.shapes}
+    assert {name for kind, name, _ in state.each() if kind == "exp_avg"} == {*ours.parameters}
+
+
+def _loaded_by_deepspeed(folder: str, run: str, stage: int) -> Any:
+    """What plain DeepSpeed makes of a universal checkpoint, on this rank, and the loss of a step from it."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    from lejepa_scale.config import load_config
+    from lejepa_scale.model import build
+
+    world, rank = process_group.world_size(), process_group.rank()
+    settings = {
+        "train_batch_size": 16,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "checkpoint": {"load_universal": True},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    module = build(load_config(Path(run) / "config.yaml", []))
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    path, _ = engine.load_checkpoint(folder)
+    assert path is not None
+    tensors = {}
+    for name, parameter in module.named_parameters():
+        tensors["value", name] = safe_get_full_fp32_param(parameter).clone()
+        for kind in ("exp_avg", "exp_avg_sq"):
+            tensors[kind, name] = safe_get_full_optimizer_state(parameter, kind).clone()
+    views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    loss = engine([views[:, rank * 16 // world :][:, : 16 // world]], 3)["loss"]
+    steps = {float(state["step"]) for state in engine.optimizer.optimizer.state.values() if "step" in state}
+    result = tensors, float(loss), engine.global_steps, steps
+    engine.destroy()
+    return result
+
+
+def _loss_of_ours(run: str) -> float:
+    from lejepa_scale.config import load_config
+
+    engine, plan = start(load_config(Path(run) / "config.yaml", []), saved=Saved(find(run)))
+    views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    loss = float(take_step(engine, plan, [[views]], 3).loss)
+    engine.close()
+    return loss
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_plain_deepspeed_goes_on(run: Path, tmp_path: Path, stage: int) -> None:
+    """On two ranks: every weight and moment bit for bit, the number of updates, and the loss of the next step."""
+    pytest.importorskip("deepspeed")
+    convert_state(open_state(run), tmp_path / "zero", "zero")
+    saved = Saved(find(run))
+    expected = run_ranks(_loss_of_ours, 1, str(run))[0]
+    for tensors, loss, step, updates in run_ranks(_loaded_by_deepspeed, 2, str(tmp_path / "zero"), str(run), stage):
+        assert {name for _, name in tensors} == {*saved.parameters}
+        for (kind, name), tensor in tensors.items():
+            assert torch.equal(tensor.view(-1), saved.whole(name, kind).view(-1)), (kind, name)
+        assert loss == pytest.approx(expected, rel=1e-5)
+        assert step == 3
+        assert updates == {3.0}
+
+
+class _Runs:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("ran"),))
+
+
+def _text(name: str, text: str) -> Any:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def _bytes(name: str, of: Any) -> Any:
+    return lambda folder: (folder / name).write_bytes(of((folder / name).read_bytes()))
+
+
+DAMAGE: dict[str, tuple[Any, str]] = {
+    "metadata that run something": (
+        _bytes(".metadata", lambda _: pickle.dumps(_Runs())),
+        "would run code: it names pathlib",
+    ),
+    "metadata of something else": (
+        _bytes(".metadata", lambda _: pickle.dumps({"a": 1})),
+        "does not describe a checkpoint",
+    ),
+    "metadata cut short": (_bytes(".metadata", lambda data: data[:99]), "cannot be read"),
+    "metadata of zeros": (_bytes(".metadata", lambda _: bytes(200)), "cannot be read|would run"),
+    "empty metadata": (_bytes(".metadata", lambda _: b""), "cannot be read"),
+    "no data": (
+        lambda f: (f / "__0_0.distcp").unlink(),
+        r"__0_0\.distcp, which holds a part of .* is not there or too short",
+    ),
+    "data cut short": (_bytes("__0_0.distcp", lambda data: data[:5000]), "is not there or too short"),
+    "no state.json": (lambda f: (f / "state.json").unlink(), r"holds no state\.json and config\.yaml"),
+    "no config.yaml": (lambda f: (f / "config.yaml").unlink(), r"holds no state\.json and config\.yaml"),
+    "state.json of something else": (_text("state.json", "[1]"), r"holds no state\.json"),
+    "state.json without a step": (_text("state.json", json.dumps({"data_fingerprint": "x"})), r"holds no state\.json"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_and_foreign_states(run: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    convert_state(open_state(run), tmp_path / "dcp", "dcp")
+    damage, says = DAMAGE[case]
+    damage(tmp_path / "dcp")
+    with pytest.raises(UserError, match=says):
+        convert_state(open_state(tmp_path / "dcp"), tmp_path / "back", "lejepa")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "back").exists()
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_data_that_are_no_tensors_are_not_unpickled(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the place of one tensor's bytes, as many of a pickle that runs something."""
+    import io
+
+    monkeypatch.chdir(tmp_path)
+    convert_state(open_state(run), tmp_path / "dcp", "dcp")
+    buffer = io.BytesIO()
+    torch.save(_Runs(), buffer)
+    path = tmp_path / "dcp/__0_0.distcp"
+    path.write_bytes(buffer.getvalue() + path.read_bytes()[len(buffer.getvalue()) :])
+    with pytest.raises(UserError, match=r"__0_0\.distcp: what lies at 0 cannot be read"):
+        convert_state(open_state(tmp_path / "dcp"), tmp_path / "back", "lejepa")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_options_of_encoders_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for options in (
+        ["--heads"],
+        ["--dtype", "bf16"],
+        ["--verify"],
+        ["--weights", "trained"],
+        ["--max-shard-size", "1GB"],
+    ):
+        assert main(["convert", str(run), str(tmp_path / "x"), "--to", "dcp", *options]) == 2
+        assert "is for encoders: --to dcp writes the whole training state" in capsys.readouterr().err
