@@ -241,8 +241,8 @@ def advice(path: Place) -> str:
 
 
 def not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """Names the first tensor that holds something else than numbers; None where all are finite. By the least and the largest,
-    which NaN is where there is one: a fortieth of the time that asking every element takes."""
+    """Names the first tensor that holds something else than numbers; None where all are finite. By the least and the
+    largest, which NaN is where there is one: a fortieth of the time that asking every element takes."""
     for name, tensor in tensors:
         if tensor.numel() and tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
             finite = tensor.isfinite()

@@ -33,8 +33,8 @@ _CLASSES: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
     ("collections", "OrderedDict"): dict,
     ("builtins", "set"): set,
-    ("pathlib", "PosixPath"): str,
-    ("pathlib._local", "PosixPath"): str,
+    ("pathlib", "PosixPath"): lambda *parts: "/".join(parts),  # where it was written
+    ("pathlib._local", "PosixPath"): lambda *parts: "/".join(parts),
 }  # fmt: skip
 
 
@@ -158,6 +158,10 @@ def _joined(folder: Path, shape: tuple[int, ...], dtype: torch.dtype, chunks: li
     return read
 
 
+class _Names(Exception):
+    """Something else than a description."""
+
+
 class _Described(pickle.Unpickler):
     """Makes nothing but descriptions of tensors."""
 
@@ -166,13 +170,13 @@ class _Described(pickle.Unpickler):
             return _CLASSES[module, name]
         if module == "torch" and isinstance(found := getattr(torch, name, None), torch.dtype):
             return found
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
+        raise _Names(f"it names {module}.{name}")
 
 
 def _described(path: Path) -> Any:
     try:
         return _Described(io.BytesIO(path.read_bytes())).load()
-    except pickle.UnpicklingError as error:
+    except _Names as error:
         raise UserError(
             f"reading {path} would run code: {error}, which no description of tensors needs. It is not read."
         ) from error

@@ -52,9 +52,9 @@ def write(state: TrainingState, folder: Path, told: Callable[[int], object]) -> 
     counters = {"global_steps": state.progress.step, "global_samples": 0, "skipped_steps": 0}
     ranks = {"dp_world_size": 1, "mp_world_size": 1}
     plain: dict[str, Any] = {"ds_version": _VERSION, "ds_config": {}, "lr_scheduler": None, "optimizer": None}
-    torch.save(
-        {"module": whole[VALUE], "buffer_names": list(state.buffers), **counters, **ranks, **plain}, tag / _MODEL
-    )
+    about = {"module": whole[VALUE], "buffer_names": list(state.buffers), **counters, **ranks, **plain}
+    for prefix in ("", "zero_pp_rank_0_"):  # as stages 1 and 2, and as stage 3 looks for it
+        torch.save(about, tag / f"{prefix}{_MODEL}")
     for name, text in texts_beside(state).items():
         (folder / name).write_text(text)
     (folder / LATEST).write_text(tag.name)
