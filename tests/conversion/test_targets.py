@@ -57,7 +57,7 @@ def test_features_are_the_sources_by_every_reader(tmp_path: Path, family: str, k
     for row in found:
         native = row.size == (expected.size, expected.size)
         if done.exact or native:
-            assert max(row.pooled, row.patches or 0.0) < (5e-6 if kind in ("onnx", "hf") else 1e-12)
+            assert max(row.pooled, row.patches or 0.0) < (5e-6 if kind in ("onnx", "hf") else 1e-6)
         else:
             assert row.note
     readers = {row.reader for row in found}
@@ -74,7 +74,7 @@ def test_names_are_those_that_transformers_4_57_reads(tmp_path: Path) -> None:
     dinov2, dinov3 = tmp_path / "2", tmp_path / "3"
     convert(open_model(source(tmp_path / "a", "DINOv2")), dinov2, "hf")
     convert(open_model(source(tmp_path / "b", "DINOv3 (RoPE), class token")), dinov3, "hf")
-    assert {name for name in load_file(dinov2 / "model.safetensors") if ".1." in name or "layer" not in name} == {
+    assert {name for name in load_file(dinov2 / "model.safetensors") if ".layer.0." not in name} == {
         "embeddings.cls_token", "embeddings.mask_token", "embeddings.position_embeddings",
         "layernorm.weight", "layernorm.bias",
         *(f"embeddings.patch_embeddings.projection.{part}" for part in ("weight", "bias")),
@@ -126,7 +126,7 @@ def test_a_published_tag_answers_for_nothing(tmp_path: Path) -> None:
         convert(open_model(source(tmp_path / family, family)), target)
         model = timm.create_model(f"local-dir:{target}", pretrained=True)
         data = timm.data.resolve_model_data_config(model)
-        assert data == {
+        assert {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()} == {
             "input_size": (3, 70, 70), "interpolation": "bilinear", "mean": (0.4, 0.5, 0.6), "std": (0.2, 0.25, 0.3),
             "crop_pct": 1.0, "crop_mode": "center",
         }  # fmt: skip
@@ -251,7 +251,7 @@ def test_nothing_is_overwritten_unless_asked_and_only_by_what_is_whole(
         with pytest.raises(UserError, match=r"target is there already: name another target, or give --overwrite"):
             convert(model, target, kind)
     with monkeypatch.context() as patch:
-        patch.setattr("lejepa_scale.conversion.convert.card", lambda *_, **__: 1 / 0)
+        patch.setattr("lejepa_scale.conversion.targets.card", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(model, target, overwrite=True)
     assert [path.name for path in target.iterdir()] == ["mine"]
