@@ -93,7 +93,6 @@ def _vit(model: Model) -> Any:
         vit.global_pool != "token",
         f"its features are pooled by '{vit.global_pool or 'none'}', and those of these classes are the class token's",
     )
-    _refuse(not isinstance(getattr(vit, "fc_norm", nn.Identity()), nn.Identity), "it normalizes after the pooling")
     _refuse(isinstance(vit.norm, nn.Identity), "it has no normalization after its blocks")
     for name in ("norm_pre",):
         _refuse(not isinstance(getattr(vit, name, nn.Identity()), nn.Identity), "it normalizes before its blocks")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import validate
-from lejepa_scale.conversion import Given, compare, convert, open_model
+from lejepa_scale.conversion import Given, compare, convert, open_model, verify
 from lejepa_scale.conversion.timm_folder import outputs
 from lejepa_scale.errors import UserError
 from lejepa_scale.training import loop
@@ -114,6 +114,21 @@ def test_a_wrong_mapping_is_noticed(tmp_path: Path) -> None:
     save_file(tensors, target / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"64 x 64: pooled \S+, patch tokens \S+ DIFFERS"):
         compare(model, target, "hf", exact=False, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("expected", "found", "difference"),
+    [
+        ([1e6, -2e6], [1e6, -2e6 + 1], 5e-7),  # as large ones round
+        ([1e-6, 2e-6], [2e-6, 1e-6], 0.5),  # small ones are no agreement
+        ([0.0, 0.0], [0.0, 0.0], 0.0),
+        ([1.0, 2.0], [1.0, 2.0, 3.0], torch.nan),
+        ([1.0, 2.0], [1.0, torch.nan], torch.nan),
+        ([1.0, torch.nan], [1.0, torch.nan], torch.nan),
+    ],
+)
+def test_features_are_compared_with_their_size(expected: list[float], found: list[float], difference: float) -> None:
+    assert verify._difference(torch.tensor(expected), torch.tensor(found)) == pytest.approx(difference, nan_ok=True)
 
 
 # -- preprocessing
