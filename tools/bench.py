@@ -102,6 +102,7 @@ def main() -> int:
     kind.add_argument("--every", type=int, default=20, help="steps between saves; %(default)s")
     kind.add_argument("--rounds", type=int, default=3, help="of --every steps, for each way of saving; %(default)s")
     kind.add_argument("--read", type=Path, metavar="CHECKPOINT", help="read that one instead, and time it")
+    kind.add_argument("--plan", action="store_true", help="who writes what on 64 and 512 ranks, alone")
     kind.add_argument(
         "--write", type=Path, metavar="FOLDER", help="save random weights and moments there instead, and time it"
     )
@@ -195,7 +196,7 @@ def _checkpoint(arguments: argparse.Namespace) -> int:
         recipe = step.Recipe(arguments.config, overrides)
         recipe = recipe.of(arguments.images, ranks) if arguments.images else recipe
         a = arguments
-        results = saving.measure(recipe, a.every, a.rounds, a.read, a.write, a.out)
+        results = saving.measure(recipe, a.every, a.rounds, a.read, a.write, a.out, plan=a.plan)
     except UserError as error:
         os._exit(refuse(error))
     return _report(results, arguments.json if rank == 0 else None)

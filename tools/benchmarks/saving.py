@@ -33,13 +33,15 @@ WAYS = ("none", "async", "sync")
 
 
 def measure(
-    recipe: Recipe, every: int, rounds: int, read: Path | None, write: Path | None, out: Path | None
+    recipe: Recipe, every: int, rounds: int, read: Path | None, write: Path | None, out: Path | None, *, plan: bool
 ) -> Results:
     """On every rank of the launcher's world. Raises UserError."""
     config = recipe.config()
     device = process_group.join(timedelta(minutes=config.engine.timeout_minutes))
     if read is not None:
         sections: dict[str, Iterator[Row]] = {"read": reading(config, device, read)}
+    elif plan:
+        sections = {"plan": plans(config)}
     elif write is not None:
         sections = {"write": writing(config, device, write)}
     else:
