@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from benchmarks.measure import Results, Row, run_sections
 from benchmarks.step import Recipe
@@ -143,7 +145,7 @@ def writing(config: Config, device: torch.device, folder: Path) -> Iterator[Row]
     engine = build_engine(config, check_world(config, launch.ranks()), lambda: build(config), device, None)
     engine.prepare_moments(1)
     for shard in list(engine.shards()):
-        shard.data.normal_() if shard.kind == VALUE else shard.data.uniform_(0, 1e-3)
+        shard.data.normal_(0, 0.02) if shard.kind == VALUE else shard.data.uniform_(0, 1e-3)
     engine.settle()
     for buffer in engine.buffers().values():  # NaN until they are taken in
         buffer.nan_to_num_()
@@ -162,7 +164,30 @@ def writing(config: Config, device: torch.device, folder: Path) -> Iterator[Row]
         "peak MiB of ranks before": [round(x / 2**20) for x in before],
         "after": [round(x / 2**20) for x in after],
     }
+    if config.engine.name == "fsdp":
+        yield _by_torch(engine, folder / "dcp")
     engine.close()
+
+
+def _by_torch(engine: Any, folder: Path) -> Row:
+    """The same state by torch.distributed.checkpoint's own writer, which syncs its files too."""
+    state = {
+        "model": get_model_state_dict(engine.module),
+        "optim": get_optimizer_state_dict(engine.module, engine.optimizer),
+    }
+    collectives.barrier()
+    before, began = collectives.gather_objects(_peak()), time.perf_counter()
+    dcp.save(state, checkpoint_id=folder)
+    spent, after = time.perf_counter() - began, collectives.gather_objects(_peak())
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    collectives.barrier()
+    return {
+        "case": "written by torch.distributed.checkpoint.save",
+        "GB": size / 1e9,
+        "s": spent,
+        "peak MiB of ranks before": [round(x / 2**20) for x in before],
+        "after": [round(x / 2**20) for x in after],
+    }
 
 
 def reading(config: Config, device: torch.device, path: Path) -> Iterator[Row]:
