@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -26,6 +27,10 @@ from lejepa_scale.conversion.verify import compare
 from lejepa_scale.errors import UserError
 
 TARGETS = ("timm", "hf", "safetensors", "onnx")  # of an encoder
+_OURS = re.compile(
+    r"config\.(json|yaml)|preprocessor_config\.json|README\.md|state\.json|\.metadata|\S+\.distcp"
+    r"|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|global_step\d+_universal|latest_universal"
+)
 STATES = ("dcp", "zero", "lejepa")  # of a whole training state
 
 
@@ -55,8 +60,7 @@ def convert(
     (safetensors, hf), which makes several with an index of more. overwrite: what is at `target`, once the new one is whole.
     scores: of the run, for the model card. Raises UserError for what the target cannot hold, or cannot be written."""
     _expect_options(kind, heads=heads, max_shard_bytes=max_shard_bytes)
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} is there already: name another target, or give --overwrite.")
+    _expect_replaceable(target, overwrite)
     if heads and not model.heads:
         raise UserError(f"{model.where} has no projector.")
     with _aside(target) as partial, _bar(model.tensors.values()) as told:
@@ -79,8 +83,7 @@ def open_state(named: str | Place) -> TrainingState:
 def convert_state(state: TrainingState, target: Path, kind: str, *, overwrite: bool = False) -> Converted:
     """Write a training state as one of STATES: `dcp`, a folder of torch.distributed.checkpoint, `zero`, DeepSpeed's
     universal checkpoint, or `lejepa`, a run directory of ours, from which a run goes on. Raises UserError."""
-    if target.exists() and not overwrite:
-        raise UserError(f"{target} is there already: name another target, or give --overwrite.")
+    _expect_replaceable(target, overwrite)
     with _aside(target) as partial, _bar(lazy for _, _, lazy in state.each()) as told:
         count = {"dcp": dcp.write, "zero": zero.write, "lejepa": write_checkpoint}[kind](state, partial, told)
     files = tuple(file for file in sorted(target.rglob("*")) if file.is_file())
@@ -110,6 +113,20 @@ def _expect_options(kind: str, *, heads: bool, max_shard_bytes: int | None) -> N
         raise UserError(f"--max-shard-size is for --to safetensors and hf, not {kind}: {why}.")
 
 
+def _expect_replaceable(target: Path, overwrite: bool) -> None:
+    """A folder is replaced only where all that it holds may be of a conversion: not a run, nor a home."""
+    if not target.exists():
+        return
+    if not overwrite:
+        raise UserError(f"{target} is there already: name another target, or give --overwrite.")
+    others = [path.name for path in target.iterdir() if not _OURS.fullmatch(path.name)] if target.is_dir() else []
+    if others:
+        raise UserError(
+            f"{target} holds {', '.join(sorted(others)[:4])}, which no conversion writes: it is not replaced. Name another "
+            "target."
+        )
+
+
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
     """Where the target is made: under its name in a folder beside its place, to which it is moved at the end; nothing is
@@ -121,7 +138,7 @@ def _aside(target: Path) -> Iterator[Path]:
         for made in sorted(folder.iterdir()):
             place = target.with_name(made.name)
             if place.is_dir():
-                shutil.rmtree(place)
+                place.rename(folder / f"{made.name}.replaced")
             made.replace(place)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or target}: {error.strerror or error}.") from error

@@ -261,7 +261,7 @@ def test_nothing_is_overwritten_unless_asked_and_only_by_what_is_whole(
 ) -> None:
     model, target = open_model(source(tmp_path / "in")), tmp_path / "target"
     target.mkdir()
-    (target / "mine").write_text("dear")
+    (target / "README.md").write_text("before")
     for kind in ("timm", "hf", "safetensors", "onnx"):
         with pytest.raises(UserError, match=r"target is there already: name another target, or give --overwrite"):
             convert(model, target, kind)
@@ -269,10 +269,14 @@ def test_nothing_is_overwritten_unless_asked_and_only_by_what_is_whole(
         patch.setattr("lejepa_scale.conversion.targets.card", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             convert(model, target, overwrite=True)
-    assert [path.name for path in target.iterdir()] == ["mine"]
+    assert [path.name for path in target.iterdir()] == ["README.md"]
     convert(model, target, overwrite=True)
     assert sorted(path.name for path in target.iterdir()) == ["README.md", "config.json", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "target"]
+    (target / "mine").write_text("dear")
+    with pytest.raises(UserError, match=r"target holds mine, which no conversion writes: it is not replaced"):
+        convert(model, target, overwrite=True)
+    assert (target / "mine").read_text() == "dear"
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write \S*/file/x\S*: Not a directory"):
         convert(model, tmp_path / "file/x")
@@ -309,6 +313,16 @@ def test_a_run_from_the_command_line(tmp_path: Path, scenes: Path, capsys: pytes
         main(["convert", str(tmp_path / "e.safetensors"), str(tmp_path / "g"), "--to", "safetensors", "--heads"]) == 2
     )
     assert "has no projector" in capsys.readouterr().err
+
+
+def test_a_run_is_never_replaced(tmp_path: Path, scenes: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    loop.train(validate(small_config(run, scenes, train={"steps": 1, "global_batch": 16})))
+    before = sorted(path.name for path in run.iterdir())
+    for kind in ("timm", "safetensors", "dcp", "lejepa"):
+        assert main(["convert", str(run), str(run), "--to", kind, "--overwrite"]) == 2
+        assert "which no conversion writes: it is not replaced" in capsys.readouterr().err
+    assert sorted(path.name for path in run.iterdir()) == before
 
 
 def test_weights_that_do_not_say_what_they_are_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
