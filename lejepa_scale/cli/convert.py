@@ -65,6 +65,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image-size", type=positive, help="with --encoder: pixels, default 224")
     parser.add_argument("--patch-size", type=positive, help="with --encoder: pixels, default what its name says")
     parser.add_argument("--channels", type=positive, help="with --encoder: default 3")
+    parser.add_argument(
+        "--config", type=Path, help="lejepa: that of the run, where another trainer made the state by itself"
+    )
     parser.add_argument("--verify", action="store_true", help="compare features with the source's, at several sizes")
     parser.add_argument("--images", nargs="+", metavar="SHARDS", help="with --verify: real images too, of a run's kind")
     parser.add_argument("--overwrite", action="store_true", help="replace what is at TARGET")
@@ -84,6 +87,8 @@ def _run(a: argparse.Namespace) -> int:
         raise UserError(f"--push is for --to timm and hf, whose folders have a model card, not {a.to}.")
     if a.to in STATES:
         return _convert_state(a)
+    if a.config is not None:
+        raise UserError(f"--config is for --to {', '.join(STATES)}: an encoder's source says itself what it is.")
     model = open_model(a.source, a.weights, given)
     done = convert(
         model,
@@ -121,7 +126,7 @@ def _convert_state(a: argparse.Namespace) -> int:
     if a.dtype != "fp32" or a.weights != "best" or any(of_encoders.values()):
         named = [*(name for name, value in of_encoders.items() if value), "--dtype", "--weights"]
         raise UserError(f"{named[0]} is for encoders: --to {a.to} writes the whole training state as it is.")
-    done = convert_state(open_state(a.source), a.target, a.to, overwrite=a.overwrite)
+    done = convert_state(open_state(a.source, a.config), a.target, a.to, overwrite=a.overwrite)
     print(f"wrote {done.tensors} tensors to {a.target} ({len(done.files)} files, {done.bytes / 1e6:,.1f} MB)")
     return 0
 

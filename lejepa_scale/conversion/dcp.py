@@ -16,11 +16,11 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as described
 
 from lejepa_scale.conversion.source import Lazy
-from lejepa_scale.conversion.training import OURS, TrainingState, rebuilt, texts_beside
+from lejepa_scale.conversion.training import Counters, TrainingState, rebuilt, texts_beside, texts_of
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
 
-METADATA, _DATA = ".metadata", "__0_0.distcp"
+METADATA, _DATA, _STEP = ".metadata", "__0_0.distcp", "step"
 _CLASSES: dict[tuple[str, str], Any] = {
     (described.__name__, name): getattr(described, name)
     for name in (
@@ -79,14 +79,16 @@ def write(state: TrainingState, folder: Path, told: Callable[[int], object]) -> 
     return len(tensors)
 
 
-def read(folder: Path) -> TrainingState:
-    """Raises UserError where it cannot be read, or would run something."""
+def read(folder: Path, config: Path | None = None) -> TrainingState:
+    """config: that of the run, where there is none beside it. Raises UserError where it cannot be read, or would run
+    something."""
     about = _described(folder / METADATA)
     places: dict[str, list[tuple[Any, Any]]] = {}
     try:
         for index, info in about.storage_data.items():
             places.setdefault(str(index.fqn), []).append((index, info))
         tensors: dict[str, dict[str, Lazy]] = {}
+        updates = 0
         for key, row in about.state_dict_metadata.items():
             if (found := _meant(str(key))) is not None and isinstance(row, described.TensorStorageMetadata):
                 kind, name = found
@@ -94,12 +96,17 @@ def read(folder: Path) -> TrainingState:
                 assert isinstance(dtype, torch.dtype)
                 assert min(shape, default=0) >= 0
                 chunks = _chunks(folder, str(key), row, places.get(str(key), []))
-                tensors.setdefault(kind, {})[name] = Lazy(shape, dtype, _joined(folder, shape, dtype, chunks))
+                read_it = _joined(folder, shape, dtype, chunks)
+                if kind == _STEP:
+                    updates = updates or int(read_it())
+                else:
+                    tensors.setdefault(kind, {})[name] = Lazy(shape, dtype, read_it)
     except (AttributeError, AssertionError, TypeError, ValueError) as error:
         raise UserError(f"{folder / METADATA} does not describe a checkpoint: {error!r}.") from error
-    texts = {name: (folder / name).read_text() for name in OURS if (folder / name).exists()}
     ordered = {kind: tensors[kind] for kind in (VALUE, *MOMENTS, AVERAGE) if kind in tensors}
-    return rebuilt(str(folder), ordered, texts)
+    buffers = tuple(ordered.get(VALUE, {}).keys() - ordered.get(MOMENTS[0], ordered.get(VALUE, {})).keys())
+    said = Counters(updates, updates, buffers)
+    return rebuilt(str(folder), ordered, texts_of(folder, config, said))
 
 
 def _meant(key: str) -> tuple[str, str] | None:
@@ -108,7 +115,7 @@ def _meant(key: str) -> tuple[str, str] | None:
     if first in ("model", AVERAGE):
         return VALUE if first == "model" else AVERAGE, rest
     name, _, kind = rest.removeprefix("state.").rpartition(".")
-    return (kind, name) if first in ("optim", "optimizer") and kind in MOMENTS else None
+    return (kind, name) if first in ("optim", "optimizer") and kind in (*MOMENTS, _STEP) else None
 
 
 _Chunk = tuple[tuple[int, ...], tuple[int, ...], str, int, int]  # offsets, sizes; file, first byte, bytes

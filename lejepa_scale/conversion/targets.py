@@ -19,10 +19,10 @@ from tqdm import tqdm
 from lejepa_scale.checkpoint import find
 from lejepa_scale.checkpoint.files import Entry, write_safetensors
 from lejepa_scale.checkpoint.places import Place, place
-from lejepa_scale.conversion import dcp, native, onnx, timm_folder, zero
+from lejepa_scale.conversion import dcp, native, onnx, timm_folder, zero, zero_native
 from lejepa_scale.conversion.card import card
 from lejepa_scale.conversion.source import DTYPES, Dtype, Lazy, Model, finite
-from lejepa_scale.conversion.training import TrainingState, of_checkpoint, write_checkpoint
+from lejepa_scale.conversion.training import TrainingState, expect_model, of_checkpoint, write_checkpoint
 from lejepa_scale.conversion.verify import compare
 from lejepa_scale.errors import UserError
 
@@ -70,13 +70,16 @@ def convert(
     return Converted(target, there, written.tensors, sum(file.stat().st_size for file in there), written.exact)
 
 
-def open_state(named: str | Place) -> TrainingState:
-    """The training state that `named` means: a run or checkpoint of ours, a folder of torch.distributed.checkpoint or a
-    universal checkpoint of DeepSpeed, with state.json and config.yaml of a run beside it. Raises UserError."""
+def open_state(named: str | Place, config: Path | None = None) -> TrainingState:
+    """The training state that `named` means: a run or checkpoint of ours, a folder of torch.distributed.checkpoint, a
+    universal checkpoint of DeepSpeed or what its `save_checkpoint` wrote, with state.json and config.yaml of a run beside
+    it. config: that of a run whose state another trainer wrote by itself, without these. Raises UserError."""
     path = place(named) if isinstance(named, str) else named
     for form in (dcp, zero):
         if isinstance(path, Path) and form.is_one(path):
-            return form.read(path)
+            return form.read(path, config)
+    if isinstance(path, Path) and path.is_dir() and zero_native.folder_of(path) is not None:
+        return zero_native.read(path, config)
     return of_checkpoint(find(path))
 
 
@@ -84,6 +87,8 @@ def convert_state(state: TrainingState, target: Path, kind: str, *, overwrite: b
     """Write a training state as one of STATES: `dcp`, a folder of torch.distributed.checkpoint, `zero`, DeepSpeed's
     universal checkpoint, or `lejepa`, a run directory of ours, from which a run goes on. Raises UserError."""
     _expect_replaceable(target, overwrite)
+    if kind == "lejepa":
+        expect_model(state)
     with _aside(target) as partial, _bar(lazy for _, _, lazy in state.each()) as told:
         count = {"dcp": dcp.write, "zero": zero.write, "lejepa": write_checkpoint}[kind](state, partial, told)
     files = tuple(file for file in sorted(target.rglob("*")) if file.is_file())

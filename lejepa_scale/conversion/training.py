@@ -11,6 +11,7 @@ from math import prod
 from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 
 from lejepa_scale.checkpoint import Progress, Saved
@@ -29,9 +30,11 @@ from lejepa_scale.checkpoint.saved import (
     title,
     verify,
 )
+from lejepa_scale.config import dump, load_config, recorded
 from lejepa_scale.conversion.source import Lazy, finite
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
+from lejepa_scale.model import check
 
 OURS = (STATE, CONFIG)  # what goes beside a state in another format, so that it can come back
 
@@ -69,6 +72,37 @@ def of_checkpoint(checkpoint: Place) -> TrainingState:
     return TrainingState(str(checkpoint), tensors, tuple(saved.buffers), saved.progress, texts, saved.probe())
 
 
+@dataclass(frozen=True)
+class Counters:
+    """What a foreign state says of itself."""
+
+    step: int
+    updates: int
+    buffers: tuple[str, ...]
+
+
+def texts_of(folder: Path, config: Path | None, said: Counters | None = None) -> dict[str, str]:
+    """state.json and config.yaml beside a state; where `config` is given, that configuration and what the state says of
+    itself. The order of data before is then unknown: step N goes on with the samples that are N-th."""
+    texts = {name: (folder / name).read_text() for name in OURS if (folder / name).exists()}
+    if config is not None and said is not None:
+        progress = asdict(Progress(said.step, "", updates=said.updates))
+        texts = {STATE: json.dumps({**progress, "buffers": list(said.buffers)}), CONFIG: dump(load_config(config, []))}
+    return texts
+
+
+def expect_model(state: TrainingState) -> None:
+    """Raises UserError where the names and shapes are not those of the configured module."""
+    module = check(recorded(yaml.safe_load(state.texts[CONFIG]), origin=CONFIG))
+    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    found = {name: lazy.shape for name, lazy in state.tensors[VALUE].items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        raise UserError(
+            f"{state.where} is not a state of the configured model: {len(wrong)} tensors are missing, left over or of "
+            f"another shape ({', '.join(wrong[:4])}{', ...' if len(wrong) > 4 else ''})."
+        )
+
+
 def rebuilt(where: str, tensors: dict[str, dict[str, Lazy]], texts: Mapping[str, str]) -> TrainingState:
     """A state out of another format, with the texts that lie beside it. Raises UserError where these are missing, or moments
     are not those of the weights."""
@@ -80,7 +114,7 @@ def rebuilt(where: str, tensors: dict[str, dict[str, Lazy]], texts: Mapping[str,
     except (KeyError, ValueError, TypeError, AssertionError) as error:
         raise UserError(
             f"{where} holds no {STATE} and {CONFIG} of a run, as `lejepa convert` puts beside a training state: copy them "
-            "out of a checkpoint of the run."
+            "out of a checkpoint of the run, or name its configuration with --config."
         ) from error
     values = {name: lazy.shape for name, lazy in tensors.get(VALUE, {}).items() if name not in buffers}
     for kind in MOMENTS:

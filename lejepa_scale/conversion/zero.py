@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lejepa_scale.conversion.source import Lazy
-from lejepa_scale.conversion.training import OURS, TrainingState, rebuilt, texts_beside
+from lejepa_scale.conversion.training import Counters, TrainingState, rebuilt, texts_beside, texts_of
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
 
@@ -65,8 +65,9 @@ def is_one(folder: Path) -> bool:
     return (folder / LATEST).is_file()
 
 
-def read(folder: Path) -> TrainingState:
-    """The one that `latest_universal` names. Raises UserError where it cannot be read."""
+def read(folder: Path, config: Path | None = None) -> TrainingState:
+    """The one that `latest_universal` names. config: that of the run, where there is none beside it. Raises UserError where
+    it cannot be read."""
     named = (folder / LATEST).read_text(errors="replace").strip()
     tag = folder / named
     if Path(named).name != named or not (tag / _FOLDER).is_dir():
@@ -88,8 +89,10 @@ def read(folder: Path) -> TrainingState:
                 tensors.setdefault(kind, {}).setdefault(
                     str(name), Lazy(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
                 )
-    texts = {name: (folder / name).read_text() for name in OURS if (folder / name).exists()}
-    return rebuilt(str(folder), tensors, texts)
+    steps = [*(tag / _FOLDER).glob("*/step.pt")][:1]
+    updates = int(_loaded(steps[0])) if steps else int(module.get("global_steps") or 0)
+    said = Counters(int(module.get("global_steps") or 0), updates, tuple(map(str, module.get("buffer_names") or ())))
+    return rebuilt(str(folder), tensors, texts_of(folder, config, said))
 
 
 def _same(tensor: Tensor) -> Tensor:

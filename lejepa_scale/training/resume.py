@@ -150,7 +150,14 @@ def _refuse_another_order(config: Config, mixture: Mixture, saved: Saved) -> Non
     """Step s takes the positions from s x global_batch on, of an order that the shards, the seed and the blocks determine:
     with another of these, samples would come twice or never."""
     checkpoint = saved.path
-    if saved.progress.data_fingerprint != mixture.fingerprint:
+    if not saved.progress.data_fingerprint:  # of a state that another trainer made
+        logger.info(
+            "%s says nothing of the data before: step %d goes on with the samples at its place in the order of "
+            "data.shards.",
+            checkpoint,
+            saved.progress.step,
+        )
+    elif saved.progress.data_fingerprint != mixture.fingerprint:
         raise UserError(
             f"the shards of data.shards are not those that {checkpoint} was trained on (names, sizes, counts or weights "
             "differ), so the order of samples cannot be continued. Restore them, or start a new run.dir."

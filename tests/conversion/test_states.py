@@ -161,13 +161,13 @@ def _loaded_by_deepspeed(folder: str, run: str, stage: int) -> Any:
     return result
 
 
-def _loss_of_ours(run: str) -> float:
+def _loss_of_ours(run: str, engine: str = "single", number: int = 3) -> float:
     from lejepa_scale.config import load_config
 
-    engine, plan = start(load_config(Path(run) / "config.yaml", []), saved=Saved(find(run)))
-    views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    loss = float(take_step(engine, plan, [[views]], 3).loss)
-    engine.close()
+    made, plan = start(load_config(Path(run) / "config.yaml", [f"engine.name={engine}"]), saved=Saved(find(run)))
+    views, rank = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0)), process_group.rank()
+    loss = float(take_step(made, plan, [[views[:, rank * plan.micro_batch :][:, : plan.micro_batch]]], number).loss)
+    made.close()
     return loss
 
 
@@ -185,6 +185,84 @@ def test_plain_deepspeed_goes_on(run: Path, tmp_path: Path, stage: int) -> None:
         assert loss == pytest.approx(expected, rel=1e-5)
         assert step == 3
         assert updates == {3.0}
+
+
+def _by_deepspeed_alone(folder: str, config: str, stage: int) -> Any:
+    """Two steps of a run that is none of ours, saved as DeepSpeed does; what it holds, and the loss of the third."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+    from lejepa_scale.config import load_config
+    from lejepa_scale.model import build
+
+    world, rank = process_group.world_size(), process_group.rank()
+    settings = {
+        "train_batch_size": 16,
+        "zero_optimization": {"stage": stage, "sub_group_size": 20_000, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    getattr(deepspeed.ops, "__compatible_ops__", {})["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=False)
+    torch.manual_seed(0)
+    module = build(load_config(Path(config), []))
+    matrices = [parameter for parameter in module.parameters() if parameter.dim() > 1]
+    others = [parameter for parameter in module.parameters() if parameter.dim() <= 1]
+    optimizer = torch.optim.AdamW([{"params": others, "weight_decay": 0.0}, {"params": matrices}], lr=1e-3)
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    views = torch.randn(2, 16, 3, 32, 32, generator=torch.Generator().manual_seed(0))[:, rank * 16 // world :][
+        :, : 16 // world
+    ]
+    for step in range(2):
+        engine.backward(engine([views], step)["loss"])
+        engine.step()
+    engine.save_checkpoint(folder)
+    if stage < 3:  # DeepSpeed links moments to parameters after the first group's first update, and those of no other
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    tensors = {}
+    for name, parameter in module.named_parameters():
+        tensors["value", name] = safe_get_full_fp32_param(parameter).clone()
+        for kind in ("exp_avg", "exp_avg_sq"):
+            tensors[kind, name] = safe_get_full_optimizer_state(parameter, kind).clone()
+    loss = float(engine([views], 2)["loss"])
+    engine.destroy()
+    return tensors, loss
+
+
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+def test_a_run_of_plain_deepspeed_becomes_one_of_ours(tmp_path: Path, scenes: Path, stage: int) -> None:
+    """Two ranks' flat partitions, in groups of parameters that are not in the module's order, into a checkpoint that fsdp
+    goes on from on two ranks."""
+    pytest.importorskip("deepspeed")
+    config = tmp_path / "recipe.yaml"
+    config.write_text(dump(validate(small_config(tmp_path / "back", scenes, train={"steps": 4, "global_batch": 16}))))
+    found = run_ranks(_by_deepspeed_alone, 2, str(tmp_path / "theirs"), str(config), stage)
+    with pytest.raises(UserError, match=r"or name its configuration with --config"):
+        open_state(tmp_path / "theirs")
+    words = ["convert", str(tmp_path / "theirs"), str(tmp_path / "back"), "--to", "lejepa", "--config", str(config)]
+    assert main(words) == 0
+    saved = Saved(find(tmp_path / "back"))
+    assert (saved.progress.step, saved.progress.updates) == (2, 2)
+    for tensors, loss in found:
+        assert {name for _, name in tensors} == {*saved.parameters}
+        for (kind, name), tensor in tensors.items():
+            assert torch.equal(tensor.view(-1), saved.whole(name, kind).view(-1)), (kind, name)
+        losses = run_ranks(_loss_of_ours, 2, str(tmp_path / "back"), "fsdp", 2)
+        assert losses == pytest.approx([loss, loss], rel=1e-5)
+    loop.train(validate(small_config(tmp_path / "back", scenes, train={"steps": 4, "global_batch": 16})))
+    assert Saved(find(tmp_path / "back")).progress.step == 4
+    next((tmp_path / "theirs/global_step2").glob("*pp_rank_1_*optim_states.pt")).unlink()
+    with pytest.raises(UserError, match=r"holds the partitions of 1 ranks, of the 2 that wrote it"):
+        open_state(tmp_path / "theirs", config)
+
+
+def test_a_state_of_another_model_is_refused(run: Path, tmp_path: Path, scenes: Path) -> None:
+    convert_state(open_state(run), tmp_path / "dcp", "dcp")
+    other = small_config("r", scenes, model={"encoder": "vit_nano", "options": {"depth": 3}})
+    (tmp_path / "dcp/config.yaml").write_text(dump(validate(other)))
+    with pytest.raises(UserError, match=r"is not a state of the configured model: \d+ tensors are missing, left over"):
+        convert_state(open_state(tmp_path / "dcp"), tmp_path / "back", "lejepa")
 
 
 class _Runs:
