@@ -21,7 +21,7 @@ def load_encoder(path: str | Place, *, weights: Weights = "best") -> tuple[Encod
     """Encoder (CPU, fp32, eval mode) and configuration of a run directory or one of its checkpoints, which may lie
     in a store (s3://bucket/run).
 
-    weights: `trained`; `averaged` along the way, where the run keeps an average; `best`: averaged where there are, else
+    weights: `trained`; `average`, that along the way, where the run keeps one; `best`: the average where there is one, else
     trained; `first`: those the run began with, the seed's or those of `model.init_from`, read from there again. Raises
     UserError for anything that is not a checkpoint, for an average that was not kept, and for weights to begin with that
     are no longer there.

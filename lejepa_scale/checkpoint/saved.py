@@ -21,7 +21,7 @@ from lejepa_scale.checkpoint.tensors import TensorFile
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
 
-Weights = Literal["best", "trained", "averaged", "first"]  # of a run: `best` is the average where one is kept
+Weights = Literal["best", "trained", "average", "first"]  # of a run: `best` is the average where one is kept
 _OPEN_FILES = 8  # at once
 MARKER, INDEX, STATE, CONFIG, PROBE = "COMPLETE", "index.json", "state.json", "config.yaml", "probe.safetensors"
 
@@ -98,7 +98,7 @@ class Saved:
 
     def kind_of(self, weights: Weights) -> str:
         """Which set of weights is meant. Raises UserError where the average is, and there is none."""
-        if weights == "averaged" and not self.averaged:
+        if weights == "average" and not self.averaged:
             raise UserError(
                 f"{self.path} holds no averaged weights: a run keeps them with average.kind=ema or swa, from the step that "
                 "average.start says."

@@ -86,7 +86,7 @@ def positive(text: str) -> int:
 def add_weights(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
-        choices=["best", "trained", "averaged", "first"],
+        choices=["best", "trained", "average", "first"],
         default="best",
         help="best: averaged along the way where the run keeps an average (average.kind), else trained; first: those it "
         "began with",

@@ -260,19 +260,19 @@ def test_averaged_weights_are_evaluated_and_exported(scenes: Path, tmp_path: Pat
     name = "blocks.0.attn.qkv.weight"
     of = {
         weights: load_encoder(run, weights=weights)[0].backbone.state_dict()[name]
-        for weights in ("best", "trained", "averaged")
+        for weights in ("best", "trained", "average")
     }
-    assert torch.equal(of["averaged"], saved.whole(f"encoder.backbone.{name}", AVERAGE))
-    assert torch.equal(of["best"], of["averaged"])
+    assert torch.equal(of["average"], saved.whole(f"encoder.backbone.{name}", AVERAGE))
+    assert torch.equal(of["best"], of["average"])
     assert torch.equal(of["trained"], saved.whole(f"encoder.backbone.{name}"))
     rows = [row.name for row in evaluate(run, str(scenes), str(scenes), k=3).scores]
     assert rows == ["averaged", "trained", "untrained", "raw pixels"]
-    for options, expected in (([], "averaged"), (["--weights", "trained"], "trained")):
+    for options, expected in (([], "average"), (["--weights", "trained"], "trained")):
         target = tmp_path / f"{expected}.safetensors"
         assert main(["convert", str(run), str(target), "--to", "safetensors", "--verify", *options]) == 0
         assert torch.equal(_tensors(target)[name], of[expected])
     assert exported(run, tmp_path / "first.safetensors", weights="first")
-    model = open_model(str(run), "averaged")
+    model = open_model(str(run), "average")
     with pytest.raises(UserError, match="DIFFERS"):
         compare(model, tmp_path / "first.safetensors", "safetensors", exact=True, dtype=torch.float32)
 
@@ -280,7 +280,7 @@ def test_averaged_weights_are_evaluated_and_exported(scenes: Path, tmp_path: Pat
 def test_an_average_that_was_not_kept_is_refused(scenes: Path, tmp_path: Path) -> None:
     loop.train(validate(small_config(tmp_path, scenes, train={"steps": 1, "global_batch": 16})))
     with pytest.raises(UserError, match=r"step_00000001 holds no averaged weights: .*average\.kind=ema"):
-        load_encoder(tmp_path, weights="averaged")
+        load_encoder(tmp_path, weights="average")
 
 
 def test_a_run_begins_from_the_average_of_another(
@@ -292,5 +292,5 @@ def test_a_run_begins_from_the_average_of_another(
     loop.train(validate(small_config(tmp_path / "b", scenes, model=model, train={"steps": 1, "global_batch": 16})))
     assert "(averaged weights)" in caplog.text
     first = load_encoder(tmp_path / "b", weights="first")[0].backbone.state_dict()
-    averaged = load_encoder(tmp_path / "a", weights="averaged")[0].backbone.state_dict()
+    averaged = load_encoder(tmp_path / "a", weights="average")[0].backbone.state_dict()
     assert all(torch.equal(first[key], averaged[key]) for key in averaged)
