@@ -40,7 +40,7 @@ from lejepa_scale.training import lock, loop
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[None]:
+def server() -> Iterator[dict[str, str]]:
     """S3 by moto, of which nothing leaves this machine."""
     moto = pytest.importorskip("moto.server")
     pytest.importorskip("s3fs")
@@ -58,7 +58,7 @@ def server() -> Iterator[None]:
         for name, value in settings.items():
             patch.setenv(name, value)
         UPath("s3://bucket").fs.mkdir("bucket")
-        yield
+        yield settings
     running.stop()
 
 
@@ -153,7 +153,7 @@ def test_a_store_that_fails_is_a_paragraph(root: UPath, tmp_path: Path, monkeypa
     verify(good)
 
 
-def test_a_server_that_is_gone_is_not_an_empty_store(server: None, tmp_path: Path) -> None:
+def test_a_server_that_is_gone_is_not_an_empty_store(server: dict[str, str], tmp_path: Path) -> None:
     lost = UPath(
         "s3://bucket/run",
         endpoint_url=f"http://127.0.0.1:{free_port()}",
@@ -284,7 +284,8 @@ def test_a_run_goes_on_from_a_store_without_its_directory(scenes: Path, tmp_path
         loop.train(_config(tmp_path / "d", scenes, root, 6, run={"dir": str(tmp_path / "d"), "resume": "never"}))
 
 
-def _on_ranks(name: str, root: str, folder: str, first: int) -> Any:
+def _on_ranks(settings: dict[str, str], name: str, root: str, folder: str, first: int) -> Any:
+    os.environ |= settings  # the server that ranks are forked from may have begun before
     config = validate(
         small_config(
             "unused", "unused", engine={"name": name}, model={"options": {"depth": 2}}, train={"global_batch": 16}
@@ -305,19 +306,20 @@ def _on_ranks(name: str, root: str, folder: str, first: int) -> Any:
     return state
 
 
-def test_ranks_write_and_read_a_store_in_parts(server: None, tmp_path: Path) -> None:
+def test_ranks_write_and_read_a_store_in_parts(server: dict[str, str], tmp_path: Path) -> None:
     root = place(f"s3://bucket/{uuid.uuid4().hex}")
-    run_ranks(_on_ranks, 2, "fsdp", str(root), str(tmp_path), 0)
+    run_ranks(_on_ranks, 2, server, "fsdp", str(root), str(tmp_path), 0)
     written = Saved(root / "step_00000002")
     assert written.ranks == 2
     for name, world in (("zero3", 2), ("fsdp", 4)):
-        state = run_ranks(_on_ranks, world, name, str(root), str(tmp_path), 2)[0]
+        state = run_ranks(_on_ranks, world, server, name, str(root), str(tmp_path), 2)[0]
         for kind, tensors in {"value": state.model, **state.moments}.items():
             for name_, tensor in tensors.items():
                 assert torch.equal(written.whole(name_, kind), tensor), (name, kind, name_)
 
 
-def _killed_while_writing(root: str, folder: str) -> None:
+def _killed_while_writing(settings: dict[str, str], root: str, folder: str) -> None:
+    os.environ |= settings
     store = Store(Path(folder), keep=9, root=place(root))
     save(store, 1)
     background = Saver(store, Holder(values(2.0)))
@@ -325,10 +327,10 @@ def _killed_while_writing(root: str, folder: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_kill_inside_a_save_leaves_the_one_before(server: None, tmp_path: Path) -> None:
+def test_a_kill_inside_a_save_leaves_the_one_before(server: dict[str, str], tmp_path: Path) -> None:
     root = place(f"s3://bucket/{uuid.uuid4().hex}")
     with pytest.raises(FileNotFoundError):  # no result: it was killed
-        run_ranks(_killed_while_writing, 1, str(root), str(tmp_path))
+        run_ranks(_killed_while_writing, 1, server, str(root), str(tmp_path))
     store = Store(tmp_path, keep=9, root=root)
     assert store.latest() == root / "step_00000001"
     verify(root / "step_00000001")

@@ -18,7 +18,7 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 SOURCES = ("lejepa_scale", "configs", "tests", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
-EXTRAS = {"deepspeed", "xformers", "torchao", "wandb", "tensorboard", "matplotlib", "scipy", "pytest", "beartype"}
+EXTRAS = {"deepspeed", "transformers", "onnx", "moto", "xformers", "torchao", "wandb", "tensorboard", "matplotlib", "scipy", "pytest", "beartype"}
 
 
 def run(*words: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -63,7 +63,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(built: dict[str, Path]) ->
     assert "License-Expression: Apache-2.0" in metadata
     assert any(name.endswith("/licenses/LICENSE") for name in information)
     extras = set(re.findall(r"^Provides-Extra: (.*)$", metadata, re.MULTILINE))
-    assert extras == {"zero", "gpu", "wandb", "tensorboard", "report", "all", "dev"}
+    assert extras == {"zero", "gpu", "wandb", "tensorboard", "report", "hf", "onnx", "all", "dev"}
     base = [line for line in re.findall(r"^Requires-Dist: (.*)$", metadata, re.MULTILINE) if "extra ==" not in line]
     assert not {Requirement(line).name for line in base} & EXTRAS
 
