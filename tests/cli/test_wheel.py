@@ -18,7 +18,20 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 
 SOURCES = ("lejepa_scale", "configs", "tests", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
-EXTRAS = {"deepspeed", "transformers", "onnx", "moto", "xformers", "torchao", "wandb", "tensorboard", "matplotlib", "scipy", "pytest", "beartype"}
+EXTRAS = {
+    "deepspeed",
+    "transformers",
+    "onnx",
+    "moto",
+    "xformers",
+    "torchao",
+    "wandb",
+    "tensorboard",
+    "matplotlib",
+    "scipy",
+    "pytest",
+    "beartype",
+}
 
 
 def run(*words: object, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
