@@ -7,17 +7,17 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from math import prod
 from pathlib import Path
-from typing import IO
 
 import torch
 from torch import Tensor
 
 from lejepa_scale.checkpoint import places
-from lejepa_scale.checkpoint.places import Place
+from lejepa_scale.checkpoint.places import Place, Stream
 
 _PIECE = 1 << 24  # bytes written, and added to the checksum, at once
 DTYPES = {  # the format's names
@@ -65,7 +65,7 @@ def write_safetensors(path: Place, entries: Sequence[Entry], metadata: Mapping[s
         return _written(file, chain([len(text).to_bytes(8, "little") + text], map(_bytes, entries)))
 
 
-def _written(file: IO[bytes], parts: Iterable[bytes | memoryview]) -> Written:
+def _written(file: Stream, parts: Iterable[bytes | memoryview]) -> Written:
     size, checksum = 0, 0
     for part in parts:
         rest = memoryview(part)
@@ -105,7 +105,7 @@ def write_text(path: Place, text: str) -> Written:
 def checksum(path: Place) -> int:
     """CRC-32. Raises OSError."""
     value = 0
-    with places.opened(path) as file:
+    with closing(places.opened(path)) as file:
         while piece := file.read(_PIECE):
             value = zlib.crc32(piece, value)
     return value

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import Any, Protocol, runtime_checkable
 
 from upath import UPath
 
@@ -16,6 +16,19 @@ from lejepa_scale.addresses import Address, is_remote
 from lejepa_scale.errors import UserError
 
 Place = Path | UPath
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """An open file: of a disk or of a store, which are no subclasses of one another."""
+
+    def read(self, size: int = ..., /) -> bytes: ...
+    def readinto(self, buffer: Any, /) -> int | None: ...
+    def write(self, data: Any, /) -> int: ...
+    def seek(self, offset: int, whence: int = ..., /) -> int: ...
+    def close(self) -> None: ...
+
+
 _READ_ONLY = ("http", "https", "pipe")
 _READ_BYTES = 1 << 24  # of an object asked for at once
 
@@ -61,7 +74,7 @@ def faults(path: Place, *others: type[Exception]) -> tuple[type[Exception], ...]
     return (OSError, *others) if is_local(path) else (Exception,)
 
 
-def opened(path: Place) -> IO[bytes]:
+def opened(path: Place) -> Stream:
     """For reading in large pieces, in order."""
     if isinstance(path, Path):
         return path.open("rb", buffering=0)
@@ -69,7 +82,7 @@ def opened(path: Place) -> IO[bytes]:
 
 
 @contextmanager
-def created(path: Place) -> Iterator[IO[bytes]]:
+def created(path: Place) -> Iterator[Stream]:
     """A new file; what was written in it has reached the disk, or the store, at the end."""
     if isinstance(path, Path):
         with path.open("wb", buffering=0) as file:

@@ -69,7 +69,7 @@ class TensorFile:
         data = bytearray(count)
         view, at = memoryview(data), 0
         while at < count:
-            got = self._file.readinto(view[at:])  # type: ignore[attr-defined]
+            got = self._file.readinto(view[at:])
             if not got:
                 raise ValueError("it ends early")
             at += got
