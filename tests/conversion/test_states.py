@@ -171,7 +171,7 @@ def _loss_of_ours(run: str, engine: str = "single", number: int = 3) -> float:
     return loss
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_plain_deepspeed_goes_on(run: Path, tmp_path: Path, stage: int) -> None:
     """On two ranks: every weight and moment bit for bit, the number of updates, and the loss of the next step."""
     pytest.importorskip("deepspeed")
@@ -230,7 +230,7 @@ def _by_deepspeed_alone(folder: str, config: str, stage: int) -> Any:
     return tensors, loss
 
 
-@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [1, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_a_run_of_plain_deepspeed_becomes_one_of_ours(tmp_path: Path, scenes: Path, stage: int) -> None:
     """Two ranks' flat partitions, in groups of parameters that are not in the module's order, into a checkpoint that fsdp
     goes on from on two ranks."""

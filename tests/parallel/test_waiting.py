@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, process_group, waiting
 
-LIMIT = 4.0  # seconds after which a collective gives up, and a silent rank counts as lost
+LIMIT = 3.0  # seconds after which a collective gives up, and a silent rank counts as lost
 
 
 @contextmanager
@@ -78,7 +78,7 @@ def test_a_silent_rank_is_named_with_the_work() -> None:
     found = run_ranks(_silent, 3, 1)
     assert found[1] == ""
     for message in (found[0], found[2]):
-        assert message.startswith("rank 1 gave no sign of life for 4 s (engine.timeout_minutes)")
+        assert message.startswith("rank 1 gave no sign of life for 3 s (engine.timeout_minutes)")
         assert "(reading the index)" in message
 
 
