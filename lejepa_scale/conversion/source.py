@@ -23,82 +23,9 @@ from lejepa_scale.checkpoint.saved import MARKER, Weights, not_finite, verify
 from lejepa_scale.checkpoint.tensors import TensorFile
 from lejepa_scale.config import Config, Data, recorded
 from lejepa_scale.config.schema import InitFrom
+from lejepa_scale.conversion.arguments import may_be_set
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder, build_encoder
-
-# Arguments of timm's constructors that a file may set: shapes and choices, no paths, downloads or classes.
-_ALLOWED = frozenset(
-    [
-        "img_size",
-        "dynamic_img_size",
-        "dynamic_img_pad",
-        "patch_size",
-        "in_chans",
-        "num_classes",
-        "global_pool",
-        "embed_dim",
-        "depth",
-        "depths",
-        "dims",
-        "num_heads",
-        "num_kv_heads",
-        "mlp_ratio",
-        "qkv_bias",
-        "qk_norm",
-        "proj_bias",
-        "init_values",
-        "class_token",
-        "pos_embed",
-        "no_embed_class",
-        "reg_tokens",
-        "num_reg_tokens",
-        "pre_norm",
-        "final_norm",
-        "fc_norm",
-        "drop_path_rate",
-        "drop_rate",
-        "pos_drop_rate",
-        "patch_drop_rate",
-        "proj_drop_rate",
-        "attn_drop_rate",
-        "swiglu_mlp",
-        "swiglu_align_to",
-        "scale_mlp",
-        "scale_attn_inner",
-        "use_abs_pos_emb",
-        "use_rot_pos_emb",
-        "rope_type",
-        "rope_temperature",
-        "rope_grid_offset",
-        "rope_grid_indexing",
-        "rope_rotate_half",
-        "use_pre_transformer_norm",
-        "use_post_transformer_norm",
-        "use_fc_norm",
-        "ref_feat_shape",
-        "attn_type",
-        "qkv_fused",
-        "output_stride",
-        "stem_width",
-        "stem_type",
-        "stem_rep",
-        "width_factor",
-        "depth_factor",
-        "kernel_sizes",
-        "ls_init_value",
-        "window_size",
-        "strict_img_size",
-        "always_partition",
-        "head_init_scale",
-        "head_norm_first",
-        "conv_mlp",
-        "use_grn",
-        "mlp_layer",
-        "norm_layer",
-        "act_layer",
-        "weight_init",
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -325,7 +252,7 @@ def _of_timm(
     if not timm.is_model(name):
         raise UserError(f"{where} is for {name!r}, which timm {timm.__version__} does not know.")
     for key, value in arguments.items():
-        if key not in _ALLOWED or not _plain(value):
+        if not may_be_set(key, value):
             raise UserError(
                 f"{where} sets the argument {key} of {name} to {value!r}, which a file may not: name the encoder with "
                 "--encoder NAME, which takes nothing from it."
@@ -427,17 +354,6 @@ def _on_meta(factory: Callable[[], Any]) -> Any:
             return factory()
     except (RuntimeError, NotImplementedError):
         return factory()
-
-
-def _plain(value: Any, depth: int = 0) -> bool:
-    """Numbers, words and lists of them. A word names a layer of timm's at most: nothing that is looked up on a disk."""
-    if isinstance(value, list | tuple):
-        return depth < 2 and len(value) < 1000 and all(_plain(item, depth + 1) for item in value)
-    if isinstance(value, str):
-        return value.replace("_", "").isalnum()
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return abs(value) < 1 << 16
-    return value is None or isinstance(value, bool)
 
 
 Dtype = Literal["fp32", "bf16", "fp16"]
