@@ -1,4 +1,4 @@
-"""What a file may say of how its encoder is built: shapes and choices of timm's constructors, no paths, downloads, classes."""
+"""What a file may say of how its encoder is built: shapes and choices of timm's constructors, no paths or downloads."""
 
 from __future__ import annotations
 
