@@ -4,7 +4,6 @@ unpickled beyond tensors and plain values."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lejepa_scale.conversion.pickled import at_hand, loaded
 from lejepa_scale.conversion.source import Lazy
 from lejepa_scale.conversion.training import Counters, TrainingState, rebuilt, texts_beside, texts_of
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
@@ -79,39 +79,23 @@ def read(folder: Path, config: Path | None = None) -> TrainingState:
                 found = _parameter(place / file)
                 read_it = partial(_parameter, place / file)
                 tensors.setdefault(kind, {})[place.name] = Lazy(tuple(found.shape), found.dtype, read_it)
-    module = _loaded(tag / _MODEL)
-    averages = _loaded(tag / _AVERAGED) if (tag / _AVERAGED).exists() else {}
+    module = loaded(tag / _MODEL)
+    averages = loaded(tag / _AVERAGED) if (tag / _AVERAGED).exists() else {}
     if not isinstance(module, dict) or not isinstance(averages, dict):
         raise UserError(f"{tag / _MODEL} holds no named tensors.")
     for kind, named_tensors in ((VALUE, module.get("module") or {}), (AVERAGE, averages)):
         for name, tensor in named_tensors.items():
             if isinstance(tensor, Tensor):
-                tensors.setdefault(kind, {}).setdefault(
-                    str(name), Lazy(tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
-                )
+                tensors.setdefault(kind, {}).setdefault(str(name), at_hand(tensor))
     steps = [*(tag / _FOLDER).glob("*/step.pt")][:1]
-    updates = int(_loaded(steps[0])) if steps else int(module.get("global_steps") or 0)
+    updates = int(loaded(steps[0])) if steps else int(module.get("global_steps") or 0)
     said = Counters(int(module.get("global_steps") or 0), updates, tuple(map(str, module.get("buffer_names") or ())))
     return rebuilt(str(folder), tensors, texts_of(folder, config, said))
 
 
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
 def _parameter(path: Path) -> Tensor:
-    found = _loaded(path)
+    found = loaded(path)
     tensor = found.get("param") if isinstance(found, dict) else found
     if not isinstance(tensor, Tensor):
         raise UserError(f"{path} holds no tensor.")
     return tensor
-
-
-def _loaded(path: Path) -> Any:
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"reading {path} would run code that it names, which is never done here.") from error
-    except Exception as error:  # of zip files, of the system, of whatever bytes make of an unpickler
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read: {reason}") from error

@@ -3,10 +3,8 @@ and without running what the pickles name: its classes are stood in for by ones 
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Callable
-from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lejepa_scale.conversion.pickled import at_hand, loaded
 from lejepa_scale.conversion.source import Lazy
 from lejepa_scale.conversion.training import Counters, TrainingState, rebuilt, texts_of
 from lejepa_scale.engine.base import MOMENTS, VALUE
@@ -28,13 +27,6 @@ _CLASSES = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
 )
 _Parts = list[tuple[Tensor, int, int]]  # flat tensor, first element, number of elements: of every rank in turn
-
-
-class _Plain:
-    """Stands for a class of DeepSpeed's: holds what the pickle says of it."""
-
-    def __init__(self, *values: Any) -> None:
-        self.values = values
 
 
 def folder_of(named: Path) -> Path | None:
@@ -53,9 +45,9 @@ def read(named: Path, config: Path | None = None) -> TrainingState:
     paths = {int(found[1]): path for path in folder.iterdir() if (found := _OPTIMIZER.fullmatch(path.name))}
     if sorted(paths) != list(range(len(paths))):
         raise UserError(f"{folder} holds the partitions of ranks {sorted(paths)}: some are missing.")
-    about = _loaded(next((folder / name for name in _MODEL if (folder / name).exists()), folder / _MODEL[0]))
+    about = loaded(next((folder / name for name in _MODEL if (folder / name).exists()), folder / _MODEL[0]), _CLASSES)
     try:
-        ranks = [_loaded(paths[rank])["optimizer_state_dict"] for rank in sorted(paths)]
+        ranks = [loaded(paths[rank], _CLASSES)["optimizer_state_dict"] for rank in sorted(paths)]
         count = ranks[0]["partition_count"]
         if (count := max(count) if isinstance(count, list) else count) != len(ranks):
             raise UserError(f"{folder} holds the partitions of {len(ranks)} ranks, of the {count} that wrote it.")
@@ -77,7 +69,7 @@ def read(named: Path, config: Path | None = None) -> TrainingState:
         for kind in kinds
     }
     for name, buffer in buffers.items():
-        tensors[VALUE][name] = Lazy(tuple(buffer.shape), buffer.dtype, partial(_same, buffer))
+        tensors[VALUE][name] = at_hand(buffer)
     return rebuilt(str(folder), tensors, texts_of(named, config, Counters(steps, updates, tuple(buffers))))
 
 
@@ -120,18 +112,3 @@ def _joined(name: str, shape: tuple[int, ...], parts: _Parts) -> Callable[[], Te
         return flat[: prod(shape)].view(shape).float()
 
     return read
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _loaded(path: Path) -> Any:
-    try:
-        with torch.serialization.safe_globals([(_Plain, name) for name in _CLASSES]):
-            return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"reading {path} would run code that it names, which is never done here.") from error
-    except Exception as error:  # of zip files, of the system, of whatever bytes make of an unpickler
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read: {reason}") from error

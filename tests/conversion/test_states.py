@@ -330,6 +330,18 @@ def test_data_that_are_no_tensors_are_not_unpickled(tmp_path: Path, run: Path, m
     assert not (tmp_path / "ran").exists()
 
 
+def test_what_deepspeed_did_not_write_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its classes are stood in for; any other name is refused."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "global_step1"
+    folder.mkdir()
+    for name in ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"):
+        torch.save({"optimizer_state_dict": _Runs()}, folder / name)
+    with pytest.raises(UserError, match=r"reading \S*model_states\.pt would run code that it names"):
+        open_state(folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_options_of_encoders_are_refused(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for options in (
         ["--heads"],
