@@ -17,7 +17,7 @@ _DESCRIPTION = """  lejepa convert runs/quickstart encoder                      
   lejepa convert weights.pth encoder --encoder vit_small_patch14_dinov2 --image-size 518
 
 SOURCE: a run directory (its newest checkpoint), a checkpoint, or the address of one in a store; a file or folder that this
-command, timm or transformers' TimmWrapper wrote; with --encoder, any weights of that encoder.
+command, timm or transformers (TimmWrapper, and the classes of --to hf) wrote; with --encoder, any weights of that encoder.
 
 timm         a folder, for timm.create_model("local-dir:TARGET", pretrained=True) as for
              transformers.AutoModel.from_pretrained("TARGET")
@@ -76,7 +76,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(a: argparse.Namespace) -> int:
     from lejepa_scale.conversion import STATES, Given, compare, convert, open_model
-    from lejepa_scale.conversion.source import DTYPES
+    from lejepa_scale.conversion.model import DTYPES
 
     given = Given(a.encoder, a.image_size, a.patch_size, a.channels)
     if a.encoder is None and (a.image_size or a.patch_size or a.channels):
@@ -101,8 +101,11 @@ def _run(a: argparse.Namespace) -> int:
         scores=_scores(Path(a.source)),
     )
     print(f"wrote {done.tensors} tensors to {a.target} ({len(done.files)} files, {done.bytes / 1e6:,.1f} MB)")
+    if model.left_out:
+        print(f"left out, as no part of the features: {', '.join(model.left_out)}")
     if not done.exact:
-        print(f"exact at {model.inputs.image_size} px alone; --to timm is exact at every size.")
+        other = "; --to timm is exact at every size" if model.exact else ": timm interpolates positions otherwise"
+        print(f"exact at {model.inputs.image_size} px alone{other}.")
     if a.verify:
         real = _real_images(model, a.images) if a.images else None
         for found in compare(model, a.target, a.to, exact=done.exact, dtype=DTYPES[a.dtype], real=real):

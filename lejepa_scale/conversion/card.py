@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lejepa_scale.conversion.source import Model
+from lejepa_scale.conversion.model import Model
 
 _TAGS = ["image-feature-extraction", "self-supervised-learning", "lejepa"]
 SNIPPETS = {

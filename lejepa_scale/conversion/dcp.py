@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as described
 
-from lejepa_scale.conversion.source import Lazy
+from lejepa_scale.conversion.model import Lazy
 from lejepa_scale.conversion.training import Counters, TrainingState, rebuilt, texts_beside, texts_of
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
@@ -104,9 +104,7 @@ def read(folder: Path, config: Path | None = None) -> TrainingState:
     except (AttributeError, AssertionError, TypeError, ValueError) as error:
         raise UserError(f"{folder / METADATA} does not describe a checkpoint: {error!r}.") from error
     ordered = {kind: tensors[kind] for kind in (VALUE, *MOMENTS, AVERAGE) if kind in tensors}
-    buffers = tuple(ordered.get(VALUE, {}).keys() - ordered.get(MOMENTS[0], ordered.get(VALUE, {})).keys())
-    said = Counters(updates, updates, buffers)
-    return rebuilt(str(folder), ordered, texts_of(folder, config, said))
+    return rebuilt(str(folder), ordered, texts_of(folder, config, Counters(updates, updates)))
 
 
 def _meant(key: str) -> tuple[str, str] | None:

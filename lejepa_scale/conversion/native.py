@@ -10,23 +10,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lejepa_scale.conversion.source import Lazy, Model
+from lejepa_scale.conversion.model import Lazy, Model, in_memory
 from lejepa_scale.conversion.timm_folder import patch_size
 from lejepa_scale.errors import UserError
+
+POSITIONS = "embeddings.position_embeddings"
 
 
 class Cannot(Exception):
     """Why no class of transformers holds a model."""
 
 
+class Part(NamedTuple):
+    """A tensor of transformers out of one of timm's: rows of it, in another shape."""
+
+    name: str
+    source: str
+    rows: slice = slice(None)
+
+
 @dataclass(frozen=True)
-class Native:
-    """What one is written as. exact: at every size, else at the size of its positions alone."""
+class Mapping:
+    """What a model of timm's is in a class of transformers. exact: at every size, else at the size of its positions alone.
+    invented: tensors that timm's has no counterpart for, and need none. class_position: timm's table of positions has none
+    for the class token, and theirs one that is added to it."""
 
     name: str
     exact: bool
     config: dict[str, Any]
-    tensors: dict[str, Lazy]
+    parts: tuple[Part, ...]
+    invented: dict[str, Tensor]
+    class_position: bool = False
 
     @property
     def pools(self) -> bool:
@@ -34,19 +48,12 @@ class Native:
         return self.name != "ViTModel"
 
 
-class _Part(NamedTuple):
-    """A tensor of transformers out of one of timm's: rows of it, in another shape."""
-
-    name: str
-    source: str
-    rows: slice = slice(None)
-    shape: tuple[int, ...] | None = None
-
-
-def native(model: Model) -> Native:
-    """Raises UserError, with the reason and the target that can, where no class holds it."""
+def native(model: Model) -> tuple[Mapping, dict[str, Lazy]]:
+    """The class that holds a model, and its tensors. Raises UserError, with the reason and the target that can, where none
+    does."""
     try:
-        return _dinov3(model) if type(model.shapes).__name__ == "Eva" else _dinov2(model)
+        mapping = mapped(model.shapes)
+        return mapping, _tensors(mapping, model)
     except Cannot as error:
         other = "that transformers.AutoModel loads, exactly and at every size"
         if model.arguments.get("num_classes"):
@@ -76,19 +83,49 @@ def preprocessor(model: Model) -> dict[str, Any]:
     }
 
 
+def mapped(vit: Any, kind: str | None = None) -> Mapping:
+    """That of a vision transformer of timm's (on the meta device) in the class `kind`, a model_type of transformers, or in
+    the one that holds it. Raises Cannot."""
+    _expect_plain(vit)
+    if type(vit).__name__ == "Eva":
+        return _dinov3(vit)
+    ratio = _ratio(vit)
+    return _vit_model(vit, ratio) if kind == "vit" or (kind is None and ratio is None) else _dinov2(vit, ratio)
+
+
+def _tensors(mapping: Mapping, model: Model) -> dict[str, Lazy]:
+    """Every row of every tensor of timm's must be used, once."""
+    out = in_memory(mapping.invented)
+    used: dict[str, int] = {}
+    for part in mapping.parts:
+        lazy = model.tensors[part.source]
+        start, stop, _ = part.rows.indices(lazy.shape[0])
+        used[part.source] = used.get(part.source, 0) + stop - start
+        out[part.name] = Lazy((stop - start, *lazy.shape[1:]), lazy.dtype, _rows(lazy.read, slice(start, stop)))
+    wrong = [name for name, lazy in model.tensors.items() if used.get(name, 0) != lazy.shape[0]]
+    _refuse(wrong, f"it has {len(wrong)} tensors that they have no place for ({', '.join(wrong[:4])})")
+    if mapping.class_position:
+        table = out[POSITIONS]
+        none = torch.zeros(1, 1, table.shape[2], dtype=table.dtype)
+        shape = (1, table.shape[1] + 1, table.shape[2])
+        out[POSITIONS] = Lazy(shape, table.dtype, lambda: torch.cat([none, table.read()], 1))
+    return out
+
+
+def _rows(read: Callable[[], Tensor], rows: slice) -> Callable[[], Tensor]:
+    return lambda: read()[rows]
+
+
 def _refuse(condition: Any, reason: str) -> None:
     if condition:
         raise Cannot(reason)
 
 
-def _vit(model: Model) -> Any:
+def _expect_plain(vit: Any) -> None:
     """What all of its classes ask of timm's model."""
-    vit = model.shapes
     kind = type(vit).__name__
     _refuse(kind not in ("VisionTransformer", "Eva"), f"it is a {kind}, not a plain vision transformer")
-    _refuse(
-        model.arguments.get("num_classes"), "its features come from a linear layer after the pooling (model.head_dim)"
-    )
+    _refuse(vit.num_classes, "its features come from a linear layer after the pooling (model.head_dim)")
     _refuse(
         vit.global_pool != "token",
         f"its features are pooled by '{vit.global_pool or 'none'}', and those of these classes are the class token's",
@@ -107,32 +144,12 @@ def _vit(model: Model) -> Any:
             )
         _refuse(not isinstance(getattr(block.mlp, "norm", nn.Identity()), nn.Identity), "its MLP has a normalization")
         _refuse(block.attn.proj.bias is None, "its attention's output has no bias")
-    return vit
 
 
-def _lazies(parts: Iterator[_Part], invented: dict[str, Tensor], model: Model) -> dict[str, Lazy]:
-    """Every row of every tensor of timm's must be used, once."""
-    out: dict[str, Lazy] = {name: Lazy(tuple(t.shape), t.dtype, lambda t=t: t) for name, t in invented.items()}  # type: ignore[misc]
-    used: dict[str, int] = {}
-    for part in parts:
-        lazy = model.tensors[part.source]
-        start, stop, _ = part.rows.indices(lazy.shape[0]) if lazy.shape else (0, 1, 1)
-        used[part.source] = used.get(part.source, 0) + stop - start
-        shape = part.shape or (stop - start, *lazy.shape[1:])
-        out[part.name] = Lazy(shape, lazy.dtype, _rows(lazy.read, slice(start, stop), shape))
-    wrong = [name for name, lazy in model.tensors.items() if used.get(name, 0) != (lazy.shape[0] if lazy.shape else 1)]
-    _refuse(wrong, f"it has {len(wrong)} tensors that they have no place for ({', '.join(wrong[:4])})")
-    return out
-
-
-def _rows(read: Callable[[], Tensor], rows: slice, shape: tuple[int, ...]) -> Callable[[], Tensor]:
-    return lambda: read()[rows].reshape(shape)
-
-
-def _linear(name: str, source: str, rows: slice = slice(None), *, bias: bool = True) -> Iterator[_Part]:
-    yield _Part(f"{name}.weight", f"{source}.weight", rows)
+def _linear(name: str, source: str, rows: slice = slice(None), *, bias: bool = True) -> Iterator[Part]:
+    yield Part(f"{name}.weight", f"{source}.weight", rows)
     if bias:
-        yield _Part(f"{name}.bias", f"{source}.bias", rows)
+        yield Part(f"{name}.bias", f"{source}.bias", rows)
 
 
 def _thirds(width: int) -> Iterator[tuple[str, slice]]:
@@ -144,9 +161,36 @@ def _thirds(width: int) -> Iterator[tuple[str, slice]]:
 # -- Dinov2Model, Dinov2WithRegistersModel
 
 
-def _dinov2(model: Model) -> Native:
-    vit = _vit(model)
-    width, registers = int(vit.embed_dim), int(vit.num_prefix_tokens) - 1
+def _dinov2(vit: Any, ratio: int | None) -> Mapping:
+    width, registers = int(vit.embed_dim), _with_a_table(vit)
+    gated = _gated(vit)
+    _refuse(ratio is None, f"its MLP is {_hidden(vit)} wide, which no whole ratio to {width} gives there")
+    config: dict[str, Any] = {
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        **_common(vit),
+        "mlp_ratio": ratio,
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+        "use_swiglu_ffn": gated,
+        "apply_layernorm": True,
+        "reshape_hidden_states": True,
+    }
+    invented = {"embeddings.mask_token": torch.zeros(1, width)}
+    scaled = _names(vit, "blocks.0.ls1.gamma")
+    if not scaled:
+        for number in range(len(vit.blocks)):
+            for which in (1, 2):
+                invented[f"encoder.layer.{number}.layer_scale{which}.lambda1"] = torch.ones(width)
+    parts = tuple(_dinov2_parts(vit, gated, scaled, registers))
+    if not registers:
+        return Mapping("Dinov2Model", False, config, parts, invented)
+    config["num_register_tokens"] = registers
+    return Mapping("Dinov2WithRegistersModel", True, config, parts, invented, bool(vit.no_embed_class))
+
+
+def _with_a_table(vit: Any) -> int:
+    """Refuses what has no table of positions as theirs; the number of registers."""
+    registers = int(vit.num_prefix_tokens) - 1
     _refuse(not vit.has_class_token, "it has no class token")
     _refuse(vit.pos_embed is None, "it has no table of positions")
     places = int(vit.pos_embed.shape[1]) - vit.patch_embed.num_patches
@@ -154,21 +198,28 @@ def _dinov2(model: Model) -> Native:
     _refuse(not registers and places != 1, "its class token has no position")
     grid = vit.patch_embed.grid_size
     _refuse(grid[0] != grid[1], "its grid of positions is not square")
-    block = vit.blocks[0]
-    gated = type(block.mlp).__name__ == "GluMlp"
-    _refuse(type(block.mlp).__name__ not in ("Mlp", "GluMlp"), f"its MLP is a {type(block.mlp).__name__}")
-    activation = type(block.mlp.act).__name__
+    return registers
+
+
+def _gated(vit: Any) -> bool:
+    mlp = vit.blocks[0].mlp
+    kind, activation = type(mlp).__name__, type(mlp.act).__name__
+    gated = kind == "GluMlp"
+    _refuse(kind not in ("Mlp", "GluMlp"), f"its MLP is a {kind}")
     _refuse(
-        activation != ("SiLU" if gated else "GELU") or getattr(block.mlp.act, "approximate", "none") != "none",
+        activation != ("SiLU" if gated else "GELU") or getattr(mlp.act, "approximate", "none") != "none",
         f"its activation is {activation}{' in a gated MLP' if gated else ''}",
     )
-    _refuse(gated and getattr(block.mlp, "gate_last", True), "the gate of its MLP comes last")
-    hidden = int(block.mlp.fc2.weight.shape[1])
-    scaled = "blocks.0.ls1.gamma" in model.tensors
-    config: dict[str, Any] = {
-        "hidden_size": width,
+    _refuse(gated and getattr(mlp, "gate_last", True), "the gate of its MLP comes last")
+    return gated
+
+
+def _common(vit: Any) -> dict[str, Any]:
+    """What the configurations of all of them say."""
+    return {
+        "hidden_size": int(vit.embed_dim),
         "num_hidden_layers": len(vit.blocks),
-        "num_attention_heads": int(block.attn.num_heads),
+        "num_attention_heads": int(vit.blocks[0].attn.num_heads),
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -176,56 +227,38 @@ def _dinov2(model: Model) -> Native:
         "layer_norm_eps": float(vit.norm.eps),
         "image_size": int(vit.patch_embed.img_size[0]),
         "patch_size": patch_size(vit),
-        "num_channels": model.inputs.channels,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in model.tensors,
-        "layerscale_value": 1.0,
-        "drop_path_rate": 0.0,
-        "use_swiglu_ffn": gated,
-        "apply_layernorm": True,
-        "reshape_hidden_states": True,
+        "num_channels": int(vit.patch_embed.proj.weight.shape[1]),
+        "qkv_bias": _names(vit, "blocks.0.attn.qkv.bias"),
     }
-    config["mlp_ratio"] = _ratio(width, hidden, gated)
-    if config["mlp_ratio"] is None:
-        _refuse(gated or scaled or registers, f"its MLP is {hidden} wide, which no whole ratio to {width} gives there")
-        return _vit_model(model, vit, config, hidden)
-    invented = {"embeddings.mask_token": torch.zeros(1, width)}
-    if not scaled:
-        for number in range(len(vit.blocks)):
-            for which in (1, 2):
-                invented[f"encoder.layer.{number}.layer_scale{which}.lambda1"] = torch.ones(width)
-    tensors = _lazies(_dinov2_parts(model, vit, width, gated, scaled, registers), invented, model)
-    if not registers:
-        return Native("Dinov2Model", False, {"model_type": "dinov2", **config}, tensors)
-    config["num_register_tokens"] = registers
-    if places == 0:  # these classes give the class token one
-        table = tensors["embeddings.position_embeddings"]
-        shape = (1, table.shape[1] + 1, width)
-        read = table.read
-        tensors["embeddings.position_embeddings"] = Lazy(
-            shape, table.dtype, lambda: torch.cat([torch.zeros(1, 1, width, dtype=table.dtype), read()], 1)
-        )
-    return Native("Dinov2WithRegistersModel", True, {"model_type": "dinov2_with_registers", **config}, tensors)
 
 
-def _ratio(width: int, hidden: int, gated: bool) -> int | None:
+def _names(vit: Any, name: str) -> bool:
+    return name in vit.state_dict()
+
+
+def _hidden(vit: Any) -> int:
+    return int(vit.blocks[0].mlp.fc2.weight.shape[1])
+
+
+def _ratio(vit: Any) -> int | None:
     """mlp_ratio, whole (5.x takes no other), by which the MLP is that wide: a gated one of two thirds, rounded up to 8s."""
-    widths = {ratio: width * ratio for ratio in range(1, 17)}
-    if gated:
+    widths = {ratio: int(vit.embed_dim) * ratio for ratio in range(1, 17)}
+    if type(vit.blocks[0].mlp).__name__ == "GluMlp":
         widths = {ratio: (int(made * 2 / 3) + 7) // 8 * 8 for ratio, made in widths.items()}
-    return next((ratio for ratio, made in widths.items() if made == hidden), None)
+    return next((ratio for ratio, made in widths.items() if made == _hidden(vit)), None)
 
 
-def _dinov2_parts(model: Model, vit: Any, width: int, gated: bool, scaled: bool, registers: int) -> Iterator[_Part]:
-    yield _Part("embeddings.cls_token", "cls_token")
+def _dinov2_parts(vit: Any, gated: bool, scaled: bool, registers: int) -> Iterator[Part]:
+    yield Part("embeddings.cls_token", "cls_token")
     if registers:
-        yield _Part("embeddings.register_tokens", "reg_token")
-    yield _Part("embeddings.position_embeddings", "pos_embed")
+        yield Part("embeddings.register_tokens", "reg_token")
+    yield Part(POSITIONS, "pos_embed")
     yield from _linear("embeddings.patch_embeddings.projection", "patch_embed.proj")
-    bias = "blocks.0.attn.qkv.bias" in model.tensors
+    bias = _names(vit, "blocks.0.attn.qkv.bias")
     for number in range(len(vit.blocks)):
         ours, theirs = f"blocks.{number}", f"encoder.layer.{number}"
         yield from _linear(f"{theirs}.norm1", f"{ours}.norm1")
-        for name, rows in _thirds(width):
+        for name, rows in _thirds(vit.embed_dim):
             yield from _linear(f"{theirs}.attention.attention.{name}", f"{ours}.attn.qkv", rows, bias=bias)
         yield from _linear(f"{theirs}.attention.output.dense", f"{ours}.attn.proj")
         yield from _linear(f"{theirs}.norm2", f"{ours}.norm2")
@@ -233,31 +266,35 @@ def _dinov2_parts(model: Model, vit: Any, width: int, gated: bool, scaled: bool,
             yield from _linear(f"{theirs}.mlp.{name}", f"{ours}.mlp.{source}")
         if scaled:
             for which in (1, 2):
-                yield _Part(f"{theirs}.layer_scale{which}.lambda1", f"{ours}.ls{which}.gamma")
+                yield Part(f"{theirs}.layer_scale{which}.lambda1", f"{ours}.ls{which}.gamma")
     yield from _linear("layernorm", "norm")
 
 
-# -- ViTModel, for widths of MLPs that are no multiple of the tokens'
+# -- ViTModel: no layer scale, and MLPs of any width
 
 
-def _vit_model(model: Model, vit: Any, common: dict[str, Any], hidden: int) -> Native:
-    kept = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "hidden_dropout_prob", "initializer_range",
-        "attention_probs_dropout_prob", "layer_norm_eps", "image_size", "patch_size", "num_channels", "qkv_bias",
-    )  # fmt: skip
-    config = {"model_type": "vit", "intermediate_size": hidden, **{key: common[key] for key in kept}}
-    return Native("ViTModel", False, config, _lazies(_vit_model_parts(vit, config), {}, model))
+def _vit_model(vit: Any, ratio: int | None) -> Mapping:
+    registers = _with_a_table(vit)
+    wide = (
+        ""
+        if ratio
+        else f"its MLP is {_hidden(vit)} wide, which no whole ratio to {vit.embed_dim} gives in others, and "
+    )
+    _refuse(_gated(vit), f"{wide}ViTModel has no gated one")
+    _refuse(registers, f"{wide}ViTModel has no registers")
+    _refuse(_names(vit, "blocks.0.ls1.gamma"), f"{wide}ViTModel has no layer scale")
+    config = {"model_type": "vit", "intermediate_size": _hidden(vit), **_common(vit)}
+    return Mapping("ViTModel", False, config, tuple(_vit_model_parts(vit, config["qkv_bias"])), {})
 
 
-def _vit_model_parts(vit: Any, config: dict[str, Any]) -> Iterator[_Part]:
-    yield _Part("embeddings.cls_token", "cls_token")
-    yield _Part("embeddings.position_embeddings", "pos_embed")
+def _vit_model_parts(vit: Any, bias: bool) -> Iterator[Part]:
+    yield Part("embeddings.cls_token", "cls_token")
+    yield Part(POSITIONS, "pos_embed")
     yield from _linear("embeddings.patch_embeddings.projection", "patch_embed.proj")
     for number in range(len(vit.blocks)):
         ours, theirs = f"blocks.{number}", f"encoder.layer.{number}"
-        for name, rows in _thirds(config["hidden_size"]):
-            source = f"{theirs}.attention.attention.{name}"
-            yield from _linear(source, f"{ours}.attn.qkv", rows, bias=config["qkv_bias"])
+        for name, rows in _thirds(vit.embed_dim):
+            yield from _linear(f"{theirs}.attention.attention.{name}", f"{ours}.attn.qkv", rows, bias=bias)
         yield from _linear(f"{theirs}.attention.output.dense", f"{ours}.attn.proj")
         yield from _linear(f"{theirs}.intermediate.dense", f"{ours}.mlp.fc1")
         yield from _linear(f"{theirs}.output.dense", f"{ours}.mlp.fc2")
@@ -269,8 +306,7 @@ def _vit_model_parts(vit: Any, config: dict[str, Any]) -> Iterator[_Part]:
 # -- DINOv3ViTModel
 
 
-def _dinov3(model: Model) -> Native:
-    vit = _vit(model)
+def _dinov3(vit: Any) -> Mapping:
     width = int(vit.embed_dim)
     rope = vit.rope
     _refuse(type(rope).__name__ != "RotaryEmbeddingDinoV3", "its positions are not DINOv3's rotary ones")
@@ -287,8 +323,8 @@ def _dinov3(model: Model) -> Native:
     _refuse(kind not in ("Mlp", "SwiGLU"), f"its MLP is a {kind}")
     activation = type(block.mlp.act).__name__
     _refuse(activation != ("SiLU" if gated else "GELU"), f"its activation is {activation}")
-    biases = {name for name in ("q_bias", "k_bias", "v_bias") if f"blocks.0.attn.{name}" in model.tensors}
-    fused = "blocks.0.attn.qkv.bias" in model.tensors
+    biases = {name for name in ("q_bias", "k_bias", "v_bias") if _names(vit, f"blocks.0.attn.{name}")}
+    fused = _names(vit, "blocks.0.attn.qkv.bias")
     config: dict[str, Any] = {
         "model_type": "dinov3_vit",
         "hidden_size": width,
@@ -302,7 +338,7 @@ def _dinov3(model: Model) -> Native:
         "rope_theta": float(rope.temperature),
         "image_size": int(vit.patch_embed.img_size[0]),
         "patch_size": patch_size(vit),
-        "num_channels": model.inputs.channels,
+        "num_channels": int(vit.patch_embed.proj.weight.shape[1]),
         "query_bias": fused or "q_bias" in biases,
         "key_bias": fused,
         "value_bias": fused or "v_bias" in biases,
@@ -317,30 +353,31 @@ def _dinov3(model: Model) -> Native:
         "pos_embed_rescale": None,
     }
     invented = {"embeddings.mask_token": torch.zeros(1, 1, width)}
-    tensors = _lazies(_dinov3_parts(model, vit, width, gated, biases, fused), invented, model)
-    return Native("DINOv3ViTModel", True, config, tensors)
+    if vit.reg_token is None:
+        invented["embeddings.register_tokens"] = torch.zeros(1, 0, width)
+    return Mapping("DINOv3ViTModel", True, config, tuple(_dinov3_parts(vit, gated, biases, fused)), invented)
 
 
-def _dinov3_parts(model: Model, vit: Any, width: int, gated: bool, biases: set[str], fused: bool) -> Iterator[_Part]:
-    yield _Part("embeddings.cls_token", "cls_token")
+def _dinov3_parts(vit: Any, gated: bool, biases: set[str], fused: bool) -> Iterator[Part]:
+    yield Part("embeddings.cls_token", "cls_token")
     if vit.reg_token is not None:
-        yield _Part("embeddings.register_tokens", "reg_token")
+        yield Part("embeddings.register_tokens", "reg_token")
     yield from _linear("embeddings.patch_embeddings", "patch_embed.proj")
     for number in range(len(vit.blocks)):
         ours, theirs = f"blocks.{number}", f"layer.{number}"
         yield from _linear(f"{theirs}.norm1", f"{ours}.norm1")
-        for name, rows in _thirds(width):
+        for name, rows in _thirds(vit.embed_dim):
             letter = name[0]
-            yield _Part(f"{theirs}.attention.{letter}_proj.weight", f"{ours}.attn.qkv.weight", rows)
+            yield Part(f"{theirs}.attention.{letter}_proj.weight", f"{ours}.attn.qkv.weight", rows)
             if fused:
-                yield _Part(f"{theirs}.attention.{letter}_proj.bias", f"{ours}.attn.qkv.bias", rows)
+                yield Part(f"{theirs}.attention.{letter}_proj.bias", f"{ours}.attn.qkv.bias", rows)
             elif f"{letter}_bias" in biases and letter != "k":
-                yield _Part(f"{theirs}.attention.{letter}_proj.bias", f"{ours}.attn.{letter}_bias")
+                yield Part(f"{theirs}.attention.{letter}_proj.bias", f"{ours}.attn.{letter}_bias")
         yield from _linear(f"{theirs}.attention.o_proj", f"{ours}.attn.proj")
         yield from _linear(f"{theirs}.norm2", f"{ours}.norm2")
         pairs = (("gate_proj", "fc1_g"), ("up_proj", "fc1_x"), ("down_proj", "fc2"))
         for name, source in pairs if gated else (("up_proj", "fc1"), ("down_proj", "fc2")):
             yield from _linear(f"{theirs}.mlp.{name}", f"{ours}.mlp.{source}")
         for which in (1, 2):
-            yield _Part(f"{theirs}.layer_scale{which}.lambda1", f"{ours}.gamma_{which}")
+            yield Part(f"{theirs}.layer_scale{which}.lambda1", f"{ours}.gamma_{which}")
     yield from _linear("norm", "norm")

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lejepa_scale.conversion.source import Model
-from lejepa_scale.conversion.timm_folder import outputs, patch_size
+from lejepa_scale.conversion.model import Model, outputs
+from lejepa_scale.conversion.timm_folder import patch_size
 from lejepa_scale.errors import UserError
 
 INPUT, POOLED, TOKENS = "pixel_values", "pooled", "patch_tokens"

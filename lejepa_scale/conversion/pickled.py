@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lejepa_scale.conversion.source import Lazy
 from lejepa_scale.errors import UserError
 
 
@@ -32,7 +30,3 @@ def loaded(path: Path, classes: Sequence[str] = ()) -> Any:
     except Exception as error:  # of zip files, of the system, of whatever bytes make of an unpickler
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read: {reason}") from error
-
-
-def at_hand(tensor: Tensor) -> Lazy:
-    return Lazy(tuple(tensor.shape), tensor.dtype, lambda: tensor)

@@ -12,7 +12,7 @@ def push(folder: Path, repository: str) -> str:
     huggingface_hub's own (`hf auth login`, HF_TOKEN), the hub HF_ENDPOINT. Raises UserError where that fails; the folder
     stays."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError
 
     api = HfApi()
     try:
@@ -20,7 +20,7 @@ def push(folder: Path, repository: str) -> str:
         api.upload_folder(repo_id=repository, folder_path=folder, commit_message="lejepa convert")
     except HFValidationError as error:
         raise UserError(f"--push {repository}: {str(error).splitlines()[0]}") from error
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
+    except Exception as error:  # of the hub, of the system, of whichever HTTP library it uses
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"--push {repository}: {reason.rstrip('.')}. {folder} is written; log in with `hf auth login` (or set HF_TOKEN) "

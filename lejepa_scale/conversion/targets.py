@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from lejepa_scale.checkpoint.files import Entry, write_safetensors
 from lejepa_scale.checkpoint.places import Place, place
 from lejepa_scale.conversion import dcp, native, onnx, timm_folder, zero, zero_native
 from lejepa_scale.conversion.card import card
-from lejepa_scale.conversion.source import DTYPES, Dtype, Lazy, Model, finite
+from lejepa_scale.conversion.model import DTYPES, Dtype, Lazy, Model, finite
 from lejepa_scale.conversion.training import TrainingState, expect_model, of_checkpoint, write_checkpoint
 from lejepa_scale.conversion.verify import compare
 from lejepa_scale.errors import UserError
@@ -171,25 +171,29 @@ def _write_timm(model: Model, folder: Path, options: _Options) -> _Written:
     (folder / "config.json").write_text(json.dumps(timm_folder.config(model), indent=1))
     about = timm_folder.metadata(model)
     write_safetensors(folder / "model.safetensors", _entries(model.tensors, options), about)
-    loads, sizes = (
-        ["timm", "transformers"],
-        f"exact at {model.inputs.image_size} px and at every other that timm's model takes.",
-    )
+    loads, size = ["timm", "transformers"], model.inputs.image_size
+    sizes = f"exact at {size} px and at every other that timm's model takes."
+    if not model.exact:
+        sizes = (
+            f"equal to their source at {size} px alone. At others timm interpolates the table of positions with "
+            "antialiasing, and the class of transformers that they come from does it without."
+        )
     if model.arguments.get("num_classes"):
         loads = ["timm"]
         sizes += " transformers' AutoModel leaves out the layer behind the pooling, whose output are the features here."
     text = card(model, loads=loads, library="timm", sizes=sizes, scores=options.scores)
     (folder / "README.md").write_text(text)
-    return _Written(len(model.tensors))
+    return _Written(len(model.tensors), model.exact)
 
 
 def _write_hf(model: Model, folder: Path, options: _Options) -> _Written:
-    found = native.native(model)
+    found, tensors = native.native(model)
     folder.mkdir()
     names = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
     config = {"architectures": [found.name], "torch_dtype": names[options.dtype], **found.config}
     size = model.inputs.image_size
-    if found.exact:
+    exact = found.exact == model.exact  # what comes out of such a class interpolates as it does
+    if exact:
         sizes = f"exact at {size} px and at every other multiple of the patch size."
     else:
         sizes = (
@@ -197,14 +201,14 @@ def _write_hf(model: Model, folder: Path, options: _Options) -> _Written:
             "and the training did it with: patch tokens differ by 1e-3 or so of the largest. `lejepa convert --to timm` "
             "is exact at every size."
         )
-    config["lejepa_scale"] = {"exact_at": "every size" if found.exact else [size, size], "run": model.facts}
+    config["lejepa_scale"] = {"exact_at": "every size" if exact else [size, size], "run": model.facts}
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     (folder / "preprocessor_config.json").write_text(json.dumps(native.preprocessor(model), indent=1))
-    _write_shards(folder, _entries(found.tensors, options), options.max_shard_bytes, {"format": "pt"})
+    _write_shards(folder, _entries(tensors, options), options.max_shard_bytes, {"format": "pt"})
     loads = ["transformers" if found.pools else "transformers of ViTModel"]
     text = card(model, loads=loads, library="transformers", sizes=sizes, scores=options.scores)
     (folder / "README.md").write_text(text)
-    return _Written(len(found.tensors), found.exact)
+    return _Written(len(tensors), exact)
 
 
 def _write_safetensors(model: Model, path: Path, options: _Options) -> _Written:
@@ -212,19 +216,19 @@ def _write_safetensors(model: Model, path: Path, options: _Options) -> _Written:
     about = timm_folder.metadata(model)
     if options.max_shard_bytes is None or sum(entry.bytes for entry in entries) <= options.max_shard_bytes:
         write_safetensors(path, entries, about)
-        return _Written(len(entries))
+        return _Written(len(entries), model.exact)
     path.mkdir()
     (path / "config.json").write_text(json.dumps(timm_folder.config(model), indent=1))
     _write_shards(path, entries, options.max_shard_bytes, about)
-    return _Written(len(entries))
+    return _Written(len(entries), model.exact)
 
 
 def _write_onnx(model: Model, path: Path, options: _Options) -> _Written:
     onnx.write(model, path, options.dtype)
-    compare(
-        model, path, "onnx", exact=True, dtype=options.dtype
-    )  # torch's exporter may write sizes of its example's, in silence
-    return _Written(len(model.tensors))
+    of_timm = model if model.exact else replace(model, source_features=None)
+    # torch's exporter may write sizes of its example's, in silence
+    compare(of_timm, path, "onnx", exact=True, dtype=options.dtype)
+    return _Written(len(model.tensors), model.exact)
 
 
 _WRITERS = {"timm": _write_timm, "hf": _write_hf, "safetensors": _write_safetensors, "onnx": _write_onnx}

@@ -3,11 +3,10 @@ weights under timm's names."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-import torch
-
-from lejepa_scale.conversion.source import Model
+from lejepa_scale.conversion.model import Model
 
 _OF_TRAINING = ("drop_path_rate", "drop_rate", "proj_drop_rate", "attn_drop_rate", "pos_drop_rate", "patch_drop_rate")
 
@@ -57,8 +56,6 @@ def config(model: Model) -> dict[str, Any]:
 
 def metadata(model: Model) -> dict[str, str]:
     """Of one safetensors file, which says how to build the model by itself."""
-    import json
-
     inputs = model.inputs
     return {
         "encoder": str(model.facts.get("encoder") or model.architecture),
@@ -84,13 +81,3 @@ def patch_size(backbone: Any) -> int | None:
         return None
     sides = set(embed.feat_ratio(as_scalar=False))
     return sides.pop() if len(sides) == 1 else None
-
-
-def outputs(backbone: Any, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled features [B, E], and those of patches [B, N, D], or of the last map's places, in timm's order."""
-    features = backbone.forward_features(images)
-    pooled = backbone.forward_head(features)
-    if features.ndim == 3:
-        return pooled, features[:, getattr(backbone, "num_prefix_tokens", 0) :]
-    channels_last = features.shape[-1] == backbone.num_features and features.shape[1] != backbone.num_features
-    return pooled, features.flatten(1, 2) if channels_last else features.flatten(2).transpose(1, 2)

@@ -31,7 +31,7 @@ from lejepa_scale.checkpoint.saved import (
     verify,
 )
 from lejepa_scale.config import dump, load_config, recorded
-from lejepa_scale.conversion.source import Lazy, finite
+from lejepa_scale.conversion.model import Lazy, finite
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import check
@@ -78,16 +78,19 @@ class Counters:
 
     step: int
     updates: int
-    buffers: tuple[str, ...]
 
 
 def texts_of(folder: Path, config: Path | None, said: Counters | None = None) -> dict[str, str]:
     """state.json and config.yaml beside a state; where `config` is given, that configuration and what the state says of
-    itself. The order of data before is then unknown: step N goes on with the samples that are N-th."""
+    itself. The order of data before is then unknown: step N goes on with the samples that are N-th. Without moments the
+    optimizer begins anew."""
     texts = {name: (folder / name).read_text() for name in OURS if (folder / name).exists()}
     if config is not None and said is not None:
         progress = asdict(Progress(said.step, "", updates=said.updates))
-        texts = {STATE: json.dumps({**progress, "buffers": list(said.buffers)}), CONFIG: dump(load_config(config, []))}
+        run = load_config(config, [])
+        module = check(run)
+        buffers = sorted(module.state_dict().keys() - dict(module.named_parameters()).keys())
+        texts = {STATE: json.dumps({**progress, "buffers": buffers}), CONFIG: dump(run)}
     return texts
 
 

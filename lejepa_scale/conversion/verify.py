@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,17 +11,15 @@ from typing import Any
 
 import timm
 import torch
-from einops import rearrange
 from torch import Tensor
+from torchvision.transforms.functional import resize
 
 from lejepa_scale.checkpoint.tensors import TensorFile
-from lejepa_scale.conversion import onnx
-from lejepa_scale.conversion.source import HEADS, Model
-from lejepa_scale.conversion.timm_folder import outputs, patch_size
+from lejepa_scale.conversion import native_folder, onnx
+from lejepa_scale.conversion.model import HEADS, Features, Model, outputs
+from lejepa_scale.conversion.timm_folder import patch_size
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import Encoder
 
-Features = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # images -> pooled, patch tokens
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # of the largest feature
 _MOST = 1e-2  # of what an encoder's own sensitivity allows
 _PERTURBED = 1e-6  # of an image's values, as rounding within the encoder may
@@ -56,7 +54,7 @@ def compare(
     """Every reader of the target against the source at the native size, a smaller, a larger and a non-square one. exact: at
     every size, else at the native one alone. real: standardized images [B, C, S, S]. Raises UserError where they differ, or
     a feature is no number, after all were compared."""
-    expected, found = _of_source(model), list[Difference]()
+    expected, found = model.features(), list[Difference]()
     readers = list(_readers(target, kind, dtype))
     for label, images in _images(model, real):
         size = (images.shape[2], images.shape[3])
@@ -111,21 +109,8 @@ def _images(model: Model, real: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for height, width in dict.fromkeys([(size, size), (less, less), (more, more), (size, less)]):
         yield "random", torch.randn(2, model.inputs.channels, height, width, generator=generator)
-    if real is not None:
-        yield "real", real
-
-
-def _of_source(model: Model) -> Features:
-    encoder: Any = model.encoder()
-    if not isinstance(encoder, Encoder):
-        return lambda images: outputs(encoder, images)
-
-    def features(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        if not encoder.packed:
-            return outputs(encoder.backbone, images)
-        return encoder([images])[0], rearrange(encoder.patch_features(images), "b h w e -> b (h w) e")
-
-    return features
+        if real is not None:
+            yield "real", resize(real, [height, width], antialias=True)
 
 
 # -- readers
@@ -144,53 +129,16 @@ def _readers(target: Path, kind: str, dtype: torch.dtype) -> Iterator[tuple[str,
     elif kind == "hf":
         if not find_spec("transformers"):
             raise UserError("--verify of --to hf needs transformers: pip install 'lejepa_scale[hf]'.")
-        yield "transformers", _native(target)
+        yield "transformers", native_folder.features_of(target)
     elif kind == "onnx":
         if not find_spec("onnxruntime"):
             raise UserError("--verify of --to onnx needs onnxruntime: pip install 'lejepa_scale[onnx]'.")
         yield "onnxruntime", _session(target, dtype)
 
 
-def _loaded(target: Path) -> Any:
-    import transformers
-
-    loader: Any = transformers.AutoModel
-    options: dict[str, Any] = {}
-    if json.loads((target / "config.json").read_text()).get("architectures") == ["ViTModel"]:
-        loader, options = transformers.ViTModel, {"add_pooling_layer": False}
-    loaded, info = loader.from_pretrained(target, output_loading_info=True, **options)
-    if wrong := {key: sorted(map(str, info[key])) for key in ("missing_keys", "unexpected_keys") if info[key]}:
-        raise UserError(f"transformers {transformers.__version__} does not find its weights in {target}: {wrong}.")
-    return loaded.float().eval()
-
-
 def _wrapped(target: Path) -> Features:
-    loaded = _loaded(target)
-    return lambda images: (
-        outputs(loaded.timm_model, images) if _has_outputs(loaded) else (_pooled(loaded, images), None)
-    )
-
-
-def _has_outputs(loaded: Any) -> bool:
-    return hasattr(loaded, "timm_model")
-
-
-def _pooled(loaded: Any, images: Tensor) -> Tensor:
-    pooled: Tensor = loaded(pixel_values=images).pooler_output
-    return pooled
-
-
-def _native(target: Path) -> Features:
-    loaded = _loaded(target)
-    registers = int(getattr(loaded.config, "num_register_tokens", 0) or 0)
-    options = {"interpolate_pos_encoding": True} if type(loaded).__name__ == "ViTModel" else {}
-
-    def features(images: Tensor) -> tuple[Tensor, Tensor | None]:
-        found = loaded(pixel_values=images, **options)
-        tokens = found.last_hidden_state
-        return tokens[:, 0] if options else found.pooler_output, tokens[:, 1 + registers :]
-
-    return features
+    loaded = native_folder.load(target, "AutoModel")
+    return lambda images: outputs(loaded.timm_model, images)
 
 
 def _session(target: Path, dtype: torch.dtype) -> Features:

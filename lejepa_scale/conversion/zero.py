@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lejepa_scale.conversion.pickled import at_hand, loaded
-from lejepa_scale.conversion.source import Lazy
+from lejepa_scale.conversion.model import Lazy, at_hand
+from lejepa_scale.conversion.pickled import loaded
 from lejepa_scale.conversion.training import Counters, TrainingState, rebuilt, texts_beside, texts_of
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
@@ -89,7 +89,7 @@ def read(folder: Path, config: Path | None = None) -> TrainingState:
                 tensors.setdefault(kind, {}).setdefault(str(name), at_hand(tensor))
     steps = [*(tag / _FOLDER).glob("*/step.pt")][:1]
     updates = int(loaded(steps[0])) if steps else int(module.get("global_steps") or 0)
-    said = Counters(int(module.get("global_steps") or 0), updates, tuple(map(str, module.get("buffer_names") or ())))
+    said = Counters(int(module.get("global_steps") or 0), updates)
     return rebuilt(str(folder), tensors, texts_of(folder, config, said))
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lejepa_scale.conversion.pickled import at_hand, loaded
-from lejepa_scale.conversion.source import Lazy
+from lejepa_scale.conversion.model import Lazy, at_hand
+from lejepa_scale.conversion.pickled import loaded
 from lejepa_scale.conversion.training import Counters, TrainingState, rebuilt, texts_of
 from lejepa_scale.engine.base import MOMENTS, VALUE
 from lejepa_scale.errors import UserError
@@ -70,7 +70,7 @@ def read(named: Path, config: Path | None = None) -> TrainingState:
     }
     for name, buffer in buffers.items():
         tensors[VALUE][name] = at_hand(buffer)
-    return rebuilt(str(folder), tensors, texts_of(named, config, Counters(steps, updates, tuple(buffers))))
+    return rebuilt(str(folder), tensors, texts_of(named, config, Counters(steps, updates)))
 
 
 def _of_third(ranks: list[Any], states: list[Any], kind: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, _Parts]:

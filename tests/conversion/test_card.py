@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import threading
 from collections.abc import Iterator
@@ -104,9 +105,10 @@ def test_what_hubs_read(tmp_path: Path) -> None:
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as an upload of small files takes."""
+    """As much of the hub's protocol as an upload takes: small files within the commit, weights before it."""
 
     files: dict[str, bytes]
+    objects: dict[str, bytes]  # by their SHA-256
     repositories: list[str]
     token = "hf_test"
 
@@ -119,15 +121,26 @@ class _Hub(BaseHTTPRequestHandler):
             self._answer(200, {"url": f"http://{self.headers['Host']}/user/name"})
         elif "/preupload/" in self.path:
             files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
                 for file in json.loads(body)["files"]
             ]
             self._answer(200, {"files": files})
+        elif self.path.endswith(".git/info/lfs/objects/batch"):
+            wanted = json.loads(body)["objects"]
+            place = f"http://{self.headers['Host']}/objects"
+            actions = [{**one, "actions": {"upload": {"href": f"{place}/{one['oid']}"}}} for one in wanted]
+            self._answer(200, {"transfer": "basic", "objects": actions})
         elif "/commit/" in self.path:
             for line in body.splitlines():
                 row = json.loads(line)
                 if row["key"] == "file":
                     self.files[row["value"]["path"]] = base64.b64decode(row["value"]["content"])
+                elif row["key"] == "lfsFile":
+                    self.files[row["value"]["path"]] = self.objects[row["value"]["oid"]]
             self._answer(
                 200,
                 {"commitUrl": f"http://{self.headers['Host']}/user/name/commit/1", "commitOid": "1", "success": True},
@@ -136,6 +149,11 @@ class _Hub(BaseHTTPRequestHandler):
             self._answer(200, {"errors": [], "warnings": []})
         else:
             self._answer(404, {"error": f"nothing at {self.path}"})
+
+    def do_PUT(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.objects[hashlib.sha256(body).hexdigest()] = body
+        self._answer(200, {})
 
     def do_GET(self) -> None:
         self._answer(200, {"id": "user/name", "siblings": [], "sha": "0", "private": False, "tags": []})
@@ -155,7 +173,8 @@ class _Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
     constants = pytest.importorskip("huggingface_hub").constants
-    _Hub.files, _Hub.repositories = {}, []
+    _Hub.files, _Hub.objects, _Hub.repositories = {}, {}, []
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # whose protocol the stand-in does not speak
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
@@ -171,6 +190,7 @@ def test_a_folder_is_uploaded_as_it_is(tmp_path: Path, hub: type[_Hub], capsys: 
     assert main(words) == 0
     assert "uploaded to http://127.0.0.1:" in capsys.readouterr().out
     assert hub.repositories == ["name"]
+    assert len(hub.objects) == 1
     assert hub.files == {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
 
 
@@ -180,6 +200,9 @@ def test_an_upload_that_is_refused_leaves_the_folder(
     convert(model_of(tmp_path / "in"), tmp_path / "out")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match=r"--push user/name: .*401.*out is written; log in with `hf auth login`"):
+        push(tmp_path / "out", "user/name")
+    monkeypatch.setattr("huggingface_hub.hf_api.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(UserError, match=r"--push user/name: .*refused.*out is written"):
         push(tmp_path / "out", "user/name")
     with pytest.raises(UserError, match=r"--push a/b/c: "):
         push(tmp_path / "out", "a/b/c")

@@ -22,6 +22,7 @@ from lejepa_scale.config import Config, dump, validate
 from lejepa_scale.conversion import convert_state, open_state
 from lejepa_scale.engine.base import AVERAGE
 from lejepa_scale.errors import UserError
+from lejepa_scale.model import check
 from lejepa_scale.parallel import process_group
 from lejepa_scale.training import loop
 
@@ -255,6 +256,30 @@ def test_a_run_of_plain_deepspeed_becomes_one_of_ours(tmp_path: Path, scenes: Pa
     next((tmp_path / "theirs/global_step2").glob("*pp_rank_1_*optim_states.pt")).unlink()
     with pytest.raises(UserError, match=r"holds the partitions of 1 ranks, of the 2 that wrote it"):
         open_state(tmp_path / "theirs", config)
+
+
+def test_weights_without_an_optimizer_begin_a_new_one(tmp_path: Path, scenes: Path) -> None:
+    """As a model alone is saved by torch: running statistics stay what they are, and the first update is the first."""
+    config = validate(
+        small_config(tmp_path / "back", scenes, model={"encoder": "resnet10t", "options": {}}, train={"steps": 2})
+    )
+    (tmp_path / "recipe.yaml").write_text(dump(config))
+    module = check(config).to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.rand(t.shape, generator=generator) + 0.1 if t.is_floating_point() else t.zero_()
+        for name, t in module.state_dict().items()
+    }
+    torch_dcp.save({"model": state}, checkpoint_id=tmp_path / "theirs", no_dist=True)
+    words = ["convert", str(tmp_path / "theirs"), str(tmp_path / "back"), "--to", "lejepa"]
+    assert main([*words, "--config", str(tmp_path / "recipe.yaml")]) == 0
+    saved = Saved(find(tmp_path / "back"))
+    assert {*saved.buffers} == {name for name, _ in module.named_buffers()}
+    assert any("running_mean" in name for name in saved.buffers)
+    assert (saved.progress.step, saved.progress.updates, saved.moments) == (0, 0, False)
+    assert all(torch.equal(saved.whole(name), tensor) for name, tensor in state.items())
+    loop.train(config)
+    assert (Saved(find(tmp_path / "back")).progress.step, Saved(find(tmp_path / "back")).progress.updates) == (2, 2)
 
 
 def test_a_state_of_another_model_is_refused(run: Path, tmp_path: Path, scenes: Path) -> None:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import validate
 from lejepa_scale.conversion import Given, compare, convert, open_model, verify
-from lejepa_scale.conversion.timm_folder import outputs
+from lejepa_scale.conversion.model import outputs
 from lejepa_scale.errors import UserError
 from lejepa_scale.training import loop
 
