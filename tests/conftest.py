@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -30,6 +31,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("unchecked"):
                 item.add_marker(pytest.mark.skip(reason="wrong types on purpose, stand-ins, or a bound on time"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # what is there for the whole session needs no looking through (see PRELOADED)
 
 
 _ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
@@ -177,7 +182,8 @@ def script_environment() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def _server() -> Iterator[Forks]:
     paths = f"import sys; sys.path.append({str(ROOT / 'tests')!r})"
-    with forks(f"{paths}; import processes, {', '.join(PRELOADED)}", script_environment()) as running:
+    imports = f"import gc, processes, {', '.join(PRELOADED)}; gc.freeze()"
+    with forks(f"{paths}; {imports}", script_environment()) as running:
         yield running
 
 

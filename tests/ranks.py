@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import tempfile
@@ -15,8 +16,13 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-# By what ranks and programs are forked from: it has run nothing.
-PRELOADED = ["lejepa_scale.training.loop", *(["deepspeed"] if find_spec("deepspeed") else [])]
+# By what ranks and programs are forked from: it has run nothing. DeepSpeed's engines import the compiler, 2 s, and collect
+# garbage a dozen times at a start, 0.3 s each with all of torch to look through: see `gc.freeze`.
+PRELOADED = [
+    "lejepa_scale.training.loop",
+    "torch._dynamo",
+    *(["deepspeed", "deepspeed.runtime.zero.muon.original_muon"] if find_spec("deepspeed") else []),
+]
 
 
 def free_port() -> int:
@@ -55,6 +61,7 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any, timeout: flo
 
 
 def _rank(function: Callable[..., Any], rank: int, world: int, port: int, folder: str, args: tuple[Any, ...]) -> None:
+    gc.freeze()
     os.environ |= as_rank(rank, world, str(port))
     torch.set_num_threads(1)
     from lejepa_scale.parallel import collectives, process_group

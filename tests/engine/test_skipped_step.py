@@ -17,7 +17,8 @@ from lejepa_scale.parallel import process_group
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 MODELS: dict[str, dict[str, Any]] = {
     "vit_nano": {"encoder": "vit_nano", "options": {"depth": 1}},
-    "resnet10t": {"encoder": "resnet10t", "options": {}, "predictor": {"hidden": 9}},  # running averages
+    # running averages
+    "resnet10t": {"encoder": "resnet10t", "options": {"channels": [8, 16, 32, 64]}, "predictor": {"hidden": 9}},
 }
 
 
