@@ -96,9 +96,9 @@ def _misfit(source: Source, fit: Fit, encoder: str) -> str:
     remedy = "Set model.encoder, model.patch_size and model.options to what the source holds"
     if not fit.weights and any("embeddings.patch_embeddings" in name for name in fit.unexpected):
         return (
-            f"{holds} has the names that transformers gives its own classes, which are not read. Use the same weights as "
-            "timm has them: timm:NAME.TAG, a folder that timm wrote, or one of TimmWrapperModel; "
-            "timm.list_pretrained('*dinov2*') names what there is."
+            f"{holds} has the names that transformers gives its own classes. `lejepa convert {source.where} encoder` makes a "
+            "folder under timm's names of Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel and ViTModel: set "
+            "model.init_from=encoder then."
         )
     if fit.failure:
         return f"{holds} does not fit model.encoder={encoder}: timm's conversion ended with {fit.failure}. {remedy}."

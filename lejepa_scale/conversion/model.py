@@ -167,7 +167,7 @@ def expect_bijection(where: str, tensors: Mapping[str, Lazy], model: Any) -> Non
 
 
 def expect_shapes(where: str, tensors: Mapping[str, Lazy], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """As `expect_bijection`, of names and shapes."""
+    """As `expect_bijection`, of names and shapes. Raises UserError."""
     found = {name: lazy.shape for name, lazy in tensors.items()}
     faults = (
         ("missing", sorted(expected.keys() - found.keys())),

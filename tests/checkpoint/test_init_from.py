@@ -394,7 +394,7 @@ def test_native_names_of_transformers_are_refused_in_a_paragraph(tmp_path: Path)
     save_file({name: torch.zeros(1, 1, 32) for name in names}, tmp_path / "model.safetensors")
     message = refused(tmp_path, vit())
     assert "it holds Dinov2Model, which has the names that transformers gives its own classes" in message
-    assert "TimmWrapperModel" in message
+    assert f"`lejepa convert {tmp_path} encoder` makes a folder under timm's names" in message
 
 
 # -- files that cannot be used
