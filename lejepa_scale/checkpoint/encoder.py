@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import timm
 import torch
 import yaml
 from torch import Tensor
@@ -31,10 +32,8 @@ def load_encoder(path: str | Place, *, weights: Weights = "best") -> tuple[Encod
     saved = Saved(checkpoint)
     config = recorded(yaml.safe_load(saved.config_text()), origin=str(checkpoint / "config.yaml"))
     if weights != "first":
-        encoder, tensors = build_encoder(config), encoder_weights(saved, weights)
-        if fault := not_finite(tensors.items()):
-            raise UserError(f"the encoder of {checkpoint} is broken: {fault}. Use a checkpoint before it.")
-        encoder.backbone.load_state_dict(tensors)  # strict: every name on both sides
+        encoder = build_encoder(config)
+        _fill(encoder.backbone.state_dict(), saved, saved.kind_of(weights))
     else:
         torch.manual_seed(config.run.seed)
         encoder = build(config).encoder
@@ -44,7 +43,18 @@ def load_encoder(path: str | Place, *, weights: Weights = "best") -> tuple[Encod
     return encoder.eval(), config
 
 
-def encoder_weights(saved: Saved, weights: Weights) -> dict[str, Tensor]:
-    """The encoder's tensors under timm's own names. Raises UserError where a file cannot be read, or there is no average."""
-    kind = saved.kind_of(weights)
-    return {name.removeprefix(PREFIX): saved.whole(name, kind) for name in saved.shapes if name.startswith(PREFIX)}
+@torch.no_grad()
+def _fill(backbone: dict[str, Tensor], saved: Saved, kind: str) -> None:
+    """Every tensor of the backbone out of the checkpoint's, one after another: one of them is in memory twice, not all."""
+    there = {name.removeprefix(PREFIX): shape for name, shape in saved.shapes.items() if name.startswith(PREFIX)}
+    own = {name: tuple(tensor.shape) for name, tensor in backbone.items()}
+    if wrong := sorted(name for name in there.keys() | own.keys() if there.get(name) != own.get(name)):
+        raise UserError(
+            f"timm {timm.__version__} builds another encoder than {saved.path} holds: {len(wrong)} tensors are on one side "
+            f"alone or of another shape ({', '.join(wrong[:4])}). Use the timm of the run."
+        )
+    for name, tensor in backbone.items():
+        read = saved.whole(f"{PREFIX}{name}", kind)
+        if fault := not_finite([(name, read)]):
+            raise UserError(f"the encoder of {saved.path} is broken: {fault}. Use a checkpoint before it.")
+        tensor.copy_(read)

@@ -96,8 +96,8 @@ def _misfit(source: Source, fit: Fit, encoder: str) -> str:
     remedy = "Set model.encoder, model.patch_size and model.options to what the source holds"
     if not fit.weights and any("embeddings.patch_embeddings" in name for name in fit.unexpected):
         return (
-            f"{holds} has the names that transformers gives its own classes. `lejepa convert {source.where} encoder` makes a "
-            "folder under timm's names of Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel and ViTModel: set "
+            f"{holds} has the names that transformers gives its own classes. `lejepa convert {source.where} encoder` makes "
+            "a folder under timm's names of Dinov2Model, Dinov2WithRegistersModel, DINOv3ViTModel and ViTModel: set "
             "model.init_from=encoder then."
         )
     if fit.failure:

@@ -70,9 +70,11 @@ class Model:
         return sum(prod(tensor.shape) for tensor in self.tensors.values())
 
     def build(self) -> nn.Module:
-        """timm's model with the weights, in eval mode."""
-        model = timm.create_model(self.architecture, pretrained=False, **self.arguments)
-        model.load_state_dict({name: tensor.read() for name, tensor in self.tensors.items()})
+        """timm's model with the weights, read one by one, in eval mode."""
+        model: nn.Module = timm.create_model(self.architecture, pretrained=False, **self.arguments)
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                tensor.copy_(self.tensors[name].read())
         return model.eval()
 
     def features(self) -> Features:

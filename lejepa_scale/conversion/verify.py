@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -48,42 +50,66 @@ class Difference:
         )
 
 
+@dataclass(frozen=True)
+class _Case:
+    """What the source makes of images, and how much others may differ from it."""
+
+    label: str
+    images: Tensor
+    pooled: Tensor
+    patches: Tensor | None
+    tolerance: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.images.shape[2], self.images.shape[3]
+
+
 def compare(
     model: Model, target: Path, kind: str, *, exact: bool, dtype: torch.dtype, real: Tensor | None = None
 ) -> list[Difference]:
     """Every reader of the target against the source at the native size, a smaller, a larger and a non-square one. exact: at
-    every size, else at the native one alone. real: standardized images [B, C, S, S]. Raises UserError where they differ, or
-    a feature is no number, after all were compared."""
-    expected, found = model.features(), list[Difference]()
-    readers = list(_readers(target, kind, dtype))
-    for label, images in _images(model, real):
-        size = (images.shape[2], images.shape[3])
-        try:
+    every size, else at the native one alone. real: standardized images [B, C, S, S]. The source and the readers are in
+    memory one after another. Raises UserError where they differ, or a feature is no number, after all were compared."""
+    cases, found = _of_source(model, real, _TOLERANCE[dtype]), list[Difference]()
+    native = (model.inputs.image_size,) * 2
+    for name, load in _readers(target, kind, dtype):
+        gc.collect()  # what came before
+        reader = load()
+        for case in cases:
             with torch.inference_mode():
-                wanted = expected(images)
-                tolerance = max(_TOLERANCE[dtype], min(_MOST, 10 * _sensitivity(expected, images, wanted)))
-        except Exception:  # the encoder itself takes this size alone; timm's classes say so by many errors
-            continue
-        native = size == (model.inputs.image_size,) * 2
-        for name, reader in readers:
-            with torch.inference_mode():
-                pooled, patches = reader(images)
-            differences = [_difference(wanted[0], pooled)]
-            if patches is not None and wanted[1] is not None:
-                differences.append(_difference(wanted[1], patches))
-            close = all(difference <= tolerance for difference in differences)  # NaN is no agreement
-            elsewhere = not native and not exact and all(difference == difference for difference in differences)
-            note = (
-                "" if close or not elsewhere else "exact at its native size alone: positions are interpolated otherwise"
-            )
-            found.append(
-                Difference(name, label, size, differences[0], (*differences[1:], None)[0], close or elsewhere, note)
-            )
+                pooled, patches = reader(case.images)
+            found.append(_compared(name, case, pooled, patches, anywhere=exact or case.size == native))
+        del reader
     if wrong := [difference for difference in found if not difference.passed]:
         raise UserError(f"{target} differs from {model.where}: {'; '.join(map(str, wrong[:4]))}.")
     if not found:
         raise UserError(f"{model.where} takes no image of {model.inputs.image_size} pixels: nothing was compared.")
     return found
+
+
+def _of_source(model: Model, real: Tensor | None, tolerance: float) -> list[_Case]:
+    features, cases = model.features(), list[_Case]()
+    for label, images in _images(model, real):
+        try:
+            with torch.inference_mode():
+                pooled, patches = features(images)
+                least = 10 * _sensitivity(features, images, (pooled, patches))
+        except Exception:  # the encoder itself takes one size alone; timm's classes say so by many errors
+            continue
+        cases.append(_Case(label, images, pooled, patches, max(tolerance, min(_MOST, least))))
+    return cases
+
+
+def _compared(name: str, case: _Case, pooled: Tensor, patches: Tensor | None, *, anywhere: bool) -> Difference:
+    """anywhere: the target must be equal at this size."""
+    of_pooled = _difference(case.pooled, pooled)
+    of_patches = None if patches is None or case.patches is None else _difference(case.patches, patches)
+    differences = [of_pooled] if of_patches is None else [of_pooled, of_patches]
+    close = all(difference <= case.tolerance for difference in differences)  # NaN is no agreement
+    elsewhere = not anywhere and all(difference == difference for difference in differences)
+    note = "" if close or not elsewhere else "exact at its native size alone: positions are interpolated otherwise"
+    return Difference(name, case.label, case.size, of_pooled, of_patches, close or elsewhere, note)
 
 
 def _difference(expected: Tensor, found: Tensor) -> float:
@@ -116,24 +142,28 @@ def _images(model: Model, real: Tensor | None) -> Iterator[tuple[str, Tensor]]:
 # -- readers
 
 
-def _readers(target: Path, kind: str, dtype: torch.dtype) -> Iterator[tuple[str, Features]]:
-    """The libraries that load a target, of those that are here."""
+def _readers(target: Path, kind: str, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], Features]]]:
+    """What loads a target, of the libraries that are here."""
     if kind == "timm":
-        plain: Any = timm.create_model(f"local-dir:{target}", pretrained=True).float().eval()
-        yield "timm", lambda images: outputs(plain, images)
-        if find_spec("transformers") and not plain.num_classes:
-            yield "transformers", _wrapped(target)
+        yield "timm", partial(_by_timm, target)
+        classes = json.loads((target / "config.json").read_text())["num_classes"]
+        if find_spec("transformers") and not classes:  # which leaves the layer behind the pooling out
+            yield "transformers", partial(_wrapped, target)
     elif kind == "safetensors":
-        built = _rebuilt(target)
-        yield "timm", lambda images: outputs(built, images)
+        yield "timm", partial(_rebuilt, target)
     elif kind == "hf":
         if not find_spec("transformers"):
             raise UserError("--verify of --to hf needs transformers: pip install 'lejepa_scale[hf]'.")
-        yield "transformers", native_folder.features_of(target)
+        yield "transformers", partial(native_folder.features_of, target)
     elif kind == "onnx":
         if not find_spec("onnxruntime"):
             raise UserError("--verify of --to onnx needs onnxruntime: pip install 'lejepa_scale[onnx]'.")
-        yield "onnxruntime", _session(target, dtype)
+        yield "onnxruntime", partial(_session, target, dtype)
+
+
+def _by_timm(target: Path) -> Features:
+    model: Any = timm.create_model(f"local-dir:{target}", pretrained=True).float().eval()
+    return lambda images: outputs(model, images)
 
 
 def _wrapped(target: Path) -> Features:
@@ -154,7 +184,7 @@ def _session(target: Path, dtype: torch.dtype) -> Features:
     return features
 
 
-def _rebuilt(target: Path) -> Any:
+def _rebuilt(target: Path) -> Features:
     """As the card says: by what the file itself says."""
     files = sorted(target.glob("*.safetensors")) if target.is_dir() else [target]
     tensors, about = dict[str, Tensor](), dict[str, str]()
@@ -166,4 +196,4 @@ def _rebuilt(target: Path) -> Any:
     built.load_state_dict(
         {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     )
-    return built
+    return lambda images: outputs(built, images)

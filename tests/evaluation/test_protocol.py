@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from saving import exported
 
 import lejepa_scale
-from lejepa_scale.checkpoint.encoder import encoder_weights, load_encoder
+from lejepa_scale.checkpoint.encoder import load_encoder
 from lejepa_scale.checkpoint.saved import Saved
 from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import validate
@@ -91,10 +91,26 @@ def test_an_export_with_other_weights_is_refused(run_dir: Path, tmp_path: Path) 
 
 
 def test_an_encoder_that_is_not_finite_is_refused_by_name(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = encoder_weights(Saved(find(run_dir)), "trained")
-    broken = {**whole, "norm.bias": whole["norm.bias"] * torch.nan}
-    monkeypatch.setattr("lejepa_scale.checkpoint.encoder.encoder_weights", lambda saved, weights: broken)
+    whole = Saved.whole
+
+    def broken(self: Saved, name: str, kind: str) -> torch.Tensor:
+        return whole(self, name, kind) * (torch.nan if name.endswith("backbone.norm.bias") else 1)
+
+    monkeypatch.setattr(Saved, "whole", broken)
     with pytest.raises(UserError, match=r"step_\d+ is broken: .* values of norm\.bias are not finite"):
+        load_encoder(run_dir)
+
+
+def test_an_encoder_that_timm_builds_otherwise_is_refused_by_name(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = Saved(find(run_dir)).shapes
+    other = {name: shape for name, shape in shapes.items() if not name.endswith("backbone.norm.bias")}
+    other["encoder.backbone.cls_token"] = (1, 1, 1)  # which would spread over all of it
+    monkeypatch.setattr(Saved, "shapes", other)
+    with pytest.raises(
+        UserError, match=r"2 tensors are on one side alone or of another shape \(cls_token, norm\.bias\)"
+    ):
         load_encoder(run_dir)
 
 
