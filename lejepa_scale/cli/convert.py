@@ -27,7 +27,8 @@ safetensors  one file under timm's names, whose metadata say how to build the mo
 onnx         pooled features and patch tokens for any number, height and width of images; always verified
 dcp          the whole training state, as torch.distributed.checkpoint loads it: model.*, optim.state.*.exp_avg, ...
 zero         the whole training state, as DeepSpeed's ZeRO-1, 2 and 3 load it: a universal checkpoint
-lejepa       a run directory, out of such a folder: `lejepa train` with the run's configuration and this run.dir goes on
+lejepa       a run directory, out of such a folder: `lejepa train` with the run's configuration and this run.dir goes on;
+             out of an encoder, with --config, the beginning of a run
 
 Mean, standard deviation, size and interpolation go with each, and a model card (README.md) with folders."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -66,7 +67,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patch-size", type=positive, help="with --encoder: pixels, default what its name says")
     parser.add_argument("--channels", type=positive, help="with --encoder: default 3")
     parser.add_argument(
-        "--config", type=Path, help="lejepa: that of the run, where another trainer made the state by itself"
+        "--config",
+        type=Path,
+        help="lejepa: that of the run, where another trainer made the state by itself, or an encoder is what there is",
     )
     parser.add_argument("--verify", action="store_true", help="compare features with the source's, at several sizes")
     parser.add_argument("--images", nargs="+", metavar="SHARDS", help="with --verify: real images too, of a run's kind")

@@ -87,9 +87,6 @@ def write(model: Model, path: Path, dtype: torch.dtype) -> None:
     except Exception as error:  # of torch.export, onnxscript and the operators they do not know
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"torch cannot export {model.architecture} to ONNX: {reason}.") from error
-    finally:
-        for tensor in backbone.state_dict().values():  # torch's exporter keeps them for the life of the process
-            tensor.untyped_storage().resize_(0)
 
 
 @contextlib.contextmanager

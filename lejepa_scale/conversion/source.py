@@ -52,11 +52,16 @@ def open_model(named: str | Place, weights: Weights = "best", given: Given | Non
     path = place(named) if isinstance(named, str) else named
     if given.encoder is not None:
         return _of_weights(str(named), given.encoder, given)
-    if isinstance(path, Path) and path.is_file() and not (path.parent / MARKER).exists():
-        return files.of_file(path)
-    if isinstance(path, Path) and (path / "config.json").exists():
-        return files.of_folder(path)
+    if isinstance(path, Path) and is_encoder(path):
+        return files.of_file(path) if path.is_file() else files.of_folder(path)
     return _of_run(find(path), weights)
+
+
+def is_encoder(path: Place) -> bool:
+    """Whether it is a file or folder of an encoder alone."""
+    if not isinstance(path, Path):
+        return False
+    return (path.is_file() and not (path.parent / MARKER).exists()) or (path / "config.json").exists()
 
 
 # -- ours

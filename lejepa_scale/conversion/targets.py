@@ -19,10 +19,12 @@ from tqdm import tqdm
 from lejepa_scale.checkpoint import find
 from lejepa_scale.checkpoint.files import Entry, write_safetensors
 from lejepa_scale.checkpoint.places import Place, place
+from lejepa_scale.config import load_config
 from lejepa_scale.conversion import dcp, native, onnx, timm_folder, zero, zero_native
 from lejepa_scale.conversion.card import card
 from lejepa_scale.conversion.model import DTYPES, Dtype, Lazy, Model, finite
-from lejepa_scale.conversion.training import TrainingState, expect_model, of_checkpoint, write_checkpoint
+from lejepa_scale.conversion.source import is_encoder, open_model
+from lejepa_scale.conversion.training import TrainingState, expect_model, of_checkpoint, of_encoder, write_checkpoint
 from lejepa_scale.conversion.verify import compare
 from lejepa_scale.errors import UserError
 
@@ -73,8 +75,16 @@ def convert(
 def open_state(named: str | Place, config: Path | None = None) -> TrainingState:
     """The training state that `named` means: a run or checkpoint of ours, a folder of torch.distributed.checkpoint, a
     universal checkpoint of DeepSpeed or what its `save_checkpoint` wrote, with state.json and config.yaml of a run beside
-    it. config: that of a run whose state another trainer wrote by itself, without these. Raises UserError."""
+    it; or an encoder, as the beginning of a run. config: that of a run whose state another trainer wrote by itself, without
+    these, or that begins with the encoder. Raises UserError."""
     path = place(named) if isinstance(named, str) else named
+    if is_encoder(path):
+        if config is None:
+            raise UserError(
+                f"{path} is an encoder alone: name the configuration of a run with --config, whose other weights begin as "
+                "its seed draws them."
+            )
+        return of_encoder(open_model(path), load_config(config, []))
     for form in (dcp, zero):
         if isinstance(path, Path) and form.is_one(path):
             return form.read(path, config)

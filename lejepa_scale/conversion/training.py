@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from lejepa_scale.checkpoint import Progress, Saved
+from lejepa_scale.checkpoint.encoder import PREFIX
 from lejepa_scale.checkpoint.files import Entry, Written, write_safetensors, write_text
 from lejepa_scale.checkpoint.layout import Layout, Part
 from lejepa_scale.checkpoint.places import Place
@@ -30,11 +31,11 @@ from lejepa_scale.checkpoint.saved import (
     title,
     verify,
 )
-from lejepa_scale.config import dump, load_config, recorded
-from lejepa_scale.conversion.model import Lazy, finite
+from lejepa_scale.config import Config, dump, load_config, recorded
+from lejepa_scale.conversion.model import Lazy, Model, at_hand, finite
 from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import check
+from lejepa_scale.model import build, check
 
 OURS = (STATE, CONFIG)  # what goes beside a state in another format, so that it can come back
 
@@ -72,6 +73,22 @@ def of_checkpoint(checkpoint: Place) -> TrainingState:
     return TrainingState(str(checkpoint), tensors, tuple(saved.buffers), saved.progress, texts, saved.probe())
 
 
+def of_encoder(model: Model, config: Config) -> TrainingState:
+    """The beginning of a run: the weights that its seed draws, and in their place the encoder's."""
+    torch.manual_seed(config.run.seed)
+    module = build(config)
+    tensors = {n: at_hand(t.detach()) for n, t in module.state_dict().items() if not n.startswith(PREFIX)}
+    tensors |= {f"{PREFIX}{name}": lazy for name, lazy in model.tensors.items()}
+    progress = Progress(0, "")
+    texts = {STATE: json.dumps(asdict(progress)), CONFIG: dump(config)}
+    return TrainingState(model.where, {VALUE: tensors}, buffers_of(module), progress, texts, {})
+
+
+def buffers_of(module: nn.Module) -> tuple[str, ...]:
+    """Names of what is saved and not trained."""
+    return tuple(sorted(module.state_dict().keys() - dict(module.named_parameters()).keys()))
+
+
 @dataclass(frozen=True)
 class Counters:
     """What a foreign state says of itself."""
@@ -88,9 +105,7 @@ def texts_of(folder: Path, config: Path | None, said: Counters | None = None) ->
     if config is not None and said is not None:
         progress = asdict(Progress(said.step, "", updates=said.updates))
         run = load_config(config, [])
-        module = check(run)
-        buffers = sorted(module.state_dict().keys() - dict(module.named_parameters()).keys())
-        texts = {STATE: json.dumps({**progress, "buffers": buffers}), CONFIG: dump(run)}
+        texts = {STATE: json.dumps({**progress, "buffers": buffers_of(check(run))}), CONFIG: dump(run)}
     return texts
 
 

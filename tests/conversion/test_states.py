@@ -22,7 +22,7 @@ from lejepa_scale.config import Config, dump, validate
 from lejepa_scale.conversion import convert_state, open_state
 from lejepa_scale.engine.base import AVERAGE
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import check
+from lejepa_scale.model import build, check
 from lejepa_scale.parallel import process_group
 from lejepa_scale.training import loop
 
@@ -280,6 +280,30 @@ def test_weights_without_an_optimizer_begin_a_new_one(tmp_path: Path, scenes: Pa
     assert all(torch.equal(saved.whole(name), tensor) for name, tensor in state.items())
     loop.train(config)
     assert (Saved(find(tmp_path / "back")).progress.step, Saved(find(tmp_path / "back")).progress.updates) == (2, 2)
+
+
+def test_an_encoder_begins_a_run_and_comes_out_the_same(run: Path, tmp_path: Path, scenes: Path) -> None:
+    """timm -> lejepa -> timm: the same bits; the projector is the one that the seed draws."""
+    assert main(["convert", str(run), str(tmp_path / "timm"), "--weights", "trained"]) == 0
+    config = config_of(tmp_path / "ours", scenes, 2)
+    (tmp_path / "recipe.yaml").write_text(dump(config))
+    words = ["convert", str(tmp_path / "timm"), str(tmp_path / "ours"), "--to", "lejepa"]
+    assert main(words) == 2
+    assert main([*words, "--config", str(tmp_path / "recipe.yaml")]) == 0
+    assert main(["convert", str(tmp_path / "ours"), str(tmp_path / "again")]) == 0
+    first, again = (load_file(tmp_path / name / "model.safetensors") for name in ("timm", "again"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    torch.manual_seed(config.run.seed)
+    drawn = build(config).projector.state_dict()
+    saved = Saved(find(tmp_path / "ours"))
+    assert all(torch.equal(saved.whole(f"projector.{name}"), tensor) for name, tensor in drawn.items())
+    loop.train(config)
+    assert Saved(find(tmp_path / "ours")).progress.step == 2
+    other = small_config(tmp_path / "other", scenes, model={"options": {"depth": 3}})
+    (tmp_path / "recipe.yaml").write_text(dump(validate(other)))
+    assert main([*words[:2], str(tmp_path / "other"), *words[3:], "--config", str(tmp_path / "recipe.yaml")]) == 2
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_state_of_another_model_is_refused(run: Path, tmp_path: Path, scenes: Path) -> None:
