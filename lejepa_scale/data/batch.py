@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +26,7 @@ class Batch:
     skipped: list[Fault]  # samples that could not be used and were replaced; `keys` has what took their place
     records: list[Record]  # what was drawn, for the key log
     pixels: Pixels = RGB  # by whose mean and standard deviation they are normalized
-    ready: list[Float[Tensor, "_v b c _s _s"]] | None = None  # augmented views, where they were made ahead
+    ready: Callable[[], list[Float[Tensor, "_v b c _s _s"]]] | None = None  # augmented views, where they are made ahead
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory, as a DataLoader asks of what it hands over."""
@@ -34,7 +35,7 @@ class Batch:
     def augmented(self, device: torch.device) -> list[Float[Tensor, "_v b c _s _s"]]:
         """Float views on `device`, augmented and normalized there."""
         if self.ready is not None:
-            return self.ready
+            return self.ready()
         out = []
         for cut, parameters in zip(self.views, self.parameters, strict=True):
             moved = cut.to(device, non_blocking=True).flatten(0, 1)

@@ -4,7 +4,8 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from lejepa_scale.config import Optim
 
@@ -57,6 +58,11 @@ def adamw(module: nn.Module, config: Optim) -> torch.optim.AdamW:
         weight_decay=0.0,
         fused=True,
     )
+
+
+def leave_out(optimizer: torch.optim.Optimizer, bad: Bool[Tensor, ""]) -> None:
+    """Let the next step of a fused AdamW change nothing, not even its count, where `bad` holds: decided on the device."""
+    optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as torch's gradient scaler tells it
 
 
 def set_hyperparameters(optimizer: Any, lr: float, weight_decay: float) -> None:

@@ -1,4 +1,5 @@
-"""What the engines made of torch alone share: AdamW on fp32 parameters, one finite check, shards by name."""
+"""What the engines made of torch alone share: AdamW on fp32 parameters, a finite check that nobody waits for, shards by
+name."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from torch.distributed.tensor import Shard as ShardPlacement
 
 from lejepa_scale.config import Config
 from lejepa_scale.engine.base import MOMENTS, VALUE, Engine, Shard, Update, full_shape
-from lejepa_scale.engine.optim import adamw, set_hyperparameters
+from lejepa_scale.engine.optim import adamw, leave_out, set_hyperparameters
 from lejepa_scale.model import LeJEPA
 
 
@@ -27,11 +28,11 @@ class TorchEngine(Engine):
         norm = nn.utils.get_total_norm([cast(Tensor, p.grad) for p in parameters])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         finite = torch.isfinite(norm)
-        if finite:  # the one host synchronization of a step
-            if self.clip_norm is not None:
-                nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-            set_hyperparameters(self.optimizer, lr, weight_decay)
-            self.optimizer.step()
+        if self.clip_norm is not None:
+            nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+        set_hyperparameters(self.optimizer, lr, weight_decay)
+        leave_out(self.optimizer, ~finite)
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return Update(norm.to(self.device), finite.to(self.device))
 

@@ -126,7 +126,7 @@ def _statistics(x: Float[Tensor, "b c *rest"]) -> Float[Tensor, " 1+2*c"]:
         var, mean = torch.var_mean(x, [0, *range(2, x.ndim)], correction=0)
     else:
         mean, var = torch.batch_norm_update_stats(x, None, None, 0.0)
-    return torch.cat([x.new_tensor([n]), mean, var * n])
+    return torch.cat([x.new_full((1,), n), mean, var * n])
 
 
 def synchronized(module: nn.Module) -> nn.Module:

@@ -13,6 +13,7 @@ from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
+from lejepa_scale.model import positions
 from lejepa_scale.model.attention import BACKENDS, Offsets, Packing, offsets
 
 _MODELS = (VisionTransformer, Eva)
@@ -144,10 +145,13 @@ def embed(
 ) -> tuple[Float[Tensor, "b l e"], Float[Tensor, "_depth l _heads _two_d"] | None]:
     """Tokens that enter the blocks, and the sines and cosines of rotary positions, [depth or 1, L, H or 1, 2 D]."""
     patches = backbone.patch_embed(images)
+    grid = tuple(backbone.patch_embed.dynamic_feat_size(images.shape[-2:]))
+    tokens = positions.tokens(backbone, patches.reshape(len(patches), -1, patches.shape[-1]), grid)
     if not isinstance(backbone, Eva):
-        return backbone.norm_pre(backbone.patch_drop(backbone._pos_embed(patches))), None
-    tokens, rope = backbone._pos_embed(patches)
-    if rope is not None:
+        return backbone.norm_pre(backbone.patch_drop(tokens)), None
+    rope = None
+    if backbone.rope is not None:
+        rope = positions.rotary(backbone.rope, grid)
         rope = rope.transpose(1, 2) if backbone.rope_mixed else rope[None, :, None]  # mixed: [depth, H, L, 2 D]
         prefix = rope.new_zeros(len(rope), backbone.num_prefix_tokens, *rope.shape[2:])
         prefix[..., rope.shape[-1] // 2 :] = 1  # class and register tokens turn by no angle

@@ -158,7 +158,7 @@ class SIGReg(Regularizer):
         t = self.dt * torch.arange(1, self.knots, device=sums.device, dtype=sums.dtype)
         phi = torch.exp(-0.5 * t**2)
         trapezoid = torch.full_like(t, 2 * self.dt)  # both halves of the line
-        trapezoid[-1] = self.dt
+        trapezoid[-1:].fill_(self.dt)  # an assignment to one element would be a copy from the host
         phi, weight = phi[:, None, None], (trapezoid * phi)[:, None, None]
         error = (cos - phi) ** 2 + sin**2  # [K-1, V, M']
         if self.estimator == "u":

@@ -28,6 +28,22 @@ def all_reduce_sum(x: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[T
     return x
 
 
+def begin_sum(x: Shaped[Tensor, "*shape"]) -> Callable[[], Shaped[Tensor, "*shape"]]:
+    """`all_reduce_sum` over all ranks of a CPU tensor, begun: what is returned gives the sum, and waits where it is not
+    there yet. Every rank begins, and ends what it has begun before the group is left (on errors it need not)."""
+    x = x.detach().clone()
+    if world_size() == 1:
+        return lambda: x
+    work = dist.all_reduce(x, async_op=True)
+
+    def end() -> Tensor:
+        assert work is not None
+        work.wait()
+        return x
+
+    return end
+
+
 def mean_of_rows(x: Float[Tensor, "v n d"], group: Group = None) -> Float[Tensor, "v 1 d"]:
     """Mean over the rows of all ranks, which may hold unequal numbers of them; no gradient."""
     sums = all_reduce_sum(torch.cat([x.detach().sum(1).flatten(), x.new_full((1,), x.shape[1])]), group)

@@ -11,6 +11,8 @@ from functools import partial
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lejepa_scale.checkpoint import Saver, Store
 from lejepa_scale.checkpoint.saver import NotSaved
@@ -19,8 +21,9 @@ from lejepa_scale.cost import peak_flops, step_flops
 from lejepa_scale.data.faults import append_to_quarantine
 from lejepa_scale.engine import Average
 from lejepa_scale.errors import UserError
-from lejepa_scale.evaluation.spectrum import effective_rank
+from lejepa_scale.evaluation.spectrum import covariance, effective_rank_of
 from lejepa_scale.parallel import collectives, process_group
+from lejepa_scale.training.late import Late
 from lejepa_scale.training.reporting import Means, Reporter
 from lejepa_scale.training.run import Run
 from lejepa_scale.training.signals import StopSignal
@@ -29,7 +32,7 @@ from lejepa_scale.training.step import StepResult
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Record = dict[str, float | None]  # a line of metrics.jsonl
-Gauge = Callable[[], dict[str, float]]  # what it has measured since it was last read
+Gauge = Callable[[], dict[str, Float[Tensor, ""]]]  # what it has measured since it was last read, on the device
 
 
 def quarantine(run: Run, result: StepResult) -> None:
@@ -49,36 +52,43 @@ class Probe:
     nothing."""
 
     def __init__(self, device: torch.device) -> None:
-        self.hits = torch.zeros(2, dtype=torch.float64, device=device)
+        self.device, self.hits = device, torch.zeros(2, dtype=torch.float64, device=device)
 
     def __call__(self, run: Run, result: StepResult) -> None:
-        if run.probe is None or not bool(result.finite):
+        if run.probe is None:
             return
         for out, labels in zip(result.outputs, run.feed.labels, strict=True):
-            self.hits += run.probe.step(out["features"], labels.to(run.device, non_blocking=True))
+            labels = labels.to(run.device, non_blocking=True)
+            self.hits = self.hits + run.probe.step(out["features"], labels, result.finite)
 
-    def reading(self) -> dict[str, float]:
-        if not self.hits[1]:
-            return {}
-        accuracy = float(self.hits[0] / self.hits[1])
-        self.hits.zero_()
-        return {"probe_accuracy": accuracy}
+    def reading(self) -> dict[str, Tensor]:
+        hits, self.hits = self.hits, torch.zeros_like(self.hits)
+        return {"probe_accuracy": hits[0] / hits[1]}
 
 
 class Guard:
-    """Count steps whose gradient is not finite, and stop the run after too many in a row. The engine has left
-    everything as it was. Raises UserError, on every rank."""
+    """Count steps whose gradient is not finite, and stop the run after too many in a row. The engine has left everything as
+    it was. What came of a step is read after the next one, when it is there. Raises UserError, on every rank."""
 
     def __init__(self) -> None:
         self.in_a_row = 0
+        self._unread: tuple[Late, int, list[str]] | None = None
 
     def __call__(self, run: Run, result: StepResult) -> None:
-        if bool(result.finite):
+        self._read(run)
+        self._unread = Late({"finite": result.finite}), run.progress.step, run.feed.keys
+        if run.settles:
+            self._read(run)
+
+    def _read(self, run: Run) -> None:
+        if self._unread is None:
+            return
+        (late, step, keys), self._unread = self._unread, None
+        if late.read()["finite"]:
             self.in_a_row = 0
             return
         self.in_a_row += 1
         run.progress.nonfinite += 1
-        keys, step = run.feed.keys, run.progress.step
         shown = ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
         logger.info("step %d: the gradient is not finite; skipped on every rank. Samples here: %s", step, shown)
         limit = run.config.train.max_nonfinite
@@ -93,52 +103,78 @@ class Guard:
 
 class Report:
     """Means since the last record over steps that were not skipped (NaN where all were), rates, and what the gauges say,
-    as one record every `log.every` steps."""
+    as one record every `log.every` steps. A record's numbers are read, and it is written, after the next step, when they
+    are there."""
 
     def __init__(self, run: Run, reporter: Reporter, gauges: Sequence[Gauge] = ()) -> None:
         self.reporter, self.gauges, self.means = reporter, gauges, Means()
         self.since, self.steps = time.monotonic(), 0
         self.last: Record = {}
+        self._unread: tuple[Late, dict[str, float]] | None = None
         peak = peak_flops(run.device)
         self.seconds_at_peak = step_flops(run.config, run.plan).total / peak if peak else None
 
     def __call__(self, run: Run, result: StepResult) -> None:
-        if bool(result.finite):
-            for out in result.outputs:
-                self.means.add(loss=out["loss"], loss_prediction=out["prediction"], loss_sigreg=out["sigreg"])
-            self.means.add(grad_norm=result.grad_norm)
+        self._write(run)
+        for out in result.outputs:
+            self.means.add(
+                result.finite, loss=out["loss"], loss_prediction=out["prediction"], loss_sigreg=out["sigreg"]
+            )
+        self.means.add(result.finite, grad_norm=result.grad_norm)
         self.steps += 1
         self.reporter.advance()
         if run.progress.step % run.config.log.every == 0 or run.last:
-            self.last = self.reporter.log(self._record(run, result))
+            self._unread = self._on_the_device(result), self._known(run)
             self.since, self.steps = time.monotonic(), 0
+        if run.settles:
+            self._write(run)
 
-    def _record(self, run: Run, result: StepResult) -> dict[str, float]:
-        config, progress, seconds = run.config, run.progress, time.monotonic() - self.since
-        batch = config.train.global_batch
-        means = self.means.read() or dict.fromkeys(("loss", "loss_prediction", "loss_sigreg", "grad_norm"), math.nan)
-        record = {"step": progress.step, **means, "lr": run.lr, "samples": progress.step * batch}
-        record["loss_normalized"] = record["loss"] / config.objective.lambda_**0.4
-        record["images_per_second"] = self.steps * batch / seconds
-        record["data_wait_fraction"] = run.feed.waited() / seconds
-        embeddings = result.outputs[-1]["embeddings"]
-        record["effective_rank"] = effective_rank(embeddings) if bool(result.finite) else math.nan
-        record |= {"nonfinite_steps": progress.nonfinite, "skipped_images": progress.skipped_images}
+    def _on_the_device(self, result: StepResult) -> Late:
+        read = {name: value for gauge in self.gauges for name, value in gauge().items()}
+        spread = torch.where(result.finite, covariance(result.outputs[-1]["embeddings"]), math.nan)
+        return Late({**self.means.take(), **read, _COVARIANCE: spread})
+
+    def _known(self, run: Run) -> dict[str, float]:
+        progress, seconds = run.progress, time.monotonic() - self.since
+        batch = run.config.train.global_batch
+        known = {"step": progress.step, "lr": run.lr, "samples": progress.step * batch}
+        known["images_per_second"] = self.steps * batch / seconds
+        known["data_wait_fraction"] = run.feed.waited() / seconds
+        known["skipped_images"] = progress.skipped_images
         if self.seconds_at_peak is not None:
-            record["mfu"] = self.steps * self.seconds_at_peak / seconds
-        for gauge in self.gauges:
-            record |= gauge()
-        return record
+            known["mfu"] = self.steps * self.seconds_at_peak / seconds
+        return known
+
+    def _write(self, run: Run) -> None:
+        if self._unread is None:
+            return
+        (late, known), self._unread = self._unread, None
+        read = late.read()
+        known["effective_rank"] = effective_rank_of(read.pop(_COVARIANCE))
+        record = known | {name: float(value) for name, value in read.items()}
+        record["loss_normalized"] = record["loss"] / run.config.objective.lambda_**0.4
+        record["nonfinite_steps"] = run.progress.nonfinite
+        self.last = self.reporter.log(record)
+
+
+_COVARIANCE = "covariance of embeddings"
 
 
 class Stop:
-    """Let the run end after this step where a signal reached any rank."""
+    """Let the run end where a signal reached any rank. Ranks tell one another while the next step runs, and end after it."""
 
     def __init__(self, signal: StopSignal) -> None:
         self.signal = signal
+        self._told: Callable[[], Tensor] | None = None
 
     def __call__(self, run: Run, result: StepResult) -> None:
-        run.stopping = collectives.any_rank(self.signal.asked, torch.device("cpu")) and not run.last
+        before, self._told = self._told, None
+        asked = before is not None and bool(before())
+        if process_group.world_size() == 1:
+            asked = self.signal.asked
+        elif not (asked or run.last):
+            self._told = collectives.begin_sum(torch.tensor(int(self.signal.asked)))
+        run.stopping = asked and not run.last
 
 
 class Averaging:

@@ -68,10 +68,10 @@ def train(config: Config) -> Path:
             _reporting(config, progress.step) as reporter,
         ):
             of_probe = actions.Probe(device)
-            report = actions.Report(run, reporter, gauges=[of_probe.reading])
+            report = actions.Report(run, reporter, gauges=[of_probe.reading] if probe is not None else [])
             averaging = [actions.Averaging(run, average)] if average is not None else []
             save, stop = actions.Save(run, store, average, metrics=lambda: report.last), actions.Stop(signal)
-            loop(run, [actions.quarantine, of_probe, actions.Guard(), *averaging, report, stop, save])
+            loop(run, [actions.quarantine, stop, of_probe, actions.Guard(), *averaging, report, save])
             collectives.barrier()
     return config.run.dir
 
@@ -105,7 +105,7 @@ def loop(run: Run, after_step: Sequence[Action]) -> None:
         result = train_step(
             run.engine,
             run.plan,
-            run.feed.of_step(number),
+            run.feed.of_step(number, more=number + 1 < config.train.steps),
             number=number,
             seed=config.run.seed,
             lr=run.lr,

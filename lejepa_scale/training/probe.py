@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lejepa_scale.engine.optim import leave_out
 from lejepa_scale.parallel.collectives import all_reduce_sum
 from lejepa_scale.parallel.process_group import world_size
 
@@ -19,19 +20,23 @@ class OnlineProbe:
         self.head = nn.Sequential(nn.LayerNorm(width, elementwise_affine=False), nn.Linear(width, num_classes)).to(
             device
         )
-        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=1e-4)
+        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=lr, weight_decay=1e-4, fused=True)
 
-    def step(self, features: Float[Tensor, "b e"], labels: Int[Tensor, " b"]) -> Float[Tensor, "2"]:
-        """One update; hits and images of this batch *before* it (so of images not yet seen by the probe), global."""
+    def step(
+        self, features: Float[Tensor, "b e"], labels: Int[Tensor, " b"], finite: Bool[Tensor, ""]
+    ) -> Float[Tensor, "2"]:
+        """One update; hits and images of this batch *before* it (so of images not yet seen by the probe), global. Nothing is
+        learned and counted where the features are of a step that is not `finite`: decided on the device."""
         logits = self.head(features.float())
         F.cross_entropy(logits, labels).backward()
         for parameter in self.head.parameters():
             assert parameter.grad is not None
             parameter.grad = all_reduce_sum(parameter.grad) / world_size()
+        leave_out(self.optimizer, ~finite)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         hits = (logits.argmax(1) == labels).sum()
-        return all_reduce_sum(torch.stack([hits, hits.new_tensor(len(labels))]).double())
+        return all_reduce_sum(torch.stack([hits, torch.full_like(hits, len(labels))]).double() * finite)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Flat tensors, for safetensors."""

@@ -1,4 +1,4 @@
-"""What a run reports: sums kept on the device between log steps, one JSON object per logged step, a progress bar, W&B."""
+"""What a run reports: means kept on the device between log steps, one JSON object per logged step, a progress bar, W&B."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,22 +27,22 @@ logger = logging.getLogger(__name__)
 
 
 class Means:
-    """Running means of scalars that live on the device; `read` is the only host synchronization."""
+    """Running means of scalars that live on the device, over the steps that count: nobody waits."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._sums: dict[str, Float[Tensor, "2"]] = {}  # of the values, and of how many there are
 
-    def add(self, **values: Tensor) -> None:
+    def add(self, counts: Bool[Tensor, ""], **values: Float[Tensor, ""]) -> None:
+        """One of each, unless `counts` is false."""
         for name, value in values.items():
             value = value.detach().double()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            pair = torch.where(counts, torch.stack([value, torch.ones_like(value)]), 0.0)
+            self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def read(self) -> dict[str, float]:
-        """Means since the last read."""
-        out = {name: float(total) / self._counts[name] for name, total in self._sums.items()}
-        self._sums, self._counts = {}, {}
+    def take(self) -> dict[str, Float[Tensor, ""]]:
+        """Those since they were last taken, on the device; NaN where nothing counted."""
+        out = {name: pair[0] / pair[1] for name, pair in self._sums.items()}
+        self._sums = {}
         return out
 
 

@@ -36,5 +36,10 @@ class Run:
         """Whether the step just taken was the last of the run."""
         return self.progress.step == self.config.train.steps
 
+    @property
+    def settles(self) -> bool:
+        """Whether what is read late must be read now: before a checkpoint, and at the end."""
+        return self.last or self.stopping or self.progress.step % self.config.checkpoint.every == 0
+
 
 Action = Callable[[Run, StepResult], None]  # after every step, on every rank

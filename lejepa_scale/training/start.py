@@ -15,7 +15,7 @@ from lejepa_scale.checkpoint import CanonicalState, Progress, Saved, Store, pret
 from lejepa_scale.checkpoint.encoder import PREFIX
 from lejepa_scale.checkpoint.saved import CONFIG, not_finite
 from lejepa_scale.config import BatchPlan, Config, check_world, recorded
-from lejepa_scale.data import Loader, Mixture, ahead, open_mixture
+from lejepa_scale.data import Loader, Mixture, open_mixture
 from lejepa_scale.data.audit.keylog import KeyLog
 from lejepa_scale.data.index.classes import MOST
 from lejepa_scale.engine import Average, Engine, Factory, build_engine
@@ -139,10 +139,14 @@ def started(
         timeout=50.0 * config.engine.timeout_minutes,  # an error of ours, before the other ranks give up on this one
     )
     with closing(engine), loader:
-        batches = iter(loader)
-        if plan.accumulation == 1 or config.objective.accumulation != "exact":  # which holds a step's batches, as bytes
-            batches = ahead(batches, device)
-        yield Run(config, plan, device, engine, Feed(batches, plan, device, key_log), progress, probe)
+        feed = Feed(iter(loader), plan, device, key_log, beside=views_ahead(config, plan))
+        yield Run(config, plan, device, engine, feed, progress, probe)
+        feed.close()
+
+
+def views_ahead(config: Config, plan: BatchPlan) -> bool:
+    """Whether the next views may be made while the device trains: an exact objective holds a step of batches, as bytes."""
+    return plan.accumulation == 1 or config.objective.accumulation != "exact"
 
 
 def start_average(config: Config, engine: Engine, saved: Saved | None) -> Average | None:

@@ -22,7 +22,7 @@ from torchvision.transforms import RandomResizedCrop
 
 from lejepa_scale.config import Augment, BatchPlan, Data, ViewGroup, Views
 from lejepa_scale.data import Batch, Loader, open_mixture
-from lejepa_scale.data.device import ahead, one_ahead
+from lejepa_scale.data.device import Beside
 from lejepa_scale.data.images import photometric as ours
 from lejepa_scale.data.images import views as geometry
 
@@ -307,26 +307,11 @@ def test_loading_holds_on_to_nothing(leak: bool, scenes: Path, monkeypatch: pyte
     assert (second[0] - first[0] > 100_000 or second[1] > first[1]) == leak
 
 
-def test_one_batch_is_begun_ahead_and_none_is_lost() -> None:
-    events: list[tuple[str, int]] = []
-
-    def begin(k: int) -> Callable[[], int]:
-        events.append(("begin", k))
-        return lambda: events.append(("hand over", k)) or k
-
-    found = one_ahead(iter(range(3)), begin)  # type: ignore[arg-type]
-    assert next(found) == 0
-    assert events == [("begin", 0), ("begin", 1), ("hand over", 0)]
-    assert list(found) == [1, 2]
-    assert [k for name, k in events if name == "begin"] == [0, 1, 2]
-
-
 def test_views_made_ahead_are_the_same(scenes: Path) -> None:
     (batch,) = loaded(scenes)
     cpu = torch.device("cpu")
-    assert next(ahead(iter([batch]), cpu)) is batch
     views = batch.augmented(cpu)
-    early = replace(batch, ready=views)
+    early = replace(batch, ready=lambda: views)
     assert early.augmented(cpu) is views
     assert all(a.equal(b) for a, b in zip(views, batch.augmented(cpu), strict=True))
 
@@ -335,6 +320,8 @@ def test_views_made_ahead_are_the_same(scenes: Path) -> None:
 def test_on_a_gpu_views_made_ahead_are_those_of_the_cpu(scenes: Path) -> None:
     batches = loaded(scenes, steps=4)
     device = torch.device("cuda")
-    for batch, early in zip(batches, ahead(iter(batches), device), strict=True):
+    beside = Beside(device)
+    for batch in batches:
+        early = beside.begin(batch)
         for mine, theirs in zip(early.augmented(device), batch.augmented(torch.device("cpu")), strict=True):
             torch.testing.assert_close(mine.cpu(), theirs, atol=1e-3, rtol=0)

@@ -48,7 +48,8 @@ def test_packed_equals_timm_per_resolution(name: str) -> None:
     plain.load_state_dict(encoder.backbone.state_dict())
     images = [torch.randn(2, 3, 64, 64).double(), torch.randn(3, 3, 32, 48).double()]
     ours, theirs = encoder(images), [plain(x) for x in images]
-    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-9, atol=2e-8)  # positions are resampled in fp32, by both
     for outputs in (ours, theirs):
         sum(out.square().sum() for out in outputs).backward()
     for (key, a), (other, b) in zip(encoder.backbone.named_parameters(), plain.named_parameters(), strict=True):

@@ -64,15 +64,39 @@ def test_steps_that_are_not_finite_are_counted_and_too_many_in_a_row_stop_the_ru
 ) -> None:
     run, guard = make_run(tmp_path, step=5, train={"max_nonfinite": 3}), actions.Guard()
     caplog.set_level(logging.INFO)
-    for finite in (False, False, True, False, False):
+    for step, finite in enumerate((False, False, True, False, False), start=5):
+        run.progress.step = step
         guard(run, a_result(finite=finite))
-    assert run.progress.nonfinite == 4
+    assert run.progress.nonfinite == 3  # of all but the last step, which nobody waits for
+    assert "step 8: the gradient is not finite" in caplog.text
     assert "Samples here: key0, key1, key2, key3, key4, key5, key6, key7, ..." in caplog.text
+    run.progress.step = 10
+    guard(run, a_result(finite=False))
     with pytest.raises(
-        UserError, match=r"3 non-finite steps in a row up to step 5 \(train.max_nonfinite = 3\)"
+        UserError, match=r"3 non-finite steps in a row up to step 10 \(train.max_nonfinite = 3\)"
     ) as error:
-        guard(run, a_result(finite=False))
+        guard(run, a_result())
     assert error.value.everywhere
+
+
+def test_what_came_of_a_step_is_known_before_it_is_saved(tmp_path: Path) -> None:
+    run = make_run(tmp_path, step=5, checkpoint={"every": 5})
+    logged: list[dict[str, float]] = []
+    reporter: Any = SimpleNamespace(advance=lambda: None, log=lambda record: logged.append(record) or record)
+    guard, report = actions.Guard(), actions.Report(run, reporter)
+    for action in (guard, report):
+        action(run, a_result(finite=False))
+    assert run.progress.nonfinite == 1
+    assert (logged[0]["step"], logged[0]["nonfinite_steps"]) == (5, 1)
+    run.progress.step = 6
+    for action in (guard, report):
+        action(run, a_result(finite=False))
+    assert (run.progress.nonfinite, len(logged)) == (1, 1)
+    run.progress.step, run.stopping = 7, True
+    for action in (guard, report):
+        action(run, a_result())
+    assert (run.progress.nonfinite, len(logged)) == (2, 3)
+    assert report.last is logged[2]
 
 
 def test_a_record_holds_means_since_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,9 +105,9 @@ def test_a_record_holds_means_since_the_last_one(tmp_path: Path, monkeypatch: py
     run = make_run(tmp_path, log={"every": 2}, objective={"lambda": 0.05})
     logged: list[dict[str, float]] = []
     reporter: Any = SimpleNamespace(advance=lambda: None, log=logged.append)
-    report = actions.Report(run, reporter, gauges=[lambda: {"extra": 9.0}])
+    report = actions.Report(run, reporter, gauges=[lambda: {"extra": torch.tensor(9.0)}])
     run.lr = 0.125
-    for step, loss in enumerate((1.0, 3.0, 5.0, 7.0), start=1):
+    for step, loss in enumerate((1.0, 3.0, 5.0, 7.0, 9.0), start=1):
         run.progress.step = step
         report(run, a_result(loss))
     assert [record["step"] for record in logged] == [2, 4]
@@ -102,7 +126,7 @@ def test_a_skipped_step_is_in_no_mean(tmp_path: Path) -> None:
     logged: list[dict[str, float]] = []
     reporter: Any = SimpleNamespace(advance=lambda: None, log=logged.append)
     report = actions.Report(run, reporter)
-    for step, loss in enumerate((math.nan, 3.0, math.nan, math.nan), start=1):
+    for step, loss in enumerate((math.nan, 3.0, math.nan, math.nan, 1.0), start=1):
         run.progress.step = step
         report(run, a_result(loss, finite=math.isfinite(loss)))
     first, second = logged
@@ -143,7 +167,7 @@ def test_a_signal_ends_the_loop_after_the_step_and_a_save(tmp_path: Path, monkey
     saved: list[tuple[int, bool]] = []
     monkeypatch.setattr(actions.Save, "_begin", lambda self, run: saved.append((run.progress.step, run.stopping)))
     run = make_run(tmp_path, train={"steps": 5}, checkpoint={"every": 100})
-    run.feed.of_step = lambda number: iter(())  # type: ignore[method-assign]
+    run.feed.of_step = lambda number, more: iter(())  # type: ignore[method-assign]
     signal: Any = SimpleNamespace(asked=False)
 
     def ask(run: Run, result: StepResult) -> None:
@@ -165,15 +189,15 @@ def test_a_signal_ends_the_loop_after_the_step_and_a_save(tmp_path: Path, monkey
 def test_the_probe_learns_from_every_micro_batch_and_is_read_once(tmp_path: Path) -> None:
     run, seen = make_run(tmp_path), []
 
-    def learn(features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def learn(features: torch.Tensor, labels: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
         seen.append((features.shape, labels.tolist()))
         return torch.tensor([3.0, 4.0], dtype=torch.float64)
 
     run.probe = SimpleNamespace(step=learn)  # type: ignore[assignment]
     run.feed.labels = [torch.tensor([0, 1, 2, 3]), torch.tensor([4, 5, 6, 7])]
     probe = actions.Probe(CPU)
-    assert probe.reading() == {}
+    assert probe.reading()["probe_accuracy"].isnan()
     probe(run, a_result(batches=2))
     assert [labels for _, labels in seen] == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    assert probe.reading() == {"probe_accuracy": 6 / 8}
-    assert probe.reading() == {}
+    assert probe.reading() == {"probe_accuracy": torch.tensor(6 / 8, dtype=torch.float64)}
+    assert probe.reading()["probe_accuracy"].isnan()

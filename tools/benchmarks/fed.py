@@ -13,11 +13,11 @@ from benchmarks.rates import collective_rows, memory, rates
 from benchmarks.trace import breakdown
 from benchmarks.trial import Trial
 from lejepa_scale.config import Config, check_world
-from lejepa_scale.data import Batch, Loader, ahead
+from lejepa_scale.data import Batch, Loader
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.parallel import collectives, launch, process_group
 from lejepa_scale.training.feed import Feed
-from lejepa_scale.training.start import open_together, start_probe
+from lejepa_scale.training.start import open_together, start_probe, views_ahead
 
 
 class Fed:
@@ -27,22 +27,23 @@ class Fed:
     def __init__(self, config: Config, device: torch.device) -> None:
         self.mixture, self.trial = open_together(config), Trial(config, device)
         self.probe = start_probe(config, self.trial.engine, self.mixture.num_classes, {})
+        self.told = collectives.begin_sum(torch.tensor(0))
 
     def feed(self) -> Feed:
         """What a loader that starts at the next step gives."""
         trial = self.trial
         batches = _batches(self.mixture, trial.config, trial.device, trial.number)
-        if trial.plan.accumulation == 1 or trial.config.objective.accumulation != "exact":
-            batches = ahead(batches, trial.device)
-        return Feed(batches, trial.plan, trial.device, phase=trial.phases)
+        ahead = views_ahead(trial.config, trial.plan)
+        return Feed(batches, trial.plan, trial.device, phase=trial.phases, beside=ahead)
 
     def step(self, feed: Feed) -> None:
         result = self.trial.step(feed.of_step(self.trial.number))
         if self.probe is not None:
             with self.trial.phases("probe"):
                 for out, labels in zip(result.outputs, feed.labels, strict=True):
-                    self.probe.step(out["features"], labels.to(self.trial.device, non_blocking=True))
-        collectives.any_rank(False, torch.device("cpu"))
+                    self.probe.step(out["features"], labels.to(self.trial.device, non_blocking=True), result.finite)
+        told, self.told = self.told, collectives.begin_sum(torch.tensor(0))  # about signals
+        told()
 
 
 def loader_rates(config: Config, device: torch.device, steps: int) -> Iterator[Row]:

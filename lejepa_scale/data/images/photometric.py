@@ -13,7 +13,7 @@ from itertools import permutations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32, Real
+from jaxtyping import Bool, Float, Float32, Real, Shaped
 from torch import Tensor
 
 from lejepa_scale.config import Augment
@@ -99,16 +99,20 @@ def _together(
     values = [parameters[c, _STEPS[step][1]] for c, step in zip(chosen, active, strict=True)]
     if active:  # all numbers go to the device in two copies
         sizes = [len(c) for c in chosen]
-        numbers = torch.from_numpy(np.concatenate(chosen)).to(x.device, non_blocking=True).split(sizes)
-        factors = (
-            torch.from_numpy(np.concatenate(values)).to(x.device, non_blocking=True).view(-1, 1, 1, 1).split(sizes)
-        )
+        numbers = _sent(np.concatenate(chosen), x.device).split(sizes)
+        factors = _sent(np.concatenate(values), x.device).view(-1, 1, 1, 1).split(sizes)
     for i, step in enumerate(active):
         some = x.index_select(0, numbers[i])
         _STEPS[step][0](some, factors[i])
         x.index_copy_(0, numbers[i], some)
     _standardize(x, pixels)
     return x
+
+
+def _sent(numbers: Shaped[np.ndarray, " n"], device: torch.device) -> Shaped[Tensor, " n"]:
+    """On the device, without a wait: a copy from other than page-locked memory would be one."""
+    here = torch.from_numpy(numbers)
+    return here.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else here
 
 
 def _masks(rows: Float32[np.ndarray, "n p"]) -> Bool[np.ndarray, "n steps"]:

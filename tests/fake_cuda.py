@@ -1,0 +1,194 @@
+"""CUDA code on a machine without CUDA: tensors that say they are on a GPU and hold nothing, and a record of what would make
+the host wait for the device, by file and line. Changes a process for its life: for one that is forked."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.cpp_extension import include_paths
+
+from lejepa_scale.objective import characteristic, sigreg
+
+CUDA = torch.device("cuda", 0)
+_aten = torch.ops.aten
+_READ = {_aten._local_scalar_dense.default, _aten.equal.default}
+_SIZED_BY_DATA = {
+    _aten.nonzero.default, _aten.masked_select.default, _aten._unique2.default, _aten.unique_dim.default,
+    _aten.repeat_interleave.Tensor, _aten.bincount.default,
+}  # fmt: skip
+_BY_MASK = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default, _aten._index_put_impl_.default}
+_COPIES = {_aten._to_copy.default, _aten.copy_.default}
+# Made memory, or another look at it.
+_NO_KERNEL = (
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "_unsafe_view",
+    "lift_fresh",
+)
+# A CUDA build of torch asks the driver for contexts in every backward pass on CUDA tensors, and throws where there is none.
+# These hooks give the true answer: no device has one.
+_NO_DEVICE = """
+#include <ATen/detail/CUDAHooksInterface.h>
+struct NoDevice : at::CUDAHooksInterface {
+  bool isBuilt() const override { return true; }
+  bool isAvailable() const override { return false; }
+  bool hasCUDA() const override { return false; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return false; }
+};
+extern "C" void no_device() {
+  static NoDevice none;
+  auto& hooks = const_cast<at::CUDAHooksInterface&>(at::detail::getCUDAHooks());
+  *reinterpret_cast<void**>(&hooks) = *reinterpret_cast<void**>(&none);
+}
+"""
+
+
+def let_backward_run(folder: Path) -> None:
+    """For the life of this process: backward passes of fake CUDA tensors. Needs a C++ compiler."""
+    if not torch.version.cuda:
+        return
+    source, library = folder / "no_device.cpp", folder / "no_device.so"
+    source.write_text(_NO_DEVICE)
+    includes = [f"-I{path}" for path in include_paths()]
+    abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
+    libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-lc10"]
+    words = [
+        "c++",
+        "-O0",
+        "-std=c++20",
+        "-shared",
+        "-fPIC",
+        abi,
+        *includes,
+        str(source),
+        "-o",
+        str(library),
+        *libraries,
+    ]
+    subprocess.run(words, check=True, timeout=300)
+    ctypes.CDLL(str(library)).no_device()
+
+
+class Watch(TorchDispatchMode):
+    """`waits`: where the host would wait for the device, and why. `launches`: kernels by the phase that is set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.launches: Counter[str] = Counter()
+        self.phase = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        on_device = any(x.device.type == "cuda" for x in tensors)
+        if func in _READ:
+            if on_device:
+                self._note(f"{func} reads the device")
+            return True if func is _aten.equal.default else 1.0 if tensors[0].is_floating_point() else 0
+        if func in _SIZED_BY_DATA and on_device:
+            self._note(f"{func} makes a shape that depends on data")
+        if func in _BY_MASK and on_device and any(x is not None and x.dtype == torch.bool for x in args[1]):
+            self._note(f"{func} by a mask")
+        if func is _aten.batch_norm_update_stats.default:  # of which torch has no fake form
+            self.launches[self.phase] += 1
+            return args[0].new_empty(args[0].shape[1]), args[0].new_empty(args[0].shape[1])
+        out = func(*args, **kwargs)
+        if func in _COPIES:
+            self._look_at_copy(func, args, kwargs, out)
+        made = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in tree_leaves(out))
+        name = func._schema.name.partition("::")[2]
+        if (on_device or made) and func.namespace != "prim" and not func.is_view and name not in _NO_KERNEL:
+            self.launches[self.phase] += 1
+        return out
+
+    def _look_at_copy(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
+        into, source, given = (out, args[0], ()) if func is _aten._to_copy.default else (args[0], args[1], args[2:])
+        between = {source.device.type, into.device.type}
+        if between != {"cpu", "cuda"}:
+            return
+        here = source if source.device.type == "cpu" else into
+        if not (given[0] if given else kwargs.get("non_blocking", False)):
+            self._note(f"a copy {source.device.type} -> {into.device.type} of {tuple(source.shape)} that is waited for")
+        elif not getattr(here, "pinned", False):
+            self._note(f"a copy {source.device.type} -> {into.device.type} of pageable memory {tuple(source.shape)}")
+
+    def _note(self, what: str) -> None:
+        own = [f for f in traceback.extract_stack() if "lejepa_scale" in f.filename or "/timm/" in f.filename]
+        place = f"{Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].line})" if own else "?"
+        self.waits.append(f"{place}: {what}")
+
+
+class _Event:
+    """Of a step ago: what waits for it finds it there."""
+
+    def record(self, *_: Any) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _moved(self: torch.nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
+    """`Module._apply`, which would swap tensors in place: fake ones refuse."""
+    for module in self.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                moved = function(parameter.detach())
+                module._parameters[name] = torch.nn.Parameter(moved, requires_grad=parameter.requires_grad)
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = function(buffer)
+    return self
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    tensor.pinned = True  # type: ignore[attr-defined]
+    return tensor
+
+
+@contextmanager
+def pretended() -> Iterator[Watch]:
+    """Inside, tensors are fake, and may be on CUDA; what the host would wait for is noted."""
+    empty = torch.empty
+
+    def page_locked(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        return _pinned(empty(*args, **options)) if pin_memory else empty(*args, **options)
+
+    with ExitStack() as stack:
+        patch = stack.enter_context(pytest.MonkeyPatch.context())
+        patch.setattr(torch.nn.Module, "_apply", _moved)
+        patch.setattr(torch.Tensor, "pin_memory", lambda self: _pinned(self.clone()))
+        patch.setattr(torch, "empty", page_locked)
+        patch.setattr(torch.cuda, "Event", _Event)
+        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
+        patch.setattr(
+            sigreg, "_draw", lambda seed, step, m, d, device, dtype: torch.randn(m, d, device=device, dtype=dtype)
+        )
+        kernels = characteristic.Arithmetic(  # shapes of the two, a launch each
+            lambda p, dt, knots: p.new_zeros(2, knots - 1, len(p)), lambda p, w, dt: torch.zeros_like(p)
+        )
+        patch.setattr(characteristic, "_triton", lambda: kernels)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield stack.enter_context(Watch())
