@@ -16,10 +16,12 @@ from lejepa_scale.training.reporting import Means, Reporter
 
 def test_means_start_again_after_each_read() -> None:
     means = Means()
-    means.add(a=torch.tensor(1.0), b=torch.tensor(5.0))
-    means.add(a=torch.tensor(2.0))
-    assert means.read() == {"a": 1.5, "b": 5.0}
-    assert means.read() == {}
+    yes, no = torch.tensor(True), torch.tensor(False)
+    means.add(yes, a=torch.tensor(1.0), b=torch.tensor(5.0))
+    means.add(yes, a=torch.tensor(2.0))
+    means.add(no, a=torch.tensor(math.nan), b=torch.tensor(7.0))
+    assert means.take() == {"a": torch.tensor(1.5), "b": torch.tensor(5.0)}
+    assert means.take() == {}
 
 
 def test_a_resumed_run_forgets_the_lines_it_takes_again(tmp_path: Path) -> None:
@@ -36,9 +38,10 @@ def test_a_resumed_run_forgets_the_lines_it_takes_again(tmp_path: Path) -> None:
 def test_the_state_of_the_probe_is_a_copy_and_comes_back() -> None:
     probe = OnlineProbe(4, 3, 1e-2, 0, torch.device("cpu"))
     features, labels = torch.randn(8, 4), torch.arange(8) % 3
-    probe.step(features, labels)
+    finite = torch.tensor(True)
+    probe.step(features, labels, finite)
     before = probe.state_dict()
-    probe.step(features, labels)
+    probe.step(features, labels, finite)
     assert not torch.equal(before["head.1.weight"], probe.state_dict()["head.1.weight"])
     other = OnlineProbe(4, 3, 1e-2, 1, torch.device("cpu"))
     other.load_state_dict(before)

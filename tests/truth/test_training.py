@@ -120,7 +120,7 @@ def test_one_update_of_the_probe_by_hand() -> None:
     logits = x @ weight.T + bias
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     error = (p - np.eye(3)[labels]) / 30
-    hits = probe.step(torch.from_numpy(features).float(), torch.from_numpy(labels))
+    hits = probe.step(torch.from_numpy(features).float(), torch.from_numpy(labels), torch.tensor(True))
     assert hits.tolist() == [(logits.argmax(1) == labels).sum(), 30]
     options = {"lr": 0.05, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4}
     after = probe.state_dict()
