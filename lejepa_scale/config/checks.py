@@ -159,6 +159,11 @@ def _engine_options(config: schema.Config) -> str | None:
     engine = config.engine
     if engine.activation_checkpointing == "budget" and not engine.compile:
         return "engine.activation_checkpointing=budget is torch.compile's: set engine.compile=true too"
+    if engine.compile and config.model.attention == "xformers":
+        return (
+            "engine.compile=true cannot look into xformers: each block would fall into pieces, and run as it is under "
+            "recomputation. Use model.attention=varlen (the same kernel) or engine.compile=false"
+        )
     if engine.fp8 and engine.name.startswith("zero"):
         return f"engine.fp8 is for single, ddp and fsdp, not {engine.name}"
     if engine.fp8 and engine.precision != "bf16":

@@ -45,6 +45,7 @@ def prepare_blocks(module: LeJEPA, config: Config) -> None:
         dynamo: Any = torch._dynamo.config
         # one graph for every shape that stochastic depth leaves a block, with and without gradients
         dynamo.recompile_limit = max(dynamo.recompile_limit, 8 + 2 * len(encoder.blocks))
+        dynamo.optimize_ddp = False  # which cuts a block in pieces at the borders of DDP's buckets
         budget = settings.activation_budget if settings.activation_checkpointing == "budget" else 1.0
         torch._functorch.config.activation_memory_budget = budget
 

@@ -98,7 +98,7 @@ def varlen(q: Heads, k: Heads, v: Heads, packing: Packing, starts: Offsets) -> H
     return out if isinstance(out, Tensor) else out[0]
 
 
-BACKENDS: dict[str, AttentionFunction] = {"xformers": xformers, "varlen": varlen, "sdpa": sdpa}
+BACKENDS: dict[str, AttentionFunction] = {"varlen": varlen, "xformers": xformers, "sdpa": sdpa}
 
 
 @lru_cache(maxsize=256)
@@ -110,18 +110,28 @@ def _block_diagonal(packing: Packing, device: torch.device) -> Any:
 
 @lru_cache(maxsize=64)
 def choose_backend(
-    name: str, packing: Packing, *, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    name: str,
+    packing: Packing,
+    *,
+    heads: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    traced: bool = False,
 ) -> str:
     """The fastest backend for `auto`: those whose forward and backward run here and agree with sdpa are timed on tokens
-    laid out like `packing`. A backend asked for by name is tried too. Raises UserError, with the reasons, where none
-    can run.
+    laid out like `packing`; xformers only where varlen, whose kernel it shares, cannot run, and not where blocks are
+    compiled (`traced`), which it breaks apart. A backend asked for by name is tried too. Raises UserError, with the
+    reasons, where none can run.
 
     The choice is kept for the process. Draws from a generator of its own.
     """
     if device.type == "meta":  # shapes only
         return "sdpa"
-    reasons, usable = [], []
+    reasons, usable = list[str](), list[str]()
     for candidate in BACKENDS if name == "auto" else [name]:
+        if name == "auto" and candidate == "xformers" and (traced or "varlen" in usable):
+            continue
         reason = _fault(candidate, packing, heads, head_dim, device, dtype)
         if reason is None:
             usable.append(candidate)

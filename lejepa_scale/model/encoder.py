@@ -131,12 +131,18 @@ class Encoder(nn.Module):
         prefix, grid = self.backbone.num_prefix_tokens, self.backbone.patch_embed.dynamic_feat_size
         return Packing(tuple((count, prod(grid((side, side))) + prefix) for count, side in images))
 
-    def backend(self, packing: Packing, device: torch.device, dtype: torch.dtype) -> str:
-        """The attention backend for tokens of `dtype`; measured where `attention` is auto and there is a choice.
-        Raises UserError where the one asked for cannot run here."""
+    def backend(self, packing: Packing, device: torch.device, dtype: torch.dtype, *, traced: bool = False) -> str:
+        """The attention backend for tokens of `dtype`; measured where `attention` is auto and there is a choice. traced: in
+        blocks that are compiled. Raises UserError where the one asked for cannot run here."""
         attn = self.backbone.blocks[0].attn
         return choose_backend(
-            self.attention, packing, heads=attn.num_heads, head_dim=attn.head_dim, device=device, dtype=dtype
+            self.attention,
+            packing,
+            heads=attn.num_heads,
+            head_dim=attn.head_dim,
+            device=device,
+            dtype=dtype,
+            traced=traced,
         )
 
     def _packed_tokens(self, images: Sequence[Float[Tensor, "_b c _h _w"]]) -> list[Float[Tensor, "_b _l e"]]:

@@ -20,7 +20,8 @@ from lejepa_scale.data.audit.keylog import KeyLog
 from lejepa_scale.data.index.classes import MOST
 from lejepa_scale.engine import Average, Engine, Factory, build_engine
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import LeJEPA, build, check
+from lejepa_scale.model import Encoder, LeJEPA, build, check
+from lejepa_scale.model.attention import Packing
 from lejepa_scale.parallel import collectives, launch, process_group
 from lejepa_scale.training.feed import Feed
 from lejepa_scale.training.probe import OnlineProbe
@@ -65,6 +66,12 @@ def start_engine(
     """
     factory = factory or (lambda: build(config))
     engine = build_engine(config, plan, factory, device, shapes)
+    encoder = engine.module.encoder
+    if encoder.packed and device.type == "cuda":  # one rank measures: each for itself would choose by noise
+        chosen = collectives.on_rank_zero(lambda: attention_of(config, plan, encoder, device), "measuring attention")
+        encoder.attention = chosen
+        if shapes is not None:
+            shapes.encoder.attention = chosen
     if saved is not None:
         restore(saved, engine)
         return engine
@@ -85,6 +92,19 @@ def start_engine(
     collectives.on_rank_zero(draw, "drawing the first weights")
     spread(held[0], engine)
     return engine
+
+
+def row_of(config: Config, plan: BatchPlan, encoder: Encoder) -> Packing:
+    """The row of tokens of a rank's micro-batch."""
+    views = config.data.views
+    groups = [(group.count * plan.micro_batch, group.size) for group in (views.global_, views.local) if group.count]
+    return encoder.packing(groups)
+
+
+def attention_of(config: Config, plan: BatchPlan, encoder: Encoder, device: torch.device) -> str:
+    """The backend for a rank's micro-batch; measured where there is a choice, on this rank alone. Raises UserError."""
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    return encoder.backend(row_of(config, plan, encoder), device, dtype, traced=config.engine.compile)
 
 
 def initial_state(seed: int, factory: Factory) -> CanonicalState:

@@ -8,12 +8,12 @@ from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.config.batches import images_of_statistic
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.engine.optim import split
-from lejepa_scale.model import Encoder, LeJEPA
-from lejepa_scale.model.attention import Packing
+from lejepa_scale.model import LeJEPA
 from lejepa_scale.model.packed import PackedBlock
 from lejepa_scale.objective import SIGReg
 from lejepa_scale.objective.sigreg import best_scale
 from lejepa_scale.training.schedule import learning_rate
+from lejepa_scale.training.start import attention_of, row_of
 
 _FEW = 32  # embeddings, below which the V-statistic's bias is worth a word
 _ROUNDED = 0.1  # relative error of stochastic depth's rate that is worth one
@@ -74,8 +74,8 @@ def _blocks_notice(config: Config, plan: BatchPlan, shapes: LeJEPA, device: torc
     encoder = shapes.encoder
     if not encoder.packed:
         return ""
-    packing = _packing(config, plan, encoder)
-    backend = encoder.backend(packing, device, torch.bfloat16 if config.engine.precision == "bf16" else torch.float32)
+    packing = row_of(config, plan, encoder)
+    backend = attention_of(config, plan, encoder, device)
     branches = [block.kept(packing) for block in encoder.blocks if isinstance(block, PackedBlock)]
     notice = f"\nAttention by {backend}, {packing.tokens:,} tokens of {packing.sequences} views in a row"
     if config.model.drop_path:
@@ -89,13 +89,6 @@ def _blocks_notice(config: Config, plan: BatchPlan, shapes: LeJEPA, device: torc
     return notice
 
 
-def _packing(config: Config, plan: BatchPlan, encoder: Encoder) -> Packing:
-    """The row of a rank's micro-batch."""
-    views = config.data.views
-    groups = [(group.count * plan.micro_batch, group.size) for group in (views.global_, views.local) if group.count]
-    return encoder.packing(groups)
-
-
 def _draws_notice(config: Config, plan: BatchPlan, shapes: LeJEPA) -> str:
     """What stochastic depth's draws depend on, and its true rate where rounding to whole sequences changes it."""
     if not config.model.drop_path:
@@ -106,7 +99,7 @@ def _draws_notice(config: Config, plan: BatchPlan, shapes: LeJEPA) -> str:
     )
     if not shapes.encoder.packed:
         return notice
-    packing, asked, given = _packing(config, plan, shapes.encoder), 0.0, 0.0
+    packing, asked, given = row_of(config, plan, shapes.encoder), 0.0, 0.0
     blocks = [block for block in shapes.encoder.blocks if isinstance(block, PackedBlock)]
     for block in blocks:
         asked += block.drop_path / len(blocks)
