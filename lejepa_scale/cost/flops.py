@@ -30,7 +30,7 @@ class StepFlops:
     """Forward and backward passes of all micro-batches of a step on one rank. The parts are work that the result needs;
     `total` is what MFU divides by the peak."""
 
-    patch_embedding: int
+    patch_embedding: int  # and the resampling of positions
     attention: int  # queries by keys, and scores by values
     attention_linear: int
     mlp: int
@@ -111,7 +111,8 @@ def _packed_encoder(encoder: Encoder, groups: list[tuple[int, int]]) -> dict[str
         parts["attention_linear"] += branch.tokens * of_attention
         parts["mlp"] += branch.tokens * (linear(block) - of_attention)
     parts = {name: _FORWARD_AND_BACKWARD * part for name, part in parts.items()}
-    return parts | {"patch_embedding": _patches(encoder, groups), "pooling": _pooling(encoder, packing)}
+    patches = _patches(encoder, groups) + _positions(encoder, groups)
+    return parts | {"patch_embedding": patches, "pooling": _pooling(encoder, packing)}
 
 
 def _patches(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
@@ -123,6 +124,16 @@ def _patches(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
     return _FORWARD_AND_BACKWARD * _counted(
         embed, [(n, encoder.channels, size, size) for n, size in groups]
     )  # a stem of several layers
+
+
+def _positions(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
+    """The table of positions, resampled for views of other sizes; twice the forward pass, for the matrix is constant."""
+    backbone = encoder.backbone
+    old = tuple(backbone.patch_embed.grid_size or ())
+    grids = [tuple(backbone.patch_embed.dynamic_feat_size((size, size))) for _, size in groups]
+    if backbone.pos_embed is None:
+        return 0
+    return 2 * 2 * sum(prod(new) * prod(old) * backbone.embed_dim for new in grids if new != old)
 
 
 def _pooling(encoder: Encoder, packing: Packing) -> int:

@@ -56,8 +56,11 @@ def all_gather(x: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tenso
     if ranks == 1:
         return x.detach()[None]
     out = x.new_empty(ranks * x.numel())
-    dist.all_gather(list(out.chunk(ranks)), x.detach().flatten(), group=group)
+    _gather_into(out, x.detach().flatten(), group=group)
     return out.view(ranks, *x.shape)
+
+
+_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
 _shared: tuple[Group, SharedMemoryGather | None] = None, None  # the group it belongs to

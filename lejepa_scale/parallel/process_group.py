@@ -10,12 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # before there is a group: its functions keep the group of their import for ever
 from torch.distributed import distributed_c10d
 
+from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import launch
 
 Group = dist.ProcessGroup | None
@@ -29,22 +31,31 @@ def join(timeout: timedelta) -> torch.device:
     """Join the process group (NCCL on CUDA, gloo on CPU) and return this rank's device.
 
     Reads the environment that torchrun and the deepspeed launcher both set; under plain `python` it makes a group of one.
+    Raises UserError where there is no GPU for this rank, though there are others.
     """
     global _timeout
     _timeout = timeout
+    device, options = torch.device("cpu"), dict[str, Any](backend="gloo", timeout=timeout)
     if torch.cuda.is_available():
-        device = torch.device("cuda", launch.local_rank())
+        device = _own_gpu(launch.local_rank(), torch.cuda.device_count())
         torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
-    if launch.launched():
-        dist.init_process_group(backend, timeout=timeout)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}  # told, NCCL need not guess, and connects now
+    if not launch.launched():
+        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(**options)
+    if not launch.launched():
         os.environ.setdefault("LOCAL_RANK", "0")
     return device
+
+
+def _own_gpu(local_rank: int, visible: int) -> torch.device:
+    """That of a rank: the one of its number, or the only one that it is shown, as Slurm does with a GPU for each task."""
+    if visible > 1 and local_rank >= visible:
+        raise UserError(
+            f"rank {local_rank} of this host (LOCAL_RANK) has no GPU: {visible} are visible (CUDA_VISIBLE_DEVICES). Start "
+            "one rank for each of them."
+        )
+    return torch.device("cuda", local_rank if visible > 1 else 0)
 
 
 def leave(*, failed: bool = False) -> None:

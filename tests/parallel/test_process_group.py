@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from conftest import ROOT
 from processes import Forks, eventually, forks, session
 from ranks import free_port
 
+from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import process_group
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks for threads and processes in /proc")
@@ -94,3 +96,29 @@ def test_one_process_leaves_on_errors_too(monkeypatch: pytest.MonkeyPatch) -> No
         assert let_go == ["True", "first"]  # the last to come lets go first, and the group is still there
         assert not dist.is_initialized()
     process_group.leave()  # of no group: nothing
+
+
+@pytest.mark.parametrize(("local_rank", "visible", "index"), [(0, 1, 0), (3, 1, 0), (0, 8, 0), (7, 8, 7)])
+def test_a_rank_has_the_gpu_of_its_number_or_the_one_it_is_shown(local_rank: int, visible: int, index: int) -> None:
+    """A launcher that shows every task a GPU of its own still counts tasks."""
+    assert process_group._own_gpu(local_rank, visible) == torch.device("cuda", index)
+
+
+def test_a_rank_without_a_gpu_is_told() -> None:
+    with pytest.raises(UserError, match=r"rank 4 of this host \(LOCAL_RANK\) has no GPU: 4 are visible"):
+        process_group._own_gpu(4, 4)
+
+
+def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(process_group, "_timeout", process_group._timeout)  # which it sets
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: given.update(current=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda **options: given.update(options))
+    monkeypatch.setenv("RANK", "2")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert process_group.join(timedelta(seconds=60)) == torch.device("cuda", 2)
+    assert given["device_id"] == given["current"] == torch.device("cuda", 2)
+    assert given["backend"] == "cpu:gloo,cuda:nccl"
+    assert "store" not in given

@@ -74,10 +74,11 @@ def _masked_scale(
 
 
 def unfused_adamw(engine: Engine, *, foreach: bool) -> None:
-    """torch's AdamW over lists of tensors (`foreach`), or tensor by tensor."""
+    """torch's AdamW over lists of tensors (`foreach`), or tensor by tensor. Neither can be told to leave a step out."""
     optimizer = cast(Any, engine).optimizer
     optimizer = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed wraps ours
     for group in optimizer.param_groups:
         group["fused"], group["foreach"] = False, foreach
+    optimizer.register_step_pre_hook(lambda own, *_: setattr(own, "found_inf", None))
     for state in optimizer.state.values():  # where DeepSpeed's were made before the first step, for the fused kernel
         state["step"] = state["step"].cpu()
