@@ -10,6 +10,8 @@
   python tools/bench.py checkpoint --config configs/vits_cifar10.yaml --ranks 2 engine.name=fsdp
                                                  what saving costs a step, and of large models: bytes, seconds, memory
   python tools/bench.py convert                  every target for every family of encoders: exact, at which sizes, or refused
+  python tools/bench.py waits --config configs/vitl_in1k.yaml --images 8
+                                                 where the host waits for a GPU, kernels launched by phase: no GPU needed
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
 --smoke runs the same code at toy sizes on whatever is here: it checks the benchmark itself. Results go to
@@ -27,7 +29,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from benchmarks import conversion, encoders, gpu, input, order, reach, saving, sigreg, step
+from benchmarks import conversion, encoders, gpu, input, order, reach, saving, sigreg, step, waits
 from benchmarks.features import FEATURES
 from benchmarks.measure import Results, free_port, run_sections
 
@@ -117,10 +119,18 @@ def main() -> int:
     kind.add_argument(
         "--to", nargs="+", default=["timm", "hf", "safetensors"], help="targets, as 'safetensors --dtype bf16'"
     )
+    kind = kinds.add_parser(
+        "waits", parents=[options], help="where the host waits for a GPU; kernels launched by phase"
+    )
+    kind.add_argument("--config", type=Path, help="a recipe, such as configs/vitl_in1k.yaml")
+    kind.add_argument("--images", type=int, default=8, help="images a step; %(default)s")
+    kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
     unknown = [
-        x for x in overrides if arguments.kind not in ("step", "checkpoint") or x.startswith("-") or "=" not in x
+        x
+        for x in overrides
+        if arguments.kind not in ("step", "checkpoint", "waits") or x.startswith("-") or "=" not in x
     ]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -130,6 +140,8 @@ def main() -> int:
     if arguments.kind == "checkpoint":
         arguments.overrides += overrides
         return _checkpoint(arguments)
+    if arguments.kind == "waits":
+        arguments.overrides += overrides
     try:
         measure = {
             "gpu": _gpu,
@@ -139,6 +151,7 @@ def main() -> int:
             "order": _order,
             "encoders": _encoders,
             "convert": _convert,
+            "waits": _waits,
         }
         results = measure[arguments.kind](arguments)
     except UserError as error:
@@ -260,6 +273,17 @@ def _convert(arguments: argparse.Namespace) -> Results:
     else:
         sections = {"table": conversion.table(2 if arguments.smoke else None)}
     return run_sections(sections, torch.device("cpu"), minutes=1e6)
+
+
+def _waits(arguments: argparse.Namespace) -> Results:
+    config, overrides = arguments.config, list(arguments.overrides)
+    if arguments.smoke:
+        config = config or Path(__file__).parents[1] / "configs/vits_cifar10.yaml"
+        overrides = ["model.options={depth: 2}", *overrides]
+    if config is None:
+        raise UserError("bench.py waits needs --config FILE, a recipe such as configs/vitl_in1k.yaml.")
+    settled = ["engine.name=single", "engine.compile=false", "train.steps=5", "optim.warmup_steps=0", "log.every=1"]
+    return waits.measure(step.Recipe(config, (*settled, *overrides)).of(arguments.images, 1))
 
 
 def _encoders(arguments: argparse.Namespace) -> Results:

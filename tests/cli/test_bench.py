@@ -31,6 +31,16 @@ def test_the_gpu_benchmark_runs_at_toy_sizes(command: Command, tmp_path: Path) -
     assert not [row for row in rows if row.get("ok") is False or "not measured" in row]
 
 
+def test_waits_and_launches_of_a_recipe(command: Command, tmp_path: Path) -> None:
+    result = command(ROOT / "tools/bench.py", "waits", "--smoke", "--json", tmp_path / "r.json", "train.global_batch=8")
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    phases = ("colours", "forward", "backward", "optimizer", "probe", "between")
+    assert row["waits a step"] == 0
+    assert row["launches"] == sum(row[phase] for phase in phases)
+    assert min(row[phase] for phase in phases) > 10
+
+
 def test_a_section_that_fails_does_not_end_the_others() -> None:
     from benchmarks.measure import run_sections
 

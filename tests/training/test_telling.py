@@ -89,6 +89,34 @@ def _fed(steps: int, fails_at: int | None) -> tuple[list[str], list[int], str]:
     return events, replaced, ""
 
 
+def _collectives(folder: str) -> list[bool]:
+    """Of sums between hosts while steps are taken: whether each is begun and read later."""
+    begun, reduce = list[bool](), dist.all_reduce
+
+    def recorded(x: torch.Tensor, *args: Any, async_op: bool = False, **options: Any) -> Any:
+        begun.append(async_op)
+        return reduce(x, *args, async_op=async_op, **options)
+
+    config = validate(small_config(folder, "s", train={"steps": 6}))
+    plan = BatchPlan(micro_batch=8, ranks=process_group.world_size(), accumulation=1)
+    feed = Feed(_batches(None, []), plan, CPU)
+    run = Run(config, plan, CPU, SimpleNamespace(), feed, Progress(0, "s"))  # type: ignore[arg-type]
+    stop = actions.Stop(SimpleNamespace(asked=False))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "all_reduce", recorded)
+        for step in range(6):
+            list(feed.of_step(step, more=step < 5))
+            run.progress.step = step + 1
+            stop(run, SimpleNamespace())  # type: ignore[arg-type]
+        feed.close()
+    return begun
+
+
+def test_no_sum_between_hosts_is_waited_for_where_it_is_begun(tmp_path: Path) -> None:
+    for begun in run_ranks(_collectives, 2, str(tmp_path)):
+        assert begun == [True] * 11  # one for each batch, one for each step but the last
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_next_batch_is_asked_for_behind_the_backward_pass(ranks: int) -> None:
     for events, replaced, error in run_ranks(_fed, ranks, 2, None):

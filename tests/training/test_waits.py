@@ -1,63 +1,18 @@
-"""The real loop on CUDA tensors that hold nothing: the host waits for the device nowhere, and tells no other rank anything
-that it waits for."""
+"""The real loop on CUDA tensors that hold nothing: the host waits for the device nowhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from benchmarks import waits
 from conftest import small_config
-from fake_cuda import CUDA, let_backward_run, pretended
 from ranks import run_ranks
 
-from lejepa_scale.checkpoint import Progress
-from lejepa_scale.config import Config, check_world, validate
-from lejepa_scale.data import Batch
-from lejepa_scale.data.images import photometric
-from lejepa_scale.engine.ddp import ReplicaEngine
-from lejepa_scale.model import build, encoder
-from lejepa_scale.training import actions, loop
-from lejepa_scale.training.feed import Feed
-from lejepa_scale.training.probe import OnlineProbe
-from lejepa_scale.training.run import Run
+from lejepa_scale.config import validate
 
 pytestmark = pytest.mark.unchecked
-
-
-class _Batches:
-    """As the loader hands them over: in page-locked memory, parameters of the colours on the host."""
-
-    def __init__(self, config: Config, micro_batch: int) -> None:
-        views = config.data.views
-        self.groups, self.count = [views.global_, views.local], micro_batch
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        n = self.count
-        views = [torch.zeros(g.count, n, 3, g.size, g.size, dtype=torch.uint8).pin_memory() for g in self.groups]
-        parameters = [torch.zeros(g.count, n, photometric.WIDTH) for g in self.groups]
-        labels = torch.zeros(n, dtype=torch.long).pin_memory()
-        return Batch(views, parameters, labels, ["key"] * n, [], [])
-
-
-def _run(config: Config, folder: Path) -> tuple[Run, list[Any]]:
-    plan = check_world(config, 1)
-    engine = ReplicaEngine(lambda: build(config), config, plan, CUDA)
-    feed = Feed(iter(_Batches(config, plan.micro_batch)), plan, CUDA, beside=False)  # as a second stream would do it
-    probe = OnlineProbe(engine.module.encoder.embed_dim, 10, 1e-3, 0, CUDA)
-    run = Run(config, plan, CUDA, engine, feed, Progress(0, "shards"), probe)
-    reporter: Any = SimpleNamespace(advance=lambda: None, log=lambda record: record)
-    signal: Any = SimpleNamespace(asked=False)
-    of_probe = actions.Probe(CUDA)
-    report = actions.Report(run, reporter, gauges=[of_probe.reading])
-    return run, [actions.quarantine, actions.Stop(signal), of_probe, actions.Guard(), report]
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -74,37 +29,36 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def _waits(folder: str, sections: dict[str, Any]) -> list[list[str]]:
-    """Of every step."""
-    let_backward_run(Path(folder))
+def _steps(folder: str, sections: dict[str, Any]) -> list[waits.Step]:
     tree = small_config(folder, "s", **{"train": {"steps": 6}, **sections})
     tree |= {"log": {"every": 2}, "engine": {"name": "single", "precision": "bf16"}}
-    config, waits = validate(tree), list[list[str]]()
-    with pytest.MonkeyPatch.context() as patch, pretended() as watch:
-        patch.setattr(encoder, "choose_backend", lambda *_, **__: "varlen")
-        patch.setattr(actions, "peak_flops", lambda device: None)
-        real = _drawn(config)
-        patch.setattr(photometric, "apply", lambda x, _, pixels: photometric._together(x, real[len(x)], pixels))
-        run, after_step = _run(config, Path(folder))
-
-        def mark(run: Run, result: object) -> None:
-            waits.append(watch.waits[:])
-            watch.waits.clear()
-
-        loop.loop(run, [*after_step, mark])
-    return waits
+    return waits.steps(validate(tree))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_waits_for_nothing(tmp_path: Path, case: str) -> None:
-    (waits,) = run_ranks(_waits, 1, str(tmp_path), CASES[case])
-    assert len(waits) == 6
-    assert [line for step in waits[1:-1] for line in step] == []
+    """But the first, which makes what is kept, and the last, which is read at once."""
+    (found,) = run_ranks(_steps, 1, str(tmp_path), CASES[case])
+    assert len(found) == 6
+    assert [line for step in found[1:-1] for line in step.waits] == []
+    for step in found[1:-1]:
+        assert min(step.launches[phase] for phase in waits.PHASES) > 0
 
 
-def _drawn(config: Config) -> dict[int, Any]:
-    """Parameters of the colours of so many views, which decide on the host what is launched."""
-    draws = np.random.default_rng(0)
-    plan = check_world(config, 1)
-    counts = [group.count * plan.micro_batch for group in (config.data.views.global_, config.data.views.local)]
-    return {n: photometric.draw(draws.random((n, photometric.DRAWS)), config.data.augment) for n in counts}
+def _waiting(folder: str) -> list[waits.Step]:
+    from lejepa_scale.model import norm
+
+    def statistics(x: Any, own: Any = norm._statistics) -> Any:
+        x.new_tensor([len(x)])
+        return own(x)
+
+    norm._statistics = statistics
+    return _steps(folder, {})
+
+
+def test_a_wait_is_found(tmp_path: Path) -> None:
+    """A number of the host's made into a tensor in the middle of the forward pass, with the line that does it."""
+    (found,) = run_ranks(_waiting, 1, str(tmp_path))
+    for step in found[1:-1]:
+        assert len(step.waits) == 2
+        assert all("a copy cpu -> cuda of (1,) that is waited for" in line for line in step.waits)

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import include_paths
 
+from lejepa_scale.model import encoder
 from lejepa_scale.objective import characteristic, sigreg
+from lejepa_scale.training import actions
 
 CUDA = torch.device("cuda", 0)
 _aten = torch.ops.aten
@@ -173,21 +175,27 @@ def pretended() -> Iterator[Watch]:
     def page_locked(*args: Any, pin_memory: bool = False, **options: Any) -> Tensor:
         return _pinned(empty(*args, **options)) if pin_memory else empty(*args, **options)
 
+    def draw(seed: int, step: int, m: int, d: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        return torch.randn(m, d, device=device, dtype=dtype)
+
+    kernels = characteristic.Arithmetic(  # shapes of the two, a launch each
+        lambda p, dt, knots: p.new_zeros(2, knots - 1, len(p)), lambda p, w, dt: torch.zeros_like(p)
+    )
+    stand_ins: list[tuple[Any, str, Any]] = [
+        (torch.nn.Module, "_apply", _moved),
+        (torch.Tensor, "pin_memory", lambda self: _pinned(self.clone())),
+        (torch, "empty", page_locked),
+        (torch.cuda, "Event", _Event),
+        (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+        (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
+        (sigreg, "_draw", draw),
+        (characteristic, "_triton", lambda: kernels),
+        (encoder, "choose_backend", lambda *_, **__: "varlen"),
+        (actions, "peak_flops", lambda device: None),
+    ]
     with ExitStack() as stack:
-        patch = stack.enter_context(pytest.MonkeyPatch.context())
-        patch.setattr(torch.nn.Module, "_apply", _moved)
-        patch.setattr(torch.Tensor, "pin_memory", lambda self: _pinned(self.clone()))
-        patch.setattr(torch, "empty", page_locked)
-        patch.setattr(torch.cuda, "Event", _Event)
-        patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-        patch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)
-        patch.setattr(
-            sigreg, "_draw", lambda seed, step, m, d, device, dtype: torch.randn(m, d, device=device, dtype=dtype)
-        )
-        kernels = characteristic.Arithmetic(  # shapes of the two, a launch each
-            lambda p, dt, knots: p.new_zeros(2, knots - 1, len(p)), lambda p, w, dt: torch.zeros_like(p)
-        )
-        patch.setattr(characteristic, "_triton", lambda: kernels)
+        for owner, name, stand_in in stand_ins:
+            stack.enter_context(patch.object(owner, name, stand_in))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
