@@ -67,7 +67,8 @@ def let_backward_run(folder: Path) -> None:
     """For the life of this process: backward passes of fake CUDA tensors. Needs a C++ compiler."""
     if not torch.version.cuda:
         return
-    source, library = folder / "no_device.cpp", folder / "no_device.so"
+    library = folder / "no_device"
+    source = library.with_suffix(".cpp")
     source.write_text(_NO_DEVICE)
     includes = [f"-I{path}" for path in include_paths()]
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
@@ -186,6 +187,7 @@ def pretended() -> Iterator[Watch]:
         (torch.Tensor, "pin_memory", lambda self: _pinned(self.clone())),
         (torch, "empty", page_locked),
         (torch.cuda, "Event", _Event),
+        (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),  # which asks for tensors of no other class
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (sigreg, "_draw", draw),
