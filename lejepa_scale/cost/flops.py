@@ -30,7 +30,8 @@ class StepFlops:
     """Forward and backward passes of all micro-batches of a step on one rank. The parts are work that the result needs;
     `total` is what MFU divides by the peak."""
 
-    patch_embedding: int  # and the resampling of positions
+    patch_embedding: int
+    positions: int  # their table, resampled for views of other sizes
     attention: int  # queries by keys, and scores by values
     attention_linear: int
     mlp: int
@@ -47,7 +48,9 @@ class StepFlops:
     @property
     def total(self) -> int:
         """Model FLOPs: without what is computed twice."""
-        encoder = self.patch_embedding + self.attention + self.attention_linear + self.mlp + self.pooling
+        encoder = (
+            self.patch_embedding + self.positions + self.attention + self.attention_linear + self.mlp + self.pooling
+        )
         return encoder + self.whole_encoder + self.projector + self.predictor + self.regularizer
 
     @property
@@ -68,7 +71,9 @@ def step_flops(config: Config, plan: BatchPlan) -> StepFlops:
         "predictor": _FORWARD_AND_BACKWARD * sequences * linear(model.predictor),
         "regularizer": _regularizer(model.loss.regularizer, sequences, config),
     }
-    encode = parts["patch_embedding"] // 2 + (_blocks(parts) + parts["pooling"] + parts["whole_encoder"]) // 3
+    encode = (parts["patch_embedding"] + parts["positions"]) // 2 + (
+        _blocks(parts) + parts["pooling"] + parts["whole_encoder"]
+    ) // 3
     heads = parts["projector"] + parts["predictor"] + parts["regularizer"]
     exact = times > 1 and config.objective.accumulation == "exact"
     full = config.engine.activation_checkpointing == "full"
@@ -111,8 +116,9 @@ def _packed_encoder(encoder: Encoder, groups: list[tuple[int, int]]) -> dict[str
         parts["attention_linear"] += branch.tokens * of_attention
         parts["mlp"] += branch.tokens * (linear(block) - of_attention)
     parts = {name: _FORWARD_AND_BACKWARD * part for name, part in parts.items()}
-    patches = _patches(encoder, groups) + _positions(encoder, groups)
-    return parts | {"patch_embedding": patches, "pooling": _pooling(encoder, packing)}
+    outside = {"patch_embedding": _patches, "positions": _positions}
+    parts |= {name: of_groups(encoder, groups) for name, of_groups in outside.items()}
+    return parts | {"pooling": _pooling(encoder, packing)}
 
 
 def _patches(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
@@ -127,7 +133,7 @@ def _patches(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
 
 
 def _positions(encoder: Encoder, groups: list[tuple[int, int]]) -> int:
-    """The table of positions, resampled for views of other sizes; twice the forward pass, for the matrix is constant."""
+    """Twice the forward pass, for the matrix is constant."""
     backbone = encoder.backbone
     old = tuple(backbone.patch_embed.grid_size or ())
     grids = [tuple(backbone.patch_embed.dynamic_feat_size((size, size))) for _, size in groups]
@@ -148,7 +154,7 @@ def _pooling(encoder: Encoder, packing: Packing) -> int:
 
 
 def _whole_encoder(encoder: Encoder, groups: list[tuple[int, int]]) -> dict[str, int]:
-    parts = dict.fromkeys(("patch_embedding", "attention", "attention_linear", "mlp", "pooling"), 0)
+    parts = dict.fromkeys(("patch_embedding", "positions", "attention", "attention_linear", "mlp", "pooling"), 0)
     forward = _counted(encoder.eval().backbone, [(n, encoder.channels, size, size) for n, size in groups])
     return parts | {"whole_encoder": _FORWARD_AND_BACKWARD * forward}
 

@@ -76,10 +76,10 @@ def test_bytes_are_what_is_promised() -> None:
     for cases in run_ranks(_all_counted, 2):
         for samples in (128, 1024):
             assert cases["sums", samples] == [[("allreduce", 4 * (2 * 2 * 64 * 16 + 1))], []]
-        assert cases["embeddings"][0][0] == ("allgather", 2 * 2 * 24 * 16)
+        assert cases["embeddings"][0][0] == ("allgather_base", 2 * 2 * 24 * 16)
         assert sum(size for _, size in cases["embeddings"][0][1:]) == 0
         assert cases["embeddings"][1] == []
-        assert cases["distinct"][0] == [("allgather", 2 * 2 * 24 * 16), ("allreduce", 4)]
+        assert cases["distinct"][0] == [("allgather_base", 2 * 2 * 24 * 16), ("allreduce", 4)]
         assert cases["distinct"][1] == [("reduce_scatter", 2 * 4 * 2 * 24 * 16)]
 
 
