@@ -89,6 +89,11 @@ def test_auto_is_the_fastest_backend_that_works(monkeypatch: pytest.MonkeyPatch)
     assert choose_backend("auto", Packing(((2, 7),)), **arguments) == "varlen"
     seconds["sdpa"] = 1.5
     assert choose_backend("auto", Packing(((2, 8),)), **arguments) == "sdpa"
+    faults["xformers"] = None
+    assert choose_backend("auto", Packing(((2, 9),)), **arguments) == "sdpa"  # whatever xformers takes: varlen runs
+    faults["varlen"] = "torch is too old"
+    assert choose_backend("auto", Packing(((2, 10),)), **arguments) == "xformers"
+    assert choose_backend("auto", Packing(((2, 10),)), **arguments, traced=True) == "sdpa"
     before = torch.get_rng_state()
     inputs = attention._draw(Packing(((2, 4), (3, 2))), 2, 8, torch.device("cpu"), torch.float32)
     out, *gradients = attention._forward_backward("sdpa", inputs, Packing(((2, 4), (3, 2))))
