@@ -19,6 +19,7 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.model import attention
 
 DEPTH = 2
+pytestmark = pytest.mark.unchecked  # the compiler would trace the checks too
 
 
 def _graphs(engine: str, kernel: str, recomputation: str, drop_path: float) -> tuple[int, int]:
