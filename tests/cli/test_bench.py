@@ -26,7 +26,7 @@ def test_the_gpu_benchmark_runs_at_toy_sizes(command: Command, tmp_path: Path) -
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
     assert {row["section"] for row in rows} == {
-        "attention", "precision", "training", "step-rates", "step-features", "sigreg", "colours",
+        "attention", "precision", "training", "step-rates", "step-features", "sigreg", "colours", "waits",
     }  # fmt: skip
     assert not [row for row in rows if row.get("ok") is False or "not measured" in row]
 

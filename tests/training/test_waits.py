@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from benchmarks import waits
-from conftest import small_config
+from conftest import on_a_gpu, small_config
 from ranks import run_ranks
 
 from lejepa_scale.config import validate
@@ -43,6 +44,14 @@ def test_a_step_waits_for_nothing(tmp_path: Path, case: str) -> None:
     assert [line for step in found[1:-1] for line in step.waits] == []
     for step in found[1:-1]:
         assert min(step.launches[phase] for phase in waits.PHASES) > 0
+
+
+@on_a_gpu
+def test_on_a_gpu_torch_finds_no_wait(tmp_path: Path) -> None:
+    tree = small_config(tmp_path, "s", train={"steps": 8}, optim={"warmup_steps": 0})
+    tree |= {"log": {"every": 2}, "engine": {"name": "single", "precision": "bf16"}}
+    found = waits.on_a_gpu(validate(tree), torch.device("cuda"))
+    assert found[3:-1] == [[]] * 4
 
 
 def _waiting(folder: str) -> list[waits.Step]:

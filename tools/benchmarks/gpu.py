@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from benchmarks import step
 from benchmarks.compare import compare as compare_forms
 from benchmarks.measure import Results, Row, milliseconds, run_sections
 from benchmarks.sigreg import Shape, compare
+from benchmarks.waits import on_a_gpu
 from lejepa_scale.checkpoint import gather
 from lejepa_scale.config import check_world
 from lejepa_scale.data.images import photometric
@@ -246,9 +248,23 @@ def colours(sizes: Sizes, device: torch.device) -> Iterator[Row]:
     }
 
 
+def waits(sizes: Sizes, device: torch.device) -> Iterator[Row]:
+    """Where the host of the trainer's loop waits for the device, by torch's own detector. A CPU is never waited for."""
+    recipe, overrides, images = sizes.steps[0]
+    quiet = ("train.steps=8", "optim.warmup_steps=0", "log.every=2")
+    config = _recipe(recipe, (*overrides, *quiet), images).config()
+    case = f"{config.model.encoder}, {images} images"
+    if device.type != "cuda":
+        yield {"case": case, "waits a step": 0}
+        return
+    middle = on_a_gpu(config, device)[3:-1]  # of the first ones, kernels are compiled and memory is found
+    places = Counter(place for step in middle for place in step)
+    yield {"case": case, "waits a step": sum(places.values()) / len(middle), "ok": not places, "where": dict(places)}
+
+
 SECTIONS: dict[str, Callable[[Sizes, torch.device], Iterator[Row]]] = {
     section.__name__.replace("_", "-"): section
-    for section in (attention, precision, step_rates, training, sigreg, colours, step_features)
+    for section in (attention, precision, step_rates, waits, training, sigreg, colours, step_features)
 }
 
 

@@ -4,6 +4,7 @@ each phase of a step launches. On any machine, in seconds, for models of any siz
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -25,12 +26,14 @@ from lejepa_scale.config import BatchPlan, Config, check_world
 from lejepa_scale.data import Batch
 from lejepa_scale.data.images import photometric
 from lejepa_scale.data.images.pixels import Pixels
+from lejepa_scale.engine import Engine
 from lejepa_scale.engine.ddp import ReplicaEngine
 from lejepa_scale.model import build
 from lejepa_scale.training import actions, loop
 from lejepa_scale.training.feed import Feed
 from lejepa_scale.training.probe import OnlineProbe
 from lejepa_scale.training.run import Run
+from lejepa_scale.training.start import start_engine
 
 PHASES = ("colours", "forward", "backward", "optimizer", "probe", "between")
 
@@ -77,7 +80,8 @@ def steps(config: Config) -> list[Step]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(photometric, "apply", colours))
         watch = stack.enter_context(pretended())
-        run, after_step = _run(config, plan)
+        engine = ReplicaEngine(lambda: build(config), config, plan, CUDA)
+        run, after_step = _run(config, plan, engine)
         for owner, name, phase in (
             (run.engine, "forward", "forward"),
             (run.engine, "backward", "backward"),
@@ -108,14 +112,36 @@ def _told(watch: Watch, phase: str, method: Callable[..., Any]) -> Callable[...,
     return called
 
 
-def _run(config: Config, plan: BatchPlan) -> tuple[Run, list[Any]]:
-    engine = ReplicaEngine(lambda: build(config), config, plan, CUDA)
-    feed = Feed(iter(_Batches(config, plan.micro_batch)), plan, CUDA, beside=False)  # as a second stream would do it
-    probe = OnlineProbe(engine.module.encoder.embed_dim, 10, 1e-3, 0, CUDA)
-    run = Run(config, plan, CUDA, engine, feed, Progress(0, "shards"), probe)
+def on_a_gpu(config: Config, device: torch.device) -> list[list[str]]:
+    """Of every step of a run on a real device (CUDA), what torch itself finds that the host waits for."""
+    plan, found = check_world(config, 1), list[list[str]]()
+    run, after_step = _run(config, plan, start_engine(config, plan, device))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+
+        def mark(run: Run, result: object) -> None:
+            found.append(
+                [f"{Path(w.filename).name}:{w.lineno}" for w in told if "synchronizing CUDA" in str(w.message)]
+            )
+            told.clear()
+
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            loop.loop(run, [*after_step, mark])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    run.engine.close()
+    return found
+
+
+def _run(config: Config, plan: BatchPlan, engine: Engine) -> tuple[Run, list[Any]]:
+    device = engine.device
+    feed = Feed(iter(_Batches(config, plan.micro_batch)), plan, device, beside=False)  # as a second stream would do it
+    probe = OnlineProbe(engine.module.encoder.embed_dim, 10, 1e-3, 0, device)
+    run = Run(config, plan, device, engine, feed, Progress(0, "shards"), probe)
     reporter: Any = SimpleNamespace(advance=lambda: None, log=lambda record: record)
     signal: Any = SimpleNamespace(asked=False)
-    of_probe = actions.Probe(CUDA)
+    of_probe = actions.Probe(device)
     report = actions.Report(run, reporter, gauges=[of_probe.reading])
     return run, [actions.quarantine, actions.Stop(signal), of_probe, actions.Guard(), report]
 
