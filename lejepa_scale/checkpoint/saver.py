@@ -65,7 +65,6 @@ class _Flight:
     partial: Place
     now: Future[Any]  # this rank's files; once every rank has written its own, what rank 0 makes of them
     completing: bool = False
-    done: Callable[[], Tensor] | None = None  # on how many ranks `now` was, at the last poll
 
 
 class NotSaved(UserError):
@@ -151,14 +150,13 @@ class Saver:
         self._flight = _Flight(progress.step, partial, started(lambda: _write(partial, files, texts)))
 
     def poll(self) -> Place | None:
-        """The checkpoint, where the save in flight has just become complete. Ranks tell one another between two polls:
-        none waits. Raises UserError, on every rank, with what went wrong on any."""
+        """The checkpoint, where the save in flight has just become complete. Takes a small collective. Raises UserError, on
+        every rank, with what went wrong on any."""
         flight = self._flight
         if flight is None:
             return None
-        done, flight.done = int(flight.done()) if flight.done is not None else 0, None
-        if done < process_group.world_size():
-            flight.done = collectives.begin_sum(torch.tensor(int(flight.now.done())))
+        done = collectives.all_reduce_sum(torch.tensor(int(flight.now.done())))
+        if int(done) < process_group.world_size():
             return None
         outcomes = collectives.gather_objects(_outcome(flight.now))
         if failures := list(dict.fromkeys(failure for _, failure in outcomes if failure)):

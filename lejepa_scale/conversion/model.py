@@ -126,10 +126,13 @@ def _has_head(tensors: Mapping[str, Lazy], shapes: Any) -> bool:
     return any(f"{name}.weight" in tensors for name in ([named] if isinstance(named, str) else named))
 
 
-def outputs(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Pooled features [B, E], and those of patches [B, N, D], or of the last map's places, in timm's order."""
+def outputs(backbone: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Pooled features [B, E], and those of patches [B, N, D], or of the last map's places, in timm's order; None where
+    a model has several maps at its end (CrossViT)."""
     features = backbone.forward_features(images)
     pooled = backbone.forward_head(features)
+    if not isinstance(features, Tensor):
+        return pooled, None
     if features.ndim == 3:
         return pooled, features[:, getattr(backbone, "num_prefix_tokens", 0) :]
     channels_last = features.shape[-1] == backbone.num_features and features.shape[1] != backbone.num_features

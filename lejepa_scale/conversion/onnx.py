@@ -26,7 +26,10 @@ class _Outputs(nn.Module):
         self.backbone = backbone
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        return outputs(self.backbone, pixel_values)
+        pooled, patches = outputs(self.backbone, pixel_values)
+        if patches is None:
+            raise UserError("it has no single map of features at its end, which patch_tokens would be")
+        return pooled, patches
 
 
 def _with_sizes_kept(backbone: Any) -> None:

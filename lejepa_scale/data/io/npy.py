@@ -4,6 +4,7 @@ are there, so that none asks for memory that the file does not fill."""
 from __future__ import annotations
 
 import io
+import warnings
 import zipfile
 
 import numpy as np
@@ -18,7 +19,9 @@ def read(data: bytes) -> Shaped[np.ndarray, "..."]:
     try:
         version = np.lib.format.read_magic(file)
         header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = header(file)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that Python 2 wrote the header
+            shape, fortran, dtype = header(file)
     except Exception as error:  # NumPy reads headers as Python text, by a tokenizer with errors of its own
         raise ValueError(f"an array whose header cannot be read: {error}") from error
     if dtype.hasobject or dtype.names:
