@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,7 +94,13 @@ def of_timm(
     facts: dict[str, Any] | None = None,
 ) -> Model:
     """A model of timm's with these tensors. Raises UserError where timm has no such model, a file may not set such an
-    argument, or the tensors are not the model's."""
+    argument, the tensors are not the model's, or mean and deviation are not of its channels."""
+    mean, std = inputs.mean, inputs.std
+    if not len(mean) == len(std) == inputs.channels or not all(map(isfinite, (*mean, *std))) or min(std) <= 0:
+        raise UserError(
+            f"{where} takes {inputs.channels} channels, and standardizes them by mean {list(mean)} and standard deviation "
+            f"{list(std)}: one number for each channel is needed, and deviations above 0."
+        )
     shapes = built_on_meta(where, architecture, arguments)
     if shapes.num_classes and not _has_head(tensors, shapes):
         arguments = {**arguments, "num_classes": 0}

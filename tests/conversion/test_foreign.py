@@ -132,6 +132,8 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no input size": (lambda f: cfg(f, input_size=None), "does not describe an encoder"),
     "images that are not square": (lambda f: cfg(f, input_size=[3, 64, 32]), "64 x 32 pixels are not square"),
     "a mean of text": (lambda f: cfg(f, mean="abc"), "does not describe an encoder"),
+    "a mean of fewer channels": (lambda f: cfg(f, mean=[0.5]), "takes 3 channels, and standardizes them by mean"),
+    "a deviation of zero": (lambda f: cfg(f, std=[0, 1, 1]), "deviations above 0"),
     "an index that names a file elsewhere": (
         lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../x.safetensors"}}'),
         "which is not in the folder",

@@ -176,6 +176,14 @@ def _processor(**changes: Any) -> Callable[[Path], Any]:
 DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another activation": (_config(hidden_act="relu"), "hidden_act='relu' is of no model of timm's"),
     "another epsilon": (_config(layer_norm_eps=1e-3), "layer_norm_eps=0.001 is of no model"),
+    "an epsilon of text": (_config(layer_norm_eps="small"), "layer_norm_eps='small' is of no model"),
+    "an epsilon below zero": (_config(layer_norm_eps=-1.0), "layer_norm_eps=-1.0 is of no model"),
+    "a mean of fewer channels": (
+        _processor(image_mean=[0.5]),
+        r"takes 3 channels, and standardizes them by mean \[0\.5\]",
+    ),
+    "a deviation of zero": (_processor(image_std=[0.5, 0.5, 0.0]), "deviations above 0"),
+    "a mean that is no number": (_processor(image_mean=[0.5, 0.5, float("nan")]), "one number for each channel"),
     "another depth": (_config(num_hidden_layers=3), r"14 missing|18 missing|missing \(encoder\.layer\.2"),
     "heads that do not divide": (_config(num_attention_heads=5), "timm refuses its arguments"),
     "a width of text": (_config(hidden_size="wide"), "does not describe a Dinov2Model"),
