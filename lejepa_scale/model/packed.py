@@ -3,24 +3,23 @@ leaves sequences out instead of computing and zeroing them. Refuses blocks whose
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from lejepa_scale.model import positions
+from lejepa_scale.model import branch, positions
 from lejepa_scale.model.attention import BACKENDS, Offsets, Packing, offsets
+from lejepa_scale.model.branch import Subset
 
 _MODELS = (VisionTransformer, Eva)
 _PRE_NORM, _POST_NORM = (Block, EvaBlock), (ResPostBlock, EvaBlockPostNorm)
 _ATTENTIONS = (Attention, EvaAttention, AttentionRope)
-
-Kept = tuple[Int[Tensor, " _k"], ...]  # of every group, the sequences that a branch processes
 
 
 class PackedRow(NamedTuple):
@@ -29,7 +28,7 @@ class PackedRow(NamedTuple):
     packing: Packing
     branch: Packing  # what of it each residual branch processes: all, or a subset of every group
     starts: Offsets  # of the sequences of `branch`
-    kept: tuple[Kept, Kept] | None  # for the attention and for the MLP branch; None: everything
+    kept: tuple[Subset, Subset] | None  # for the attention and for the MLP branch; None: everything
     rope: tuple[Float[Tensor, "_l _h _two_d"], ...] | None  # sines and cosines of every group, by position (and head)
     backend: str
 
@@ -55,19 +54,34 @@ class PackedBlock(nn.Module):
         return packing.thinned(self.drop_path) if self.drop_path else packing
 
     def forward(self, x: Float[Tensor, "t e"], row: PackedRow) -> Float[Tensor, "t e"]:
-        for_attention, for_mlp = row.kept or (None, None)
-        own = _select(x, row, for_attention)
-        own = self.norm1(self.attn(own, row)) if self.post_norm else self.attn(self.norm1(own), row)
-        x = _add(x, self._scale(own, "ls1", "gamma_1"), row, for_attention)
-        own = _select(x, row, for_mlp)
-        own = self.norm2(self.mlp(own)) if self.post_norm else self.mlp(self.norm2(own))
-        return _add(x, self._scale(own, "ls2", "gamma_2"), row, for_mlp)
+        of_attention, of_mlp = row.kept or (None, None)
+        x = self._branch(x, lambda own: self.attn(own, row), self.norm1, self._gamma("ls1", "gamma_1"), of_attention)
+        return self._branch(x, self.mlp, self.norm2, self._gamma("ls2", "gamma_2"), of_mlp)
 
-    def _scale(self, x: Float[Tensor, "t e"], module: str, parameter: str) -> Float[Tensor, "t e"]:
-        """Layer scale, which timm's two families of blocks spell differently; none where the block has none."""
-        if (gamma := getattr(self, parameter, None)) is not None:
-            return x * gamma
-        return getattr(self, module)(x) if hasattr(self, module) else x
+    def _branch(
+        self,
+        x: Float[Tensor, "t e"],
+        computed: Callable[[Tensor], Tensor],
+        norm: nn.Module,
+        gamma: Float[Tensor, " e"] | None,
+        subset: Subset | None,
+    ) -> Float[Tensor, "t e"]:
+        """The row and what the branch makes of its tokens, or of a subset of them."""
+        first, last = (None, norm) if self.post_norm else (norm, None)
+        if subset is None:
+            own = x if first is None else first(x)
+        else:
+            own, x = branch.enter(x, subset, first)
+        own = computed(own)
+        own = own if last is None else last(own)
+        if subset is not None:
+            return branch.leave(x, own, gamma, subset)
+        return x + (own if gamma is None else own * gamma)
+
+    def _gamma(self, module: str, parameter: str) -> Float[Tensor, " e"] | None:
+        """Layer scale, which timm's two families of blocks spell differently; None where the block has none."""
+        own = getattr(self, parameter, None)
+        return getattr(getattr(self, module, None), "gamma", None) if own is None else own
 
 
 class PackedAttention(nn.Module):
@@ -167,100 +181,11 @@ def rows(
     backend: str,
 ) -> Iterator[PackedRow]:
     """One row per block. In training the sequences that a branch leaves out are drawn here, for all blocks at once."""
-    orders = None
-    if any(block.training and block.drop_path for block in blocks):
-        orders = [torch.rand(len(blocks), 2, n, device=device).argsort(-1) for n, _ in packing.groups]
-    for i, block in enumerate(blocks):
-        branch, kept = packing, None
-        if orders is not None and block.training and (branch := block.kept(packing)) != packing:
-            for_attention, for_mlp = (
-                tuple(order[i, b, :n] for order, (n, _) in zip(orders, branch.groups, strict=True)) for b in (0, 1)
-            )
-            kept = for_attention, for_mlp
+    branches = [block.kept(packing) if block.training else packing for block in blocks]
+    kept = branch.draw(packing, branches, device)
+    for i, (processed, subsets) in enumerate(zip(branches, kept, strict=True)):
         tables = None if ropes[0] is None else tuple(t[min(i, len(t) - 1)] for t in ropes if t is not None)
-        yield PackedRow(packing, branch, offsets(branch, device), kept, tables, backend)
-
-
-def _select(x: Float[Tensor, "t e"], row: PackedRow, kept: Kept | None) -> Float[Tensor, "k e"]:
-    """The tokens of the sequences that a branch processes."""
-    if kept is None:
-        return x
-    if torch.compiler.is_compiling():  # which joins these operations itself
-        parts = zip(row.packing.split(x), kept, strict=True)
-        return torch.cat([part.index_select(0, rows).flatten(0, 1) for part, rows in parts])
-    return _SelectRows.apply(x, row.packing, row.branch, *kept)
-
-
-def _add(x: Float[Tensor, "t e"], own: Float[Tensor, "k e"], row: PackedRow, kept: Kept | None) -> Float[Tensor, "t e"]:
-    """Residual sum; what a subset contributes is scaled up to keep the mean."""
-    if kept is None:
-        return x + own
-    if torch.compiler.is_compiling():
-        parts = zip(row.packing.split(x), kept, row.branch.split(own.to(x.dtype)), strict=True)
-        sums = [part.index_add(0, rows, added, alpha=len(part) / len(added)) for part, rows, added in parts]
-        return torch.cat([part.flatten(0, 1) for part in sums])
-    return _AddRows.apply(x, own, row.packing, row.branch, *kept)
-
-
-class _SelectRows(torch.autograd.Function):
-    """`index_select` in every group of a row, into one row: nothing is joined afterwards, forward or backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Float[Tensor, "t e"], packing: Packing, branch: Packing, *kept: Int[Tensor, " _k"]
-    ) -> Float[Tensor, "k e"]:
-        ctx.save_for_backward(*kept)
-        ctx.packing, ctx.branch = packing, branch
-        return _gather(x, packing, branch, kept)
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Float[Tensor, "k e"]
-    ) -> tuple[Float[Tensor, "t e"] | None, ...]:
-        out, kept = grad.new_zeros(ctx.packing.tokens, grad.shape[1]), ctx.saved_tensors
-        for part, rows, given in zip(ctx.packing.split(out), kept, ctx.branch.split(grad), strict=True):
-            part.index_copy_(0, rows, given)  # none is there twice
-        return out, None, None, *[None] * len(kept)
-
-
-class _AddRows(torch.autograd.Function):
-    """`index_add` in every group of a row, scaled up by what is left out of it. torch's would keep what it adds for the
-    backward pass, which needs its shape alone: a branch's whole output, in every block."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Float[Tensor, "t e"],
-        own: Float[Tensor, "k e"],
-        packing: Packing,
-        branch: Packing,
-        *kept: Int[Tensor, " _k"],
-    ) -> Float[Tensor, "t e"]:
-        ctx.save_for_backward(*kept)
-        ctx.packing, ctx.branch, ctx.dtype = packing, branch, own.dtype
-        out = x.clone()
-        for part, rows, added in zip(packing.split(out), kept, branch.split(own.to(x.dtype)), strict=True):
-            part.index_add_(0, rows, added, alpha=len(part) / len(added))
-        return out
-
-    @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: Float[Tensor, "t e"]
-    ) -> tuple[Float[Tensor, "_t_or_k e"] | None, ...]:
-        kept = ctx.saved_tensors
-        of_own = _gather(grad, ctx.packing, ctx.branch, kept)
-        for (all_of_it, _), part in zip(ctx.packing.groups, ctx.branch.split(of_own), strict=True):
-            part.mul_(all_of_it / len(part))
-        return grad, of_own.to(ctx.dtype), None, None, *[None] * len(kept)
-
-
-def _gather(
-    x: Float[Tensor, "t e"], packing: Packing, branch: Packing, kept: Sequence[Int[Tensor, " _k"]]
-) -> Float[Tensor, "k e"]:
-    out = x.new_empty(branch.tokens, x.shape[1])
-    for part, rows, place in zip(packing.split(x), kept, branch.split(out), strict=True):
-        torch.index_select(part, 0, rows, out=place)
-    return out
+        yield PackedRow(packing, processed, offsets(processed, device), subsets, tables, backend)
 
 
 def _adopt(target: nn.Module, source: nn.Module) -> None:

@@ -103,10 +103,15 @@ def _branch(block: Any, x: Tensor, row: PackedRow, inner: str, norm: str, scale:
 def _mask(row: PackedRow, branch: int) -> Tensor:
     """[T, 1]: n / k for the tokens of the k kept among a group's n sequences, else 0."""
     assert row.kept is not None
-    parts = []
-    for (count, length), kept in zip(row.packing.groups, row.kept[branch], strict=True):
-        scale = torch.zeros(count, dtype=torch.float64).index_fill(0, kept, count / len(kept))
+    index, parts = row.kept[branch].taken, []
+    first = begin = 0
+    for (count, length), (kept, _) in zip(row.packing.groups, row.branch.groups, strict=True):
+        tokens = (index[begin : begin + kept * length].long() - first).unflatten(0, (kept, length))
+        sequences = tokens[:, 0] // length
+        assert torch.equal(tokens, sequences[:, None] * length + torch.arange(length))  # whole ones, in their order
+        scale = torch.zeros(count, dtype=torch.float64).index_fill(0, sequences, count / kept)
         parts.append(scale.repeat_interleave(length))
+        first, begin = first + count * length, begin + kept * length
     return torch.cat(parts)[:, None]
 
 
@@ -116,7 +121,7 @@ def test_subsets_are_drawn_anew_for_every_block_and_branch() -> None:
 
     def draw() -> list[tuple[int, ...]]:
         found = rows(encoder.blocks, packing, [None], torch.device("cpu"), "sdpa")
-        return [tuple(kept[0].tolist()) for row in found if row.kept for kept in row.kept]
+        return [tuple((kept.taken[::2] // 2).tolist()) for row in found if row.kept for kept in row.kept]
 
     torch.manual_seed(3)
     first = draw()

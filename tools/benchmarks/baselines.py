@@ -49,25 +49,37 @@ def masked_depth(engine: Engine) -> None:
         raise UserError(f"{encoder.name} has no packed blocks: its stochastic depth is timm's own, the masked form.")
     for block in cast(list[PackedBlock], encoder.blocks):
         block.forward = partial(_masked_forward, block, block.forward)  # type: ignore[method-assign]
-        block._scale = partial(_masked_scale, block, block._scale)  # type: ignore[method-assign]
+        block._branch = partial(_masked_branch, block, block._branch)  # type: ignore[method-assign]
 
 
 def _masked_forward(
     block: PackedBlock, whole: Callable[..., Tensor], x: Float[Tensor, "t e"], row: PackedRow
 ) -> Float[Tensor, "t e"]:
-    """The block on everything; `_masked_scale` finds there how the row is cut."""
+    """The block on everything; `_masked_branch` finds there how the row is cut."""
     block.cut = row.packing  # type: ignore[assignment]
     return whole(x, row._replace(branch=row.packing, starts=offsets(row.packing, x.device), kept=None))
 
 
-def _masked_scale(
-    block: PackedBlock, scale: Callable[..., Tensor], x: Float[Tensor, "t e"], *names: str
+def _masked_branch(
+    block: PackedBlock,
+    whole: Callable[..., Tensor],
+    x: Float[Tensor, "t e"],
+    computed: Callable[[Tensor], Tensor],
+    norm: Callable[[Tensor], Tensor],
+    *others: Any,
 ) -> Float[Tensor, "t e"]:
-    branch, keep = scale(x, *names), 1 - block.drop_path
+    """The branch on everything, whose last part is followed by the mask."""
+    if block.post_norm:
+        return whole(x, computed, lambda own: _masked(block, norm(own)), *others)
+    return whole(x, lambda own: _masked(block, computed(own)), norm, *others)
+
+
+def _masked(block: PackedBlock, own: Float[Tensor, "t e"]) -> Float[Tensor, "t e"]:
+    keep = 1 - block.drop_path
     if not block.training or keep == 1:
-        return branch
+        return own
     parts = []
-    for part in cast(Packing, block.cut).split(branch):  # [B_i, L_i, E]
+    for part in cast(Packing, block.cut).split(own):  # [B_i, L_i, E]
         kept = (torch.rand(len(part), 1, 1, device=part.device) < keep).to(part.dtype)
         parts.append((part * (kept / keep)).flatten(0, 1))
     return torch.cat(parts)
