@@ -113,7 +113,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
         "for case in CASES:\n"
         "    compare(48, *case)\n"
         "compare(1536, True, True, 'bf16')\n"
-        "compare(1, False, True, 'fp32')\n"
+        "compare(3, False, True, 'fp32')\n"
     )
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result.stderr
