@@ -19,6 +19,7 @@ if shape_checks.wanted():  # before anything of the package is imported
     shape_checks.install()
 
 from lejepa_scale.config import Config, ViewGroup, Views
+from lejepa_scale.parallel import process_group
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # workers have a core each; threads that spin for one another double a test's time
@@ -54,6 +55,14 @@ def _logger_of_a_library() -> None:
     logger = logging.getLogger("lejepa_scale")
     logger.handlers.clear()
     logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(autouse=True)
+def _outside_a_group() -> Iterator[None]:
+    """An engine in bf16 makes a group of one where there is none."""
+    yield
+    if torch.distributed.is_initialized():
+        process_group.leave()
 
 
 @pytest.fixture(autouse=True)

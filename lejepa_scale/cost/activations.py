@@ -76,8 +76,10 @@ def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: b
         }[kind]
         kept += of_block
         again = 0.0 if kind == "none" else everything - (of_block - entering)
-        # a thinned branch is added to a copy of every group, and the groups are joined: three streams at once
-        forward = (3 if branch != packing else 1) * entering + branch.tokens * width * size.compute
+        of_output = branch.tokens * width * size.compute
+        forward = entering + of_output
+        if branch != packing:  # is added to a copy of the row, in the row's precision
+            forward += entering + size.autocast * branch.tokens * width * size.residual
         peak = max(peak, kept + forward, kept + again + _gradients(block, width, packing, branch, size))
     kept += after + heads
     return Activations(kept, max(peak, kept + objective))

@@ -14,14 +14,15 @@ def build_engine(
 ) -> Engine:
     """The engine, holding NaN until its shards are taken in. shapes: the module on the meta device, where it is at hand.
     Raises UserError where what the engine needs is absent."""
-    if config.engine.name in ("single", "ddp"):
+    replicas, bf16 = config.engine.name in ("single", "ddp"), config.engine.precision == "bf16"
+    if replicas and not bf16:
         from lejepa_scale.engine.ddp import ReplicaEngine
 
         return ReplicaEngine(factory, config, plan, device)
-    if config.engine.name == "fsdp":
+    if replicas or config.engine.name == "fsdp":
         from lejepa_scale.engine.fsdp import FSDPEngine
 
-        return FSDPEngine(factory, config, device)
+        return FSDPEngine(factory, config, device, shard_degree=1 if replicas else config.engine.shard_degree)
     from lejepa_scale.engine.zero import ZeROEngine
 
     return ZeROEngine(factory, config, plan, device, shapes)

@@ -1,4 +1,4 @@
-"""Whole replicas: one process (`single`), or one per rank with averaged gradients (`ddp`)."""
+"""Whole replicas in fp32: one process (`single`), or one per rank with averaged gradients (`ddp`)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lejepa_scale.parallel.process_group import world_size
 
 
 class ReplicaEngine(TorchEngine):
-    """fp32 parameters and gradients; bf16 by autocast."""
+    """fp32 throughout. In bf16 replicas are FSDP's, which has the casts, sums and masters that DDP lacks."""
 
     def __init__(self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device) -> None:
         module = without_weights(factory)
@@ -26,7 +26,6 @@ class ReplicaEngine(TorchEngine):
         materialize(module, device)
         super().__init__(module, config, device)
         self.accumulation, self.done = plan.accumulation, 0
-        self.bf16 = config.engine.precision == "bf16"
         self.ddp: DistributedDataParallel | None = None
         if world_size() > 1:
             with warnings.catch_warnings():  # torch 2.13 has another name for it, which 2.11 does not know
@@ -36,8 +35,7 @@ class ReplicaEngine(TorchEngine):
     def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
         if self.ddp is not None:  # DDP decides in the forward pass whether the next backward reduces
             self.ddp.require_backward_grad_sync = self.done == self.accumulation - 1
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            return (self.ddp or self.module)(views, step, replay)
+        return (self.ddp or self.module)(views, step, replay)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         loss.backward()

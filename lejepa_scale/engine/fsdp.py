@@ -1,8 +1,10 @@
-"""Fully sharded parameters, gradients and optimizer state with FSDP2; HSDP by `engine.shard_degree`."""
+"""Fully sharded parameters, gradients and optimizer state with FSDP2; HSDP by `engine.shard_degree`. Replicas in bf16 are
+one shard each: parameters are cast once a step, the residual stream is bf16, masters and sums over ranks are fp32."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,28 +16,35 @@ from lejepa_scale.engine.base import Factory
 from lejepa_scale.engine.torch_engine import TorchEngine
 from lejepa_scale.engine.wrap import materialize, prepare_blocks, sharding_units, without_weights
 from lejepa_scale.model import Replay
-from lejepa_scale.parallel.process_group import world_size
+from lejepa_scale.parallel.process_group import join_alone, world_size
 
 
 class FSDPEngine(TorchEngine):
     """Built on the meta device and filled with NaN, so that a weight nobody loads shows at the first step.
 
-    Gradients are reduce-scattered in fp32 after every micro-batch: accumulation never holds whole gradients.
+    Gradients are reduce-scattered in fp32 after every micro-batch: accumulation never holds whole gradients. Between
+    replicas they are summed after the last one.
+
+    shard_degree: ranks that a parameter is sharded over, a divisor of all; None: all.
     """
 
-    def __init__(self, factory: Factory, config: Config, device: torch.device) -> None:
+    def __init__(
+        self, factory: Factory, config: Config, device: torch.device, *, shard_degree: int | None = None
+    ) -> None:
         module = without_weights(factory)
         prepare_blocks(module, config)
         low = torch.bfloat16 if config.engine.precision == "bf16" else None
-        mesh = _mesh(device, config.engine.shard_degree)
+        settings: dict[str, Any] = {"mesh": _mesh(device, shard_degree)}
         offload = config.engine.cpu_offload
-        place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+        settings["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+        if shard_degree == 1:  # casts are kept for the backward pass: there is little to save
+            settings["reshard_after_forward"] = False
         units = sharding_units(module)
         for unit in units:  # the root casts what enters; rotary positions, made on the way, stay in fp32
             policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=place)
+            fully_shard(unit, mp_policy=policy, **settings)
         policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32)
-        fully_shard(module, mesh=mesh, mp_policy=policy, offload_policy=place)
+        fully_shard(module, mp_policy=policy, **settings)
         _prefetch(module, units, config.engine.prefetch)  # type: ignore[arg-type]
         materialize(module, device, torch.device("cpu") if offload else None)
         super().__init__(module, config, device)
@@ -44,10 +53,12 @@ class FSDPEngine(TorchEngine):
         return self.module(views, step, replay)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
+        self.module.set_requires_all_reduce(last_micro_batch)  # type: ignore[operator]
         loss.backward()
 
 
 def _mesh(device: torch.device, shard_degree: int | None) -> DeviceMesh:
+    join_alone()
     world = world_size()
     if shard_degree is None or shard_degree == world:
         return init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))

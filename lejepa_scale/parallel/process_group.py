@@ -40,12 +40,23 @@ def join(timeout: timedelta) -> torch.device:
         device = _own_gpu(launch.local_rank(), torch.cuda.device_count())
         torch.cuda.set_device(device)
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}  # told, NCCL need not guess, and connects now
-    if not launch.launched():
-        options |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(**options)
-    if not launch.launched():
+    if launch.launched():
+        dist.init_process_group(**options)
+    else:
+        _join_alone(options)
         os.environ.setdefault("LOCAL_RANK", "0")
     return device
+
+
+def join_alone() -> None:
+    """A group of one, where there is none: for what torch does inside a group alone. `leave` leaves it."""
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        _join_alone({"backend": backend, "timeout": _timeout})
+
+
+def _join_alone(options: dict[str, Any]) -> None:
+    dist.init_process_group(**options, store=dist.HashStore(), rank=0, world_size=1)
 
 
 def _own_gpu(local_rank: int, visible: int) -> torch.device:

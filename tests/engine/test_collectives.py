@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from conftest import small_config
 from ranks import run_ranks
@@ -75,3 +76,31 @@ def test_zero3_gathers_a_block_once_a_direction() -> None:
             assert 2 * matrices < sum(sizes) < 2 * matrices * (DEPTH + 1)  # bf16: every block once, and the small rest
             if not prefetch:  # which joins parts of neighbouring blocks in one collective
                 assert sum(size >= 2 * matrices for size in sizes) == DEPTH
+
+
+def _replicas_on_rank() -> list[Calls]:
+    """Collectives in the backward passes of a step of two micro-batches."""
+    tree = small_config("u", "u", engine={"name": "ddp", "precision": "bf16"}, model={"options": {"depth": DEPTH}})
+    tree["train"] |= {"global_batch": 16, "micro_batch": 4}
+    engine, plan = start(validate(tree))
+    found = list[Calls]()
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        before = len(traffic.calls)
+        yield
+        if name == "backward":
+            found.append(traffic.calls[before:])
+
+    with CountBytes() as traffic:
+        take_step(engine, plan, [[torch.randn(2, 4, 3, 32, 32)]] * 2, phase=phase)
+    parameters = 4 * sum(p.numel() for p in engine.module.parameters())
+    return [*found, [("parameters", parameters)]]
+
+
+def test_replicas_in_bf16_are_summed_once_a_step_in_fp32() -> None:
+    """Between hosts nothing moves for the first micro-batch, and for the last what DDP would send."""
+    first, last, ((_, parameters),) = run_ranks(_replicas_on_rank, 2)[0]
+    assert not [call for call in first if call[0].startswith("allreduce") and call[1] > 10_000]
+    summed = sum(size for kind, size in last if kind.startswith("allreduce"))
+    assert summed == pytest.approx(parameters, rel=0.01)

@@ -9,14 +9,17 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import include_paths
@@ -143,11 +146,45 @@ class Watch(TorchDispatchMode):
 class _Event:
     """Of a step ago: what waits for it finds it there."""
 
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
     def record(self, *_: Any) -> None:
+        pass
+
+    def wait(self, *_: Any) -> None:
         pass
 
     def synchronize(self) -> None:
         pass
+
+
+class _Stream:
+    """Beside which nothing runs."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def wait_stream(self, _: Any) -> None:
+        pass
+
+    def wait_event(self, _: Any) -> None:
+        pass
+
+    def record_event(self, *_: Any) -> _Event:
+        return _Event()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def group_of_nobody() -> DeviceMesh:
+    """In place of this process's group, for its life: one rank with a GPU, whose collectives move nothing."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+    with patch.object(torch.cuda, "set_device"), patch.object(torch.cuda, "device_count", lambda: 1):
+        return init_device_mesh("cuda", (1,), mesh_dim_names=("shard",))
 
 
 def _moved(self: torch.nn.Module, function: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
@@ -186,7 +223,13 @@ def pretended() -> Iterator[Watch]:
         (torch.nn.Module, "_apply", _moved),
         (torch.Tensor, "pin_memory", lambda self: _pinned(self.clone())),
         (torch, "empty", page_locked),
+        (torch, "Event", _Event),
         (torch.cuda, "Event", _Event),
+        (torch.cuda, "Stream", _Stream),
+        (torch.cuda, "current_stream", lambda *_: _Stream()),
+        (torch.cuda, "stream", lambda _: nullcontext()),
+        (torch.cuda, "current_device", lambda: 0),
+        (torch.Tensor, "record_stream", lambda *_: None),
         (torch.nn.utils.clip_grad, "_has_foreach_support", lambda *_: True),  # which asks for tensors of no other class
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.fake_cuda import CUDA, Watch, let_backward_run, pretended
+from benchmarks.fake_cuda import CUDA, Watch, group_of_nobody, let_backward_run, pretended
 from benchmarks.measure import Results, Row, run_sections
 from benchmarks.trial import Recipe
 from lejepa_scale.checkpoint import Progress
@@ -26,8 +26,7 @@ from lejepa_scale.config import BatchPlan, Config, check_world
 from lejepa_scale.data import Batch
 from lejepa_scale.data.images import photometric
 from lejepa_scale.data.images.pixels import Pixels
-from lejepa_scale.engine import Engine
-from lejepa_scale.engine.ddp import ReplicaEngine
+from lejepa_scale.engine import Engine, build_engine, fsdp
 from lejepa_scale.model import build
 from lejepa_scale.training import actions, loop
 from lejepa_scale.training.feed import Feed
@@ -79,8 +78,10 @@ def steps(config: Config) -> list[Step]:
 
     with ExitStack() as stack:
         stack.enter_context(patch.object(photometric, "apply", colours))
+        mesh = group_of_nobody()
+        stack.enter_context(patch.object(fsdp, "_mesh", lambda *_: mesh))
         watch = stack.enter_context(pretended())
-        engine = ReplicaEngine(lambda: build(config), config, plan, CUDA)
+        engine = build_engine(config, plan, lambda: build(config), CUDA)
         run, after_step = _run(config, plan, engine)
         for owner, name, phase in (
             (run.engine, "forward", "forward"),
