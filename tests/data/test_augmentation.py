@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,8 +29,13 @@ from lejepa_scale.data.images import views as geometry
 
 IMAGENET = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 IMAGES = torch.randint(0, 256, (6, 3, 24, 24), dtype=torch.uint8)
-PATHS = pytest.mark.parametrize("path", [ours._one_by_one, ours._together], ids=["cpu", "gpu"])
 Path_ = Callable[[Tensor, np.ndarray], Tensor]
+WAYS: dict[str, Path_] = {"cpu": ours._one_by_one, "gpu": ours._together}
+if os.environ.get("TRITON_INTERPRET") == "1":  # as test_photometric_triton.py runs this file
+    from lejepa_scale.data.images.photometric_triton import fused
+
+    WAYS["triton"] = fused
+PATHS = pytest.mark.parametrize("path", WAYS.values(), ids=WAYS.keys())
 
 
 def parameters(**columns: float) -> torch.Tensor:
@@ -242,13 +248,16 @@ def test_views_have_their_shapes_and_tiny_or_long_images_work(monkeypatch: pytes
         monkeypatch.setattr(geometry, "_resized", lambda *a, to=resized: to.append(a[1:]) or original(*a))
         assert geometry.centre_square(np.zeros((*shape, 3), np.uint8), 224).shape == (224, 224, 3)
         assert max(resized[0]) <= 8 * 224
-    for side in (1, 2, 3):
-        tiny = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
-        sharp = reference.adjust_hue(tiny / 255, 0.1)
-        for path in (ours._one_by_one, ours._together):
-            blurred = augmented(path, tiny, parameters(sigma=1.4, order=0, hue=0.1)[:1])
-            assert (blurred >= sharp.amin((2, 3), keepdim=True) - 1e-3).all()  # a mean of what is there
-            assert (blurred <= sharp.amax((2, 3), keepdim=True) + 1e-3).all()
+
+
+@PATHS
+@pytest.mark.parametrize("side", [1, 2, 3])
+def test_the_blur_of_a_tiny_image_is_a_mean_of_what_is_there(side: int, path: Path_) -> None:
+    tiny = torch.randint(0, 256, (1, 3, side, side), dtype=torch.uint8)
+    sharp = reference.adjust_hue(tiny / 255, 0.1)
+    blurred = augmented(path, tiny, parameters(sigma=1.4, order=0, hue=0.1)[:1])
+    assert (blurred >= sharp.amin((2, 3), keepdim=True) - 1e-3).all()
+    assert (blurred <= sharp.amax((2, 3), keepdim=True) + 1e-3).all()
 
 
 def loader(shards: Path, batch: int, seed: int = 0, global_views: int = 2, local_views: int = 2) -> Loader:

@@ -1,6 +1,7 @@
 """Colour operations, drawn per view in the worker and applied in batches on the training device: flip, jitter,
-grayscale, blur, solarize, normalization. The distributions of torchvision's transforms. A GPU takes a batch as a whole, with
-the operations below; a CPU takes image by image, with those of photometric_cpu.py.
+grayscale, blur, solarize, normalization. The distributions of torchvision's transforms. A CPU takes image by image, with the
+operations of photometric_cpu.py; a GPU takes a batch as a whole, with the kernels of photometric_triton.py, or with the
+operations below: without Triton, and for other than three channels.
 
 Values run from 0 to 255 until they are normalized; every operation here works in place on [n, c, h, w]. Saturation, hue and
 grayscale are for c = 3, red, green and blue; the gray of other counts is the mean of their channels.
@@ -8,12 +9,14 @@ grayscale are for c = 3, red, green and blue; the gray of other counts is the me
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.util import find_spec
 from itertools import permutations
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Float32, Real, Shaped
+from jaxtyping import Bool, Float, Float32, Int, Real, Shaped
 from torch import Tensor
 
 from lejepa_scale.config import Augment
@@ -56,7 +59,16 @@ def apply(
     there, so a CUDA device is never waited for."""
     if images.device.type == "cpu" and images.shape[1] == 3:
         return _one_by_one(images, parameters.numpy(), pixels)
+    if images.device.type == "cuda" and images.shape[1] == 3 and _has_triton():
+        from lejepa_scale.data.images import photometric_triton
+
+        return photometric_triton.fused(images, parameters.numpy(), pixels)
     return _together(images, parameters.numpy(), pixels)
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def normalize(images: Real[Tensor, "b c h w"], pixels: Pixels = RGB) -> Float[Tensor, "b c h w"]:
@@ -117,11 +129,18 @@ def _sent(numbers: Shaped[np.ndarray, " n"], device: torch.device) -> Shaped[Ten
 
 def _masks(rows: Float32[np.ndarray, "n p"]) -> Bool[np.ndarray, "n steps"]:
     """Which of _STEPS each image goes through."""
-    orders = np.where(rows[:, ORDER, None] >= 0, _ORDERS[np.maximum(rows[:, ORDER], 0).astype(int)], -1)  # [n, 4 slots]
-    changes = rows[:, BRIGHTNESS : HUE + 1] != _NOTHING
-    jitter = ((orders[:, :, None] == np.arange(4)) & changes[:, None]).reshape(len(rows), 16)
+    jitter = (_slots(rows)[:, :, None] == np.arange(4)).reshape(len(rows), 16)
     others = rows[:, [FLIP, GRAYSCALE, SIGMA, SOLARIZE]] > 0
     return np.concatenate([others[:, :1], jitter, others[:, 1:]], 1)
+
+
+def _slots(rows: Float32[np.ndarray, "n p"]) -> Int[np.ndarray, "n 4"]:
+    """What jitter does to each image first, second, third and last: 0 brightness, 1 contrast, 2 saturation, 3 hue, -1
+    nothing."""
+    orders = _ORDERS[np.maximum(rows[:, ORDER], 0).astype(int)]
+    changes = rows[:, BRIGHTNESS : HUE + 1] != _NOTHING
+    acts = (rows[:, ORDER, None] >= 0) & np.take_along_axis(changes, orders, 1)
+    return np.where(acts, orders, -1)
 
 
 def _affine(pixels: Pixels) -> list[tuple[float, float]]:
