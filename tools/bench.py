@@ -12,6 +12,9 @@
   python tools/bench.py convert                  every target for every family of encoders: exact, at which sizes, or refused
   python tools/bench.py waits --config configs/vitl_in1k.yaml --images 8
                                                  where the host waits for a GPU, kernels launched by phase: no GPU needed
+  python tools/bench.py roofline --config configs/vitg_lvd.yaml --images 16
+                                                 a step's time and MFU on paper, operator by operator: no GPU needed
+  python tools/bench.py rounding                 what TF32 changes of SIGReg, and float8 of a linear layer: no GPU needed
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
 --smoke runs the same code at toy sizes on whatever is here: it checks the benchmark itself. Results go to
@@ -26,10 +29,12 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks import conversion, encoders, gpu, input, order, reach, saving, sigreg, step, waits
+from benchmarks import conversion, encoders, gpu, input, order, reach, roofline, rounding, saving, sigreg, step, waits
 from benchmarks.features import FEATURES
 from benchmarks.measure import Results, free_port, run_sections
 
@@ -119,18 +124,21 @@ def main() -> int:
     kind.add_argument(
         "--to", nargs="+", default=["timm", "hf", "safetensors"], help="targets, as 'safetensors --dtype bf16'"
     )
-    kind = kinds.add_parser(
-        "waits", parents=[options], help="where the host waits for a GPU; kernels launched by phase"
-    )
-    kind.add_argument("--config", type=Path, help="a recipe, such as configs/vitl_in1k.yaml")
-    kind.add_argument("--images", type=int, default=8, help="images a step; %(default)s")
-    kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
+    for name, said in (
+        ("waits", "where the host waits for a GPU; operators launched by phase"),
+        ("roofline", "a step's time on a GPU, on paper"),
+    ):
+        kind = kinds.add_parser(name, parents=[options], help=said)
+        kind.add_argument("--config", type=Path, help="a recipe, such as configs/vitl_in1k.yaml")
+        kind.add_argument("--images", type=int, default=8, help="images a step; %(default)s")
+        kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
+    kinds.add_parser("rounding", parents=[options], help="what TF32 changes of SIGReg, and float8 of a linear layer")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
     unknown = [
         x
         for x in overrides
-        if arguments.kind not in ("step", "checkpoint", "waits") or x.startswith("-") or "=" not in x
+        if arguments.kind not in ("step", "checkpoint", "waits", "roofline") or x.startswith("-") or "=" not in x
     ]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
@@ -140,10 +148,10 @@ def main() -> int:
     if arguments.kind == "checkpoint":
         arguments.overrides += overrides
         return _checkpoint(arguments)
-    if arguments.kind == "waits":
+    if arguments.kind in ("waits", "roofline"):
         arguments.overrides += overrides
     try:
-        measure = {
+        measure: dict[str, Callable[[argparse.Namespace], Results]] = {
             "gpu": _gpu,
             "sigreg": _sigreg,
             "input": _input,
@@ -151,7 +159,9 @@ def main() -> int:
             "order": _order,
             "encoders": _encoders,
             "convert": _convert,
-            "waits": _waits,
+            "waits": partial(_on_paper, waits.measure),
+            "roofline": partial(_on_paper, roofline.measure),
+            "rounding": lambda arguments: rounding.measure(arguments.smoke),
         }
         results = measure[arguments.kind](arguments)
     except UserError as error:
@@ -275,15 +285,16 @@ def _convert(arguments: argparse.Namespace) -> Results:
     return run_sections(sections, torch.device("cpu"), minutes=1e6)
 
 
-def _waits(arguments: argparse.Namespace) -> Results:
+def _on_paper(measure: Callable[[step.Recipe], Results], arguments: argparse.Namespace) -> Results:
+    """On tensors that say they are on a GPU."""
     config, overrides = arguments.config, list(arguments.overrides)
     if arguments.smoke:
         config = config or Path(__file__).parents[1] / "configs/vits_cifar10.yaml"
         overrides = ["model.options={depth: 2}", *overrides]
     if config is None:
-        raise UserError("bench.py waits needs --config FILE, a recipe such as configs/vitl_in1k.yaml.")
+        raise UserError(f"bench.py {arguments.kind} needs --config FILE, a recipe such as configs/vitl_in1k.yaml.")
     settled = ["engine.name=single", "engine.compile=false", "train.steps=5", "optim.warmup_steps=0", "log.every=1"]
-    return waits.measure(step.Recipe(config, (*settled, *overrides)).of(arguments.images, 1))
+    return measure(step.Recipe(config, (*settled, *overrides)).of(arguments.images, 1))
 
 
 def _encoders(arguments: argparse.Namespace) -> Results:

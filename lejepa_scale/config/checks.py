@@ -36,6 +36,7 @@ USES = (
         lambda config: config.engine.activation_checkpointing == "budget",
         "engine.activation_checkpointing",
     ),
+    Use(("engine.fp8_recipe",), "engine.fp8 is true", lambda config: config.engine.fp8, "engine.fp8"),
     Use(("data.prefetch",), "data.workers is not 0", lambda config: config.data.workers > 0, "data.workers"),
     Use(
         ("data.cache_dir", "data.retries"),
@@ -70,6 +71,12 @@ USES = (
         "objective.regularizer is sigreg",
         lambda config: config.objective.regularizer == "sigreg",
         "objective.regularizer",
+    ),
+    Use(
+        ("objective.sigreg.tf32",),
+        "objective.sigreg.backend is auto, fused or triton",
+        lambda config: config.objective.sigreg.backend not in ("reference", "native"),
+        "objective.sigreg.backend",
     ),
     Use(
         ("objective.weak_sigreg",),
@@ -164,8 +171,6 @@ def _engine_options(config: schema.Config) -> str | None:
             "engine.compile=true cannot look into xformers: each block would fall into pieces, and run as it is under "
             "recomputation. Use model.attention=varlen (the same kernel) or engine.compile=false"
         )
-    if engine.fp8 and engine.name.startswith("zero"):
-        return f"engine.fp8 is for single, ddp and fsdp, not {engine.name}"
     if engine.fp8 and engine.precision != "bf16":
         return "engine.fp8 needs engine.precision=bf16, in which everything else is computed"
     return None

@@ -77,8 +77,11 @@ class Engine(Section):
         False, description="fsdp, zero: optimizer states and sharded parameters live in host memory"
     )
     compile: bool = Field(False, description="torch.compile for each block, with fixed shapes")
-    fp8: bool = Field(
-        False, description="single, ddp, fsdp: the blocks' linear layers in float8 (torchao), on chips that have it"
+    fp8: bool = Field(False, description="the blocks' linear layers in float8 (torchao), on chips that have it")
+    fp8_recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = Field(
+        "tensorwise",
+        description="fp8: a scale for each tensor; for each row and column, which rounds gradients less; or that with the "
+        "weights' gradients in bf16",
     )
     activation_checkpointing: Literal["none", "full", "selective", "budget"] = Field(
         "none",
@@ -342,6 +345,10 @@ class SIGRegSection(Section):
     )
     backend: Literal["auto", "reference", "fused", "native", "triton"] = Field(
         "auto", description="whose arithmetic; all give the same value"
+    )
+    tf32: bool = Field(
+        False,
+        description="on CUDA, project fp32 embeddings by products in TF32: the statistic changes by less than 1e-4",
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -32,7 +33,7 @@ def prepare_blocks(module: LeJEPA, config: Config) -> None:
     stay around it: parameters are gathered once for the recomputation and the backward pass together."""
     encoder, settings = module.encoder, config.engine
     if settings.fp8:
-        use_float8(encoder)
+        use_float8(encoder, settings.fp8_recipe, by_reference=settings.name == "zero3" and not settings.compile)
     if settings.activation_checkpointing == "full" and not encoder.packed:
         encoder.backbone.set_grad_checkpointing()
         return
@@ -50,26 +51,51 @@ def prepare_blocks(module: LeJEPA, config: Config) -> None:
         torch._functorch.config.activation_memory_budget = budget
 
 
-def use_float8(encoder: Encoder, emulate: bool = False) -> None:
-    """torchao's float8 linear layers, scaled per tensor and step, in every block; products stay in bf16 elsewhere.
+def use_float8(encoder: Encoder, recipe: str = "tensorwise", emulate: bool = False, by_reference: bool = False) -> None:
+    """torchao's float8 linear layers in every block, scaled anew in each step as its `recipe` says; products stay in bf16
+    elsewhere.
 
-    `emulate` rounds to float8 and multiplies in the input's precision: for tests, on any device. Raises UserError.
+    emulate: round to float8 and multiply in the input's precision: for tests, on any device. by_reference: the backward pass
+    takes a weight from its layer rather than from what the forward pass saw, which would keep what ZeRO-3 gathered. Raises
+    UserError.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        from torchao.float8.float8_linear import Float8Linear
     except ImportError as error:
         raise UserError("engine.fp8=true needs torchao: pip install 'lejepa_scale[gpu]'.") from error
     if not emulate and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FLOAT8_CAPABILITY):
         chip = torch.cuda.get_device_name() if torch.cuda.is_available() else "this CPU"
         raise UserError(f"engine.fp8=true needs a GPU with float8 matrix products (L40S, H100 or later), not {chip}.")
+    config = replace(Float8LinearConfig.from_recipe_name(recipe), pad_inner_dim=True, emulate=emulate)
     for block in encoder.blocks:
-        convert_to_float8_training(
-            block,
-            config=Float8LinearConfig(pad_inner_dim=True, emulate=emulate),
-            module_filter_fn=lambda layer, _: (
-                isinstance(layer, nn.Linear) and all(n % _FLOAT8_MULTIPLE == 0 for n in layer.weight.shape)
-            ),
-        )
+        convert_to_float8_training(block, config=config, module_filter_fn=lambda layer, _: _suits_float8(layer))
+        for layer in block.modules():
+            if by_reference and isinstance(layer, Float8Linear):
+                layer.forward = _weight_by_reference(layer, layer.forward)  # type: ignore[method-assign]
+
+
+def _suits_float8(layer: nn.Module) -> bool:
+    if not isinstance(layer, nn.Linear):
+        return False
+    shape = getattr(layer.weight, "ds_shape", layer.weight.shape)  # ZeRO-3 empties .shape between uses
+    return all(side % _FLOAT8_MULTIPLE == 0 for side in shape)
+
+
+def _weight_by_reference(layer: nn.Linear, forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def pack(tensor: Tensor) -> Tensor | None:
+        weight = layer.weight
+        is_weight = tensor.shape == weight.mT.shape and tensor.data_ptr() == weight.data_ptr()
+        return None if is_weight else tensor
+
+    def unpack(kept: Tensor | None) -> Tensor:
+        return layer.weight.detach().mT if kept is None else kept
+
+    def called(x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return forward(x)
+
+    return called
 
 
 def _recomputed(forward: Callable[..., Tensor], kind: str) -> Callable[..., Tensor]:

@@ -170,6 +170,7 @@ def build_loss(config: Config) -> LeJEPALoss:
             sigreg.backend,
             reference_n=reference_n,
             joint=objective.joint,
+            tf32=sigreg.tf32,
             communication=sigreg.communication,
             seed=config.run.seed,
         )

@@ -31,17 +31,18 @@ def reference_sums(
 
 
 def fused_sums(
-    z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"], dt: float, knots: int, backend: str
+    z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"], dt: float, knots: int, backend: str, tf32: bool = False
 ) -> Float[Tensor, "2 {knots}-1 v m"]:
     """sum_n cos(t_k p_n) and sum_n sin(t_k p_n) of the projections p = z a^T, for t_k = k dt, k = 1 .. knots-1 (k = 0 is
     constant and left out). Differentiable in z; the directions `a` are constants.
 
     backend: `fused` (eager), `native` (C++, CPU) or `triton` (CUDA). Inside torch.compile all are the same traced code.
+    tf32: of the projections and their gradient's product in fp32 on CUDA, what is multiplied is rounded to TF32.
 
     Time is linear in V N M. The projections are kept for the backward pass, which recomputes the rest: V N M floats, and as
     many again while it runs on CUDA; on a CPU it runs in blocks.
     """
-    return _FusedSums.apply(z, a, dt, knots, _arithmetic(backend))
+    return _FusedSums.apply(z, a, dt, knots, _arithmetic(backend), tf32)
 
 
 @dataclass(frozen=True)
@@ -60,23 +61,29 @@ class _FusedSums(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Float[Tensor, "v n d"], a: Float[Tensor, "m d"], dt: float, knots: int, arithmetic: Arithmetic
+        ctx: Any,
+        z: Float[Tensor, "v n d"],
+        a: Float[Tensor, "m d"],
+        dt: float,
+        knots: int,
+        arithmetic: Arithmetic,
+        tf32: bool,
     ) -> Float[Tensor, "2 {knots}-1 v m"]:
-        p = torch.bmm(a.expand(len(z), -1, -1), z.mT)  # [V, M, N]
+        p = _product(a.expand(len(z), -1, -1), z.mT, tf32)  # [V, M, N]
         ctx.save_for_backward(p, a)
-        ctx.dt, ctx.arithmetic = dt, arithmetic
+        ctx.dt, ctx.arithmetic, ctx.tf32 = dt, arithmetic, tf32
         return arithmetic.sums(p.flatten(0, 1), dt, knots).unflatten(-1, p.shape[:2])
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: Any, grad: Float[Tensor, "2 k v m"]
-    ) -> tuple[Float[Tensor, "v n d"], None, None, None, None]:
+    ) -> tuple[Float[Tensor, "v n d"], None, None, None, None, None]:
         p, a = ctx.saved_tensors
         t = ctx.dt * torch.arange(1, grad.shape[1] + 1, device=p.device, dtype=p.dtype)
         weights = grad * t[:, None, None]  # [2, K-1, V, M]
-        if p.device.type != "cpu" or torch.compiler.is_compiling():
+        if not _in_blocks(p):
             dp = ctx.arithmetic.gradient(p.flatten(0, 1), weights.flatten(2), ctx.dt).view_as(p)
-            return torch.bmm(dp.mT, a.expand(len(p), -1, -1)), None, None, None, None
+            return _product(dp.mT, a.expand(len(p), -1, -1), ctx.tf32), None, None, None, None, None
         dz = p.new_zeros(len(p), p.shape[2], a.shape[1])
         rows = max(_ROWS, _GRADIENTS // max(1, p.shape[2]))
         for view, (p_of_view, dz_of_view) in enumerate(zip(p, dz, strict=True)):
@@ -84,7 +91,23 @@ class _FusedSums(torch.autograd.Function):
                 part = slice(start, start + rows)
                 dp = ctx.arithmetic.gradient(p_of_view[part], weights[:, :, view, part], ctx.dt)
                 dz_of_view.addmm_(dp.T, a[part])
-        return dz, None, None, None, None
+        return dz, None, None, None, None, None
+
+
+def _in_blocks(p: Tensor) -> bool:
+    """Whether gradients of projections are made, and used, in pieces that stay in a core's cache."""
+    return p.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _product(x: Float[Tensor, "v i j"], y: Float[Tensor, "v j k"], tf32: bool) -> Float[Tensor, "v i k"]:
+    if not tf32 or not x.is_cuda:
+        return torch.bmm(x, y)
+    products = torch.backends.cuda.matmul
+    before, products.fp32_precision = products.fp32_precision, "tf32"
+    try:
+        return torch.bmm(x, y)
+    finally:
+        products.fp32_precision = before
 
 
 # --- Eager: exp(i (a B + b) x) = exp(i a B x) exp(i b x). Some sqrt(K) powers of each kind are made by multiplication, and

@@ -46,6 +46,9 @@ class SIGReg(Regularizer):
     backend: "reference" (textbook), "fused" (eager, blocked), "native" (C++, CPU), "triton" (CUDA), or "auto": triton on
     CUDA; native on a CPU with a C++ compiler, else fused. Embeddings that are not finite give NaN, never a wrong number.
 
+    tf32: on CUDA, with fused and triton, what is multiplied to project fp32 embeddings is rounded to TF32 (10 bits of
+    mantissa): by less than 1e-4 another statistic (docs/benchmarks.md), on tensor cores.
+
     Raises ValueError for settings or embeddings that have no such statistic.
     """
 
@@ -61,6 +64,7 @@ class SIGReg(Regularizer):
         *,
         reference_n: int = 256,
         joint: bool = False,
+        tf32: bool = False,
         communication: Literal["auto"] | Mode = "auto",
         seed: int = 0,
     ) -> None:
@@ -80,7 +84,7 @@ class SIGReg(Regularizer):
                 raise ValueError(f"SIGReg {name} must be one of {', '.join(allowed)}; got {value!r}.")
         self.num_slices, self.knots, self.dt = num_slices, knots, t_max / (knots - 1)
         self.estimator, self.scale, self.reference_n = estimator, scale, reference_n
-        self.backend, self.communication = backend, communication
+        self.backend, self.communication, self.tf32 = backend, communication, tf32
 
     def directions(
         self, step: int, width: int, device: torch.device, dtype: torch.dtype
@@ -135,7 +139,7 @@ class SIGReg(Regularizer):
         backend = self._backend(z)
         if backend == "reference":
             return characteristic.reference_sums(z, a, self.dt, self.knots)
-        return characteristic.fused_sums(z, a, self.dt, self.knots, backend)
+        return characteristic.fused_sums(z, a, self.dt, self.knots, backend, self.tf32)
 
     def _backend(self, z: Tensor) -> Backend:
         if self.backend != "auto":

@@ -98,7 +98,6 @@ def test_statistics_of_one_sample_are_refused_before_anything_starts() -> None:
     [
         ({"activation_checkpointing": "budget"}, "set engine.compile=true too"),
         ({"name": "ddp", "cpu_offload": True}, "cpu_offload = true has no effect with engine.name = ddp"),
-        ({"name": "zero3", "precision": "bf16", "fp8": True}, "fp8 is for single, ddp and fsdp, not zero3"),
         ({"fp8": True}, "fp8 needs engine.precision=bf16"),
         ({"activation_checkpointing": True}, "'none', 'full', 'selective' or 'budget'"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -105,13 +106,18 @@ def test_compiled_blocks_give_the_same_step(kind: str) -> None:
         assert kept < 0.6 * everything
 
 
-def test_float8_layers_follow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def _emulated(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(wrap, "use_float8", partial(wrap.use_float8, emulate=True))
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_float8_layers_follow_bf16(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Emulated: rounded to float8 and multiplied in fp32. The layers keep their parameters' names."""
     pytest.importorskip("torchao")
     model = {"options": {"depth": 2}, "projector": {"hidden": 64, "dim": 16}}
     plain, _ = _steps(_config({"precision": "bf16"}, **model))
-    monkeypatch.setattr(wrap, "use_float8", lambda encoder, use=wrap.use_float8: use(encoder, emulate=True))
-    config = _config({"precision": "bf16", "fp8": True}, **model)
+    _emulated(monkeypatch)
+    config = _config({"precision": "bf16", "fp8": True, "fp8_recipe": recipe}, **model)
     rounded, _ = _steps(config)
     torch.testing.assert_close(torch.tensor(rounded), torch.tensor(plain), rtol=0.2, atol=0)
     assert rounded != plain
@@ -121,6 +127,91 @@ def test_float8_layers_follow_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     linears = [type(layer).__name__ for layer in module.encoder.blocks[0].modules() if hasattr(layer, "in_features")]
     assert linears == ["Float8Linear"] * 4
     assert [n for n, _ in module.named_parameters()] == [n for n, _ in untouched.named_parameters()]
+
+
+def _float8_on_rank(names: list[str]) -> list[list[Step]]:
+    with pytest.MonkeyPatch.context() as patch:
+        _emulated(patch)
+        engine = {"precision": "bf16", "fp8": True, "fp8_recipe": "rowwise"}
+        return [_steps(_config({"name": name, **engine}, drop_path=0.0))[0] for name in names]
+
+
+def test_float8_is_the_same_under_every_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a rank's own activations, whose largest values are the scales of a row: within what bf16 differs by."""
+    pytest.importorskip("torchao")
+    plain, _ = _steps(_config({"precision": "bf16"}, drop_path=0.0))
+    names = ["fsdp", "zero1", "zero2", "zero3"]
+    (one,) = _float8_on_rank(["single"])
+    for name, history in zip(names, run_ranks(_float8_on_rank, 2, names)[0], strict=True):
+        torch.testing.assert_close(
+            torch.tensor(history), torch.tensor(one), rtol=0.02, atol=0, msg=lambda text, n=name: f"{n}: {text}"
+        )
+        assert history != plain
+
+
+def test_a_weight_by_reference_is_the_one_of_the_backward_pass() -> None:
+    """ZeRO-3 takes a weight away between the passes: what the forward pass saw is not kept."""
+    torchao = pytest.importorskip("torchao.float8")
+    layer = torch.nn.Sequential(torch.nn.Linear(32, 16, bias=False, dtype=torch.bfloat16))
+    torchao.convert_to_float8_training(layer, config=torchao.Float8LinearConfig(emulate=True))
+    layer[0].forward = wrap._weight_by_reference(layer[0], layer[0].forward)
+    x, grad = torch.randn(64, 32).bfloat16(), torch.randn(64, 16).bfloat16()
+    weight, expected = layer[0].weight, []
+    for values in (weight.data.clone(), torch.randn(16, 32).bfloat16()):
+        weight.data, weight.grad = values, None
+        own = x.clone().requires_grad_()
+        layer(own).backward(grad)
+        expected.append((own.grad, weight.grad))
+    assert expected[0][0] is not None
+    assert not torch.equal(expected[0][0], expected[1][0])
+    kept, other = weight.data, torch.randn(16, 32).bfloat16()
+    own, weight.grad, weight.data = x.clone().requires_grad_(), None, other
+    out = layer(own)
+    weight.data = kept
+    out.backward(grad)
+    assert own.grad is not None
+    assert torch.equal(own.grad, expected[1][0])
+    assert torch.equal(weight.grad, expected[1][1])  # which is of the input alone
+
+
+def _rounding(bits: int) -> float:
+    """The relative error's root mean square of rounding to so many bits of mantissa, if the mantissa's logarithm is uniform:
+    half a last place over sqrt(3), times the root mean square of 1 / m for m in [1, 2)."""
+    return 2.0 ** -(bits + 1) / 3**0.5 * ((1 - 1 / 4) / (2 * math.log(2))) ** 0.5
+
+
+E4M3, E5M2, BF16 = _rounding(3), _rounding(2), _rounding(7)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "of_input", "of_weight"),  # what output, input's and weight's gradient are products of
+    [
+        ("tensorwise", (E5M2, E4M3), (E5M2, E4M3)),
+        ("rowwise", (E4M3, E4M3), (E4M3, E4M3)),
+        ("rowwise_with_gw_hp", (E4M3, E4M3), (BF16,)),  # of bf16's own numbers: the result alone is rounded
+    ],
+)
+def test_float8_recipes_round_as_their_names_say(
+    recipe: str, of_input: tuple[float, ...], of_weight: tuple[float, ...]
+) -> None:
+    pytest.importorskip("torchao")
+    encoder = build(_config({}, options={"depth": 1, "embed_dim": 256, "num_heads": 4}, drop_path=0.0)).encoder
+    exact = encoder.blocks[0].attn.proj.weight.detach().bfloat16().double()
+    encoder.bfloat16()
+    wrap.use_float8(encoder, recipe, emulate=True)
+    layer = encoder.blocks[0].attn.proj
+    x, grad = (torch.randn(512, 256).bfloat16() for _ in range(2))
+    own = x.clone().requires_grad_()
+    out = layer(own) - layer.bias
+    out.backward(grad)
+    for found, wanted, errors in (
+        (out, x.double() @ exact.T, (E4M3, E4M3)),
+        (own.grad, grad.double() @ exact, of_input),
+        (layer.weight.grad, grad.double().T @ x.double(), of_weight),
+    ):
+        assert found is not None
+        off = float((found.detach().double() - wanted).norm() / wanted.norm())
+        assert off == pytest.approx(math.hypot(*errors), rel=0.03)
 
 
 def test_float8_is_refused_without_a_chip_for_it() -> None:

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import on_a_gpu
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lejepa_scale.cpu import compiler
-from lejepa_scale.objective import SIGReg, cpu_kernels
+from lejepa_scale.objective import SIGReg, characteristic, cpu_kernels
 from lejepa_scale.objective.characteristic import fused_sums, has_triton, reference_sums
 
 KNOTS = (2, 3, 5, 17, 18, 33)
@@ -146,3 +147,27 @@ def test_no_graph_break_under_compile() -> None:
         value.backward()
         expected.backward()
         torch.testing.assert_close((value, x.grad), (expected, y.grad))
+
+
+def test_products_in_tf32_are_asked_for_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that say they are on a GPU: what torch is set to during each product, and after an error."""
+    products, product, seen = torch.backends.cuda.matmul, torch.bmm, []
+    before = products.fp32_precision
+    monkeypatch.setattr(torch, "bmm", lambda x, y: seen.append(products.fp32_precision) or product(x, y))
+    with FakeTensorMode():
+        x = torch.empty(1, 4, 4, device="cuda")
+        for tf32, of in ((False, x), (True, x), (True, torch.empty(1, 4, 4))):
+            characteristic._product(of, of, tf32)
+            assert products.fp32_precision == before
+        with pytest.raises(RuntimeError):
+            characteristic._product(x, torch.empty(1, 5, 4, device="cuda"), True)
+    assert seen == [before, "tf32", before, "tf32"]
+    assert products.fp32_precision == before
+
+
+@on_a_gpu
+def test_on_a_gpu_tf32_changes_little() -> None:
+    z = torch.randn(1, 8192, 256, generator=torch.Generator().manual_seed(0)).cuda()
+    exact, found = (float(SIGReg(num_slices=1024, tf32=tf32)(z, step=0)) for tf32 in (False, True))
+    assert exact != found
+    assert found == pytest.approx(exact, rel=1e-4)

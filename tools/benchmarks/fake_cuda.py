@@ -7,11 +7,10 @@ import ctypes
 import subprocess
 import traceback
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -23,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.cpp_extension import include_paths
+from torch.utils.flop_counter import flop_registry
 
 from lejepa_scale.model import encoder
 from lejepa_scale.objective import characteristic, sigreg
@@ -48,6 +48,8 @@ _NO_KERNEL = (
     "_unsafe_view",
     "lift_fresh",
 )
+_OVERWRITE = {"copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_"}  # what is there is not read
+_CHOOSE = {"index_select", "take", "give_backward"}
 # A CUDA build of torch asks the driver for contexts in every backward pass on CUDA tensors, and throws where there is none.
 # These hooks give the true answer: no device has one.
 _NO_DEVICE = """
@@ -93,13 +95,23 @@ def let_backward_run(folder: Path) -> None:
     ctypes.CDLL(str(library)).no_device()
 
 
+class Launch(NamedTuple):
+    """An operator on the device: at least so many bytes of memory that it reads and writes, and its products' FLOPs; of
+    attention over a packed row none, since its lengths lie on the device."""
+
+    phase: str
+    name: str
+    bytes: int
+    flops: int
+
+
 class Watch(TorchDispatchMode):
-    """`waits`: where the host would wait for the device, and why. `launches`: kernels by the phase that is set."""
+    """`waits`: where the host would wait for the device, and why. `launches`: operators, with the phase that is set."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: list[str] = []
-        self.launches: Counter[str] = Counter()
+        self.launches: list[Launch] = []
         self.phase = ""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,7 +127,7 @@ class Watch(TorchDispatchMode):
         if func in _BY_MASK and on_device and any(x is not None and x.dtype == torch.bool for x in args[1]):
             self._note(f"{func} by a mask")
         if func is _aten.batch_norm_update_stats.default:  # of which torch has no fake form
-            self.launches[self.phase] += 1
+            self.launches.append(Launch(self.phase, "batch_norm_update_stats", args[0].nbytes, 0))
             return args[0].new_empty(args[0].shape[1]), args[0].new_empty(args[0].shape[1])
         out = func(*args, **kwargs)
         if func in _COPIES:
@@ -123,7 +135,9 @@ class Watch(TorchDispatchMode):
         made = any(isinstance(x, Tensor) and x.device.type == "cuda" for x in tree_leaves(out))
         name = func._schema.name.partition("::")[2]
         if (on_device or made) and func.namespace != "prim" and not func.is_view and name not in _NO_KERNEL:
-            self.launches[self.phase] += 1
+            flops = None if "varlen" in name else flop_registry.get(func._overloadpacket)
+            work = flops(*args, **kwargs, out_val=out) if flops else 0
+            self.launches.append(Launch(self.phase, name, _moved_bytes(func, args, kwargs, out), work))
         return out
 
     def _look_at_copy(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
@@ -141,6 +155,30 @@ class Watch(TorchDispatchMode):
         own = [f for f in traceback.extract_stack() if "lejepa_scale" in f.filename or "/timm/" in f.filename]
         place = f"{Path(own[-1].filename).name}:{own[-1].lineno} ({own[-1].line})" if own else "?"
         self.waits.append(f"{place}: {what}")
+
+
+def _moved_bytes(func: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """What an operator has to read and write if nothing is in a cache: every tensor it is given once, but of those that an
+    index chooses from what it chooses; and every tensor that it makes or changes once."""
+    name, schema = func._schema.name.partition("::")[2], func._schema
+    read = written = 0
+    for i, argument in enumerate(schema.arguments):
+        given = args[i] if i < len(args) else kwargs.get(argument.name)
+        size = sum(_held(x) for x in tree_leaves(given) if isinstance(x, Tensor))
+        changed = argument.alias_info is not None and argument.alias_info.is_write
+        written += size if changed else 0
+        read += 0 if changed and (name in _OVERWRITE or argument.kwarg_only) else size
+    made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+    if not schema.is_mutable:
+        written += sum(_held(x) for x in made)
+    if name in _CHOOSE:  # the first argument is read where the index says
+        read += _held(made[0]) * args[0].element_size() // made[0].element_size() - _held(args[0])
+    return read + written
+
+
+def _held(x: Tensor) -> int:
+    """Bytes of memory behind a tensor, which are fewer than its elements where it is expanded."""
+    return int(min(x.numel(), x.untyped_storage().nbytes() // x.element_size()) * x.element_size())
 
 
 class _Event:

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.fake_cuda import CUDA, Watch, group_of_nobody, let_backward_run, pretended
+from benchmarks.fake_cuda import CUDA, Launch, Watch, group_of_nobody, let_backward_run, pretended
 from benchmarks.measure import Results, Row, run_sections
 from benchmarks.trial import Recipe
 from lejepa_scale.checkpoint import Progress
 from lejepa_scale.config import BatchPlan, Config, check_world
 from lejepa_scale.data import Batch
-from lejepa_scale.data.images import photometric
+from lejepa_scale.data.images import photometric, photometric_triton
 from lejepa_scale.data.images.pixels import Pixels
 from lejepa_scale.engine import Engine, build_engine, fsdp
 from lejepa_scale.model import build
@@ -39,10 +39,15 @@ PHASES = ("colours", "forward", "backward", "optimizer", "probe", "between")
 
 @dataclass(frozen=True)
 class Step:
-    """Of one step: where the host waits, and kernels by phase."""
+    """Of one step: where the host waits, and what the device is given to do."""
 
     waits: list[str]
-    launches: Counter[str]
+    work: list[Launch]
+
+    @property
+    def launches(self) -> Counter[str]:
+        """Operators by phase."""
+        return Counter(launch.phase for launch in self.work)
 
 
 class _Batches:
@@ -72,8 +77,12 @@ def steps(config: Config) -> list[Step]:
         let_backward_run(Path(folder))
     plan, found = check_world(config, 1), list[Step]()
     drawn = _drawn(config, plan)
+    with torch.device("meta"):  # timm computes them by tensors, which will hold nothing
+        rates = [getattr(block, "drop_path", None) for block in build(config).encoder.blocks]
 
     def colours(images: Tensor, _: Tensor, pixels: Pixels) -> Tensor:
+        if images.shape[1] == 3:
+            return _coloured(images, drawn[len(images)], pixels)
         return photometric._together(images, drawn[len(images)], pixels)
 
     with ExitStack() as stack:
@@ -82,6 +91,8 @@ def steps(config: Config) -> list[Step]:
         stack.enter_context(patch.object(fsdp, "_mesh", lambda *_: mesh))
         watch = stack.enter_context(pretended())
         engine = build_engine(config, plan, lambda: build(config), CUDA)
+        for block, rate in zip(engine.module.encoder.blocks, rates, strict=True):
+            block.drop_path = rate  # type: ignore[assignment]
         run, after_step = _run(config, plan, engine)
         for owner, name, phase in (
             (run.engine, "forward", "forward"),
@@ -94,12 +105,22 @@ def steps(config: Config) -> list[Step]:
         watch.phase = "between"
 
         def mark(run: Run, result: object) -> None:
-            found.append(Step(watch.waits[:], watch.launches.copy()))
+            found.append(Step(watch.waits[:], watch.launches[:]))
             watch.waits.clear()
             watch.launches.clear()
 
         loop.loop(run, [*after_step, mark])
     return found
+
+
+def _coloured(images: Tensor, parameters: Any, pixels: Pixels) -> Tensor:
+    """As `photometric_triton.fused`: what it sends, and for each kernel what it writes."""
+    count, _, height, width = images.shape
+    table = photometric._sent(photometric_triton._table(parameters, pixels, photometric._RADIUS), images.device)
+    table.new_zeros(count, photometric_triton._PARTS)
+    if blurred := int((parameters[:, photometric.SIGMA] > 0).sum()):
+        table.new_zeros(blurred, 3, height, width)
+    return table.new_zeros(count, 3, height, width)
 
 
 def _told(watch: Watch, phase: str, method: Callable[..., Any]) -> Callable[..., Any]:
