@@ -20,24 +20,9 @@ _FP32 = 4
 _STATISTICS = 2 * _FP32  # mean and inverse deviation of a normalized row
 
 
-class Precision(NamedTuple):
-    """Bytes of an element: of what layers compute, and of the residual stream and what is normalized."""
-
-    compute: int
-    residual: int
-
-    @property
-    def autocast(self) -> bool:
-        """Whether layers compute in another precision than the residual stream has."""
-        return self.compute != self.residual
-
-    @classmethod
-    def of(cls, config: Config) -> Precision:
-        """That of a configured run."""
-        if config.engine.precision == "fp32":
-            return cls(_FP32, _FP32)
-        # autocast leaves sums and normalization in fp32; fsdp and zero cast the parameters, so that everything is bf16
-        return cls(2, _FP32) if config.engine.name in ("single", "ddp") else cls(2, 2)
+def bytes_of_number(config: Config) -> int:
+    """Of an element of what layers compute, of the residual stream, and of what is normalized."""
+    return 2 if config.engine.precision == "bf16" else _FP32
 
 
 class Activations(NamedTuple):
@@ -50,13 +35,13 @@ class Activations(NamedTuple):
 def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: bool) -> Activations:
     """Of one micro-batch of `plan`; model on the meta device. packed_kernel: attention reads and writes the packed row
     (xformers, varlen); else it is called for each resolution and a copy joins the outputs."""
-    encoder, groups, size = model.encoder, views_of(config, plan.micro_batch), Precision.of(config)
+    encoder, groups, size = model.encoder, views_of(config, plan.micro_batch), bytes_of_number(config)
     kind = config.engine.activation_checkpointing
     rows = sum(n for n, _ in groups) * (plan.accumulation if config.objective.accumulation == "exact" else 1)
     heads = _heads(config, model, rows, size)
     objective = rows * config.objective.sigreg.num_slices * _FP32  # gradients of SIGReg's projections
     if not encoder.packed:
-        whole = _saved(encoder, groups) * size.compute / _FP32
+        whole = _saved(encoder, groups) * size / _FP32
         # with `full` timm recomputes group by group of layers; the largest is taken for half of all
         kept = heads if kind == "full" else heads + whole
         return Activations(kept, max(kept + objective, 0.5 * whole if kind == "full" else 1.1 * whole))
@@ -66,7 +51,7 @@ def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: b
     kept, peak = before, 0.0
     for block in encoder.blocks:
         assert isinstance(block, PackedBlock)
-        branch, entering = block.kept(packing), packing.tokens * width * size.residual
+        branch, entering = block.kept(packing), packing.tokens * width * size
         everything = branch.tokens * (_attention(block, width, rotates, packed_kernel, size) + _mlp(block, width, size))
         of_block = {
             "none": everything,
@@ -76,36 +61,34 @@ def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: b
         }[kind]
         kept += of_block
         again = 0.0 if kind == "none" else everything - (of_block - entering)
-        of_output = branch.tokens * width * size.compute
-        forward = entering + of_output
-        if branch != packing:  # is added to a copy of the row, in the row's precision
-            forward += entering + size.autocast * branch.tokens * width * size.residual
+        # a thinned branch is added to a copy of the row
+        forward = (2 if branch != packing else 1) * entering + branch.tokens * width * size
         peak = max(peak, kept + forward, kept + again + _gradients(block, width, packing, branch, size))
     kept += after + heads
     return Activations(kept, max(peak, kept + objective))
 
 
-def _attention(block: PackedBlock, width: int, rotates: bool, packed_kernel: bool, size: Precision) -> float:
+def _attention(block: PackedBlock, width: int, rotates: bool, packed_kernel: bool, size: int) -> float:
     """Bytes per token of a block's attention branch."""
     attn = block.attn
-    inner = attn.num_heads * attn.head_dim * size.compute
+    inner = attn.num_heads * attn.head_dim * size
     normalized = not isinstance(attn.q_norm, nn.Identity)
     kept = _normalized(width, size) + 3 * inner  # queries, keys and values
     if attn.qkv is not None and (normalized or rotates):
         kept += 2 * inner  # changed queries and keys, while the one tensor that all three came in stays for the values
     if normalized:
-        own = attn.qkv is None or size.autocast  # their input is not a part of that tensor
-        kept += 2 * own * attn.num_heads * attn.head_dim * size.residual + 2 * attn.num_heads * _STATISTICS
+        own = attn.qkv is None  # their input is not a part of that tensor
+        kept += 2 * own * attn.num_heads * attn.head_dim * size + 2 * attn.num_heads * _STATISTICS
     kept += inner * (1 if packed_kernel else 2) + attn.num_heads * _FP32  # outputs; logarithms of the softmax's sums
     if not isinstance(attn.norm, nn.Identity):
         kept += _inner_norm(attn.num_heads * attn.head_dim, size)
     return kept + _scaled(block, width, size)
 
 
-def _mlp(block: PackedBlock, width: int, size: Precision) -> float:
+def _mlp(block: PackedBlock, width: int, size: int) -> float:
     """Bytes per token of a block's MLP branch."""
     hidden = _hidden(block)
-    kept = _normalized(width, size) + hidden * size.compute * (4 if _gated(block) else 2)
+    kept = _normalized(width, size) + hidden * size * (4 if _gated(block) else 2)
     if not isinstance(getattr(block.mlp, "norm", nn.Identity()), nn.Identity):
         kept += _inner_norm(hidden, size)
     return kept + _scaled(block, width, size)
@@ -120,59 +103,59 @@ def _hidden(block: PackedBlock) -> int:
     return max(layer.in_features for layer in block.mlp.modules() if isinstance(layer, nn.Linear))
 
 
-def _normalized(width: int, size: Precision) -> int:
+def _normalized(width: int, size: int) -> int:
     """What a normalization keeps, and its output, which the next linear layer keeps."""
-    return width * (size.residual + size.compute) + _STATISTICS
+    return 2 * width * size + _STATISTICS
 
 
-def _inner_norm(width: int, size: Precision) -> int:
-    """A normalization inside a branch, whose input is kept in any case, though not in autocast's fp32."""
-    return width * (size.compute + size.autocast * _FP32) + _STATISTICS
+def _inner_norm(width: int, size: int) -> int:
+    """A normalization inside a branch, whose input is kept in any case."""
+    return width * size + _STATISTICS
 
 
-def _scaled(block: PackedBlock, width: int, size: Precision) -> int:
+def _scaled(block: PackedBlock, width: int, size: int) -> int:
     """The input of layer scale."""
     scaled = getattr(block, "gamma_1", None) is not None or list(getattr(block, "ls1", nn.Identity()).parameters())
-    return width * size.compute if scaled else 0
+    return width * size if scaled else 0
 
 
-def _products(block: PackedBlock, size: Precision) -> int:
+def _products(block: PackedBlock, size: int) -> int:
     """Outputs of linear layers and of attention, per token: what selective checkpointing keeps."""
     attn = block.attn
     linear = sum(layer.out_features for layer in block.modules() if isinstance(layer, nn.Linear))
-    return (linear + attn.num_heads * attn.head_dim) * size.compute + attn.num_heads * _FP32
+    return (linear + attn.num_heads * attn.head_dim) * size + attn.num_heads * _FP32
 
 
-def _gradients(block: PackedBlock, width: int, packing: Packing, branch: Packing, size: Precision) -> float:
+def _gradients(block: PackedBlock, width: int, packing: Packing, branch: Packing, size: int) -> float:
     """Gradients in flight: of the residual stream, and of the wider branch's inner activations."""
     inner = block.attn.num_heads * block.attn.head_dim
     wide = max(4 * inner, (2 if _gated(block) else 1) * _hidden(block))
-    return packing.tokens * width * size.residual + branch.tokens * wide * size.compute
+    return packing.tokens * width * size + branch.tokens * wide * size
 
 
-def _around(encoder: Encoder, packing: Packing, size: Precision) -> tuple[float, float]:
+def _around(encoder: Encoder, packing: Packing, size: int) -> tuple[float, float]:
     """Before the blocks, and after them: normalizations, and a pooling head."""
     width, backbone = encoder.backbone.embed_dim, encoder.backbone
     before, after = (
-        0 if isinstance(norm, nn.Identity) else packing.tokens * (width * size.residual + _STATISTICS)
+        0 if isinstance(norm, nn.Identity) else packing.tokens * (width * size + _STATISTICS)
         for norm in (backbone.norm_pre, backbone.norm)
     )
     if getattr(backbone, "attn_pool", None) is not None:
-        after += packing.tokens * 3 * width * size.compute  # its input, keys and values
+        after += packing.tokens * 3 * width * size  # its input, keys and values
     return before, after
 
 
-def _heads(config: Config, model: LeJEPA, rows: int, size: Precision) -> float:
+def _heads(config: Config, model: LeJEPA, rows: int, size: int) -> float:
     """Projector, predictor and objective, for `rows` views."""
     head, predictor, objective = config.model.projector, config.model.predictor, config.objective
     # batch normalization keeps its input in fp32, GELU its input (ReLU its output), the next linear layer that output
-    kept = rows * model.encoder.embed_dim * size.compute
+    kept = rows * model.encoder.embed_dim * size
     if model.encoder.packed and config.model.head_dim:
-        kept += rows * model.encoder.backbone.num_features * size.compute  # what the head is applied to
-    kept += rows * (head.layers - 1) * head.hidden * (_FP32 + (2 if head.activation == "gelu" else 1) * size.compute)
+        kept += rows * model.encoder.backbone.num_features * size  # what the head is applied to
+    kept += rows * (head.layers - 1) * head.hidden * (_FP32 + (2 if head.activation == "gelu" else 1) * size)
     if predictor is not None:
-        kept += rows * (head.dim + 2 * predictor.hidden) * size.compute
-    kept += rows * head.dim * (2 * _FP32 if size.compute == 2 else _FP32)  # embeddings in fp32, and their distances
+        kept += rows * (head.dim + 2 * predictor.hidden) * size
+    kept += rows * head.dim * (2 * _FP32 if size == 2 else _FP32)  # embeddings in fp32, and their distances
     regularizer = model.loss.regularizer
     if isinstance(regularizer, SIGReg):
         every_knot = regularizer.knots - 1 if regularizer.backend == "reference" else 1

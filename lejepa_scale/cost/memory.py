@@ -10,7 +10,7 @@ from typing import Literal
 from torch import nn
 
 from lejepa_scale.config import BatchPlan, Config
-from lejepa_scale.cost.activations import Precision, activations
+from lejepa_scale.cost.activations import activations, bytes_of_number
 from lejepa_scale.cost.flops import meta_model, views_of
 from lejepa_scale.engine.wrap import sharding_units
 from lejepa_scale.engine.zero import deepspeed_config
@@ -28,9 +28,7 @@ class StepMemory:
     parameters: float  # fp32 masters, and copies in the compute precision that are always there
     gradients: float  # fp32
     moments: float
-    gathered: (
-        float  # parameters in the compute precision for the time of their use: of units in flight, or all by autocast
-    )
+    gathered: float  # parameters in the compute precision for the time of their use: of units in flight, or of all
     buckets: float  # gradients on their way through a reduction
     inputs: float  # views, in fp32 and cast; on CUDA the next batch's too
     activations: float  # kept for the backward pass
@@ -55,11 +53,11 @@ def step_memory(config: Config, plan: BatchPlan, device: Literal["cuda", "cpu"] 
     engine.fp8 counts as bf16, and compiled blocks as eager ones, which keep more.
     """
     model = meta_model(config)
-    size, cuda = Precision.of(config), device == "cuda"
+    size, cuda = bytes_of_number(config), device == "cuda"
     packed_kernel = cuda and config.model.attention != "sdpa"
     work = activations(config, plan, model, packed_kernel)
     pixels = sum(config.data.channels * n * side**2 for n, side in views_of(config, plan.micro_batch))
-    copies = (2 if cuda else 1) * _FP32 + (size.compute if size.compute < _FP32 else 0)
+    copies = (2 if cuda else 1) * _FP32 + (size if size < _FP32 else 0)
     engine = {"single": _replica, "ddp": _replica, "fsdp": _fsdp}.get(config.engine.name, _zero)
     return replace(
         engine(config, plan, model, size, cuda),
@@ -85,24 +83,28 @@ def _states(
     )
 
 
-def _replica(config: Config, plan: BatchPlan, model: LeJEPA, size: Precision, cuda: bool) -> StepMemory:
-    """DDP's buckets are the gradients themselves, and stay."""
+def _replica(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool) -> StepMemory:
+    """In fp32 DDP's buckets are the gradients themselves, and stay. In bf16 replicas are FSDP's, whose casts stay."""
     count = _numel(model)
-    cast = (
-        sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear | nn.Conv2d)) if size.autocast else 0
-    )
-    waits = plan.accumulation > 1 or plan.ranks > 1
-    return _states(_FP32 * count, _FP32 * count, _MOMENTS * count, gathered=size.compute * cast, gradients_wait=waits)
+    if size == _FP32:
+        waits = plan.accumulation > 1 or plan.ranks > 1
+        return _states(_FP32 * count, _FP32 * count, _MOMENTS * count, gathered=0, gradients_wait=waits)
+    states = _sharded(config, plan, model, size, 1)
+    return replace(states, gathered=size * count)
 
 
-def _fsdp(config: Config, plan: BatchPlan, model: LeJEPA, size: Precision, cuda: bool) -> StepMemory:
+def _fsdp(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool) -> StepMemory:
+    return _sharded(config, plan, model, size, config.engine.shard_degree or plan.ranks)
+
+
+def _sharded(config: Config, plan: BatchPlan, model: LeJEPA, size: int, ranks: int) -> StepMemory:
     """Parameters are cut along their first dimension, and padded. What is in no block is gathered for the whole step."""
-    ranks, ahead = config.engine.shard_degree or plan.ranks, config.engine.prefetch
+    ahead = config.engine.prefetch
     shard = _cut(model, ranks)
     units = [_cut(unit, ranks) * ranks for unit in sharding_units(model)]
     unit, root = max(units, default=0), shard * ranks - sum(units)
-    gathered: float = size.compute * (root + (_GATHERED_AND_COPIED + ahead) * unit)
-    buckets = (size.compute + _FP32) * unit + _FP32 * unit / ranks  # as computed, as reduced, and the rank's part of it
+    gathered: float = size * (root + (_GATHERED_AND_COPIED + ahead) * unit)
+    buckets = (size + _FP32) * unit + _FP32 * unit / ranks  # as computed, as reduced, and the rank's part of it
     if not config.engine.cpu_offload:
         return _states(
             _FP32 * shard,
@@ -112,11 +114,11 @@ def _fsdp(config: Config, plan: BatchPlan, model: LeJEPA, size: Precision, cuda:
             buckets=buckets,
             gradients_wait=plan.accumulation > 1,
         )
-    gathered += (_FP32 + size.compute) * (1 + ahead) * unit / ranks  # shards on their way from the host
+    gathered += (_FP32 + size) * (1 + ahead) * unit / ranks  # shards on their way from the host
     return _states(0, 0, 0, gathered=gathered, buckets=buckets, host=(2 * _FP32 + _MOMENTS) * shard)
 
 
-def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: Precision, cuda: bool) -> StepMemory:
+def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool) -> StepMemory:
     """DeepSpeed's parameters in the compute precision, beside fp32 masters of a rank's part, in every precision."""
     count, part = _numel(model), -(-_numel(model) // plan.ranks)
     unit = max((_numel(unit) for unit in sharding_units(model)), default=count)
@@ -128,24 +130,22 @@ def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: Precision, cuda:
     if stage == 3:
         live = settings["stage3_max_live_parameters"] + unit  # with the buffer that one was gathered in
         return _states(
-            masters + (0 if offload else size.compute * part),
+            masters + (0 if offload else size * part),
             gradients,
             moments,
-            gathered=size.compute * min(live, 2 * count),
+            gathered=size * min(live, 2 * count),
             buckets=bucket + min(bucket, _FP32 * count),  # reduced from a copy
             update=_FP32 * min(settings["sub_group_size"], part),
-            host=host + (size.compute * part if offload else 0),
+            host=host + (size * part if offload else 0),
         )
     buckets = float(bucket * (2 if cuda else 1))  # two in turns where reductions overlap with the backward pass
-    own = stage == 1 and size.compute < _FP32 and not offload  # an optimizer of its own, which keeps whole gradients
+    own = stage == 1 and size < _FP32 and not offload  # an optimizer of its own, which keeps whole gradients
     if own:
         buckets = float(_FP32 * min(_ALL_REDUCE, count))
     if own or (stage == 1 and plan.accumulation > 1):  # reduced with the last micro-batch
         gradients = _FP32 * count
     update = 0 if offload else _FP32 * part
-    return _states(
-        size.compute * count + masters, gradients, moments, gathered=0, buckets=buckets, update=update, host=host
-    )
+    return _states(size * count + masters, gradients, moments, gathered=0, buckets=buckets, update=update, host=host)
 
 
 def _numel(module: nn.Module) -> int:
