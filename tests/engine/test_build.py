@@ -53,6 +53,35 @@ def test_a_weight_that_nobody_loads_shows_in_the_first_loss() -> None:
     assert run_ranks(_forgetful, 2, ENGINES)[0] == [[True, False]] * len(ENGINES)
 
 
+def _precisions(names: list[str]) -> list[list[tuple[str, ...]]]:
+    """For each engine, fp32 and bf16: of what a block is given, a linear layer multiplies, and the update is made."""
+    found = []
+    for name in names:
+        of_engine = []
+        for precision in ("fp32", "bf16"):
+            seen = list[str]()
+            tree = small_config(
+                "u", "u", engine={"name": name, "precision": precision}, model={"options": {"depth": 2}}
+            )
+            engine, plan = start(validate(tree))
+            block = engine.module.encoder.blocks[1]
+            block.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(str(given[0].dtype)))
+            block.mlp.fc1.register_forward_pre_hook(  # type: ignore[union-attr, operator]
+                lambda layer, given, seen=seen: seen.extend((str(given[0].dtype), str(layer.weight.dtype)))
+            )
+            take_step(engine, plan, [[torch.randn(2, plan.micro_batch, 3, 32, 32)]])
+            seen += {str(shard.data.dtype) for shard in engine.shards()}
+            of_engine.append(tuple(seen))
+        found.append(of_engine)
+    return found
+
+
+def test_every_engine_computes_in_the_precision_that_it_is_told() -> None:
+    fp32, bf16 = "torch.float32", "torch.bfloat16"
+    for name, found in zip(ENGINES, run_ranks(_precisions, 2, ENGINES)[0], strict=True):
+        assert found == [(fp32,) * 4, (bf16, bf16, bf16, fp32)], name
+
+
 def _hybrid(names: list[str]) -> list[float]:
     """The loss after one step on the same images, for each engine."""
     found = []
