@@ -18,6 +18,7 @@ from lejepa_scale.checkpoint.places import Place, place, within
 from lejepa_scale.checkpoint.saved import verify
 from lejepa_scale.checkpoint.store import BEST, LAST, find
 from lejepa_scale.config import Config, dump, migrate, recorded
+from lejepa_scale.config.keys import keys_of
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, process_group
@@ -140,9 +141,13 @@ def _changes(path: Path, before: str, now: str) -> str:
         return (
             f"{path} cannot be read and is written anew ({str(error).splitlines()[0]}); a run goes by its checkpoints'."
         )
+    defaults = {key.path: key.default for key in keys_of(Config)}
+    old = {key: defaults.get(key) for key in new.keys() - old.keys()} | old  # keys that there were not yet
     changed = [
         f"{k}: {old.get(k)} -> {new.get(k)}" for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)
     ]
+    if not changed:
+        return f"{path} is written anew, with the keys that are new in this version."
     return f"configuration changed since this run was started: {'; '.join(changed)}"
 
 

@@ -21,6 +21,7 @@ def flat(text: str) -> str:
     """A dumped configuration as it was before the objective had sections of its own."""
     tree: dict[str, Any] = yaml.safe_load(text)
     objective = tree["objective"]
+    del objective["sigreg"]["tf32"]  # a key of later
     objective |= {**objective.pop("sigreg"), **objective.pop("weak_sigreg")}
     objective["scale_centre"] = objective.pop("visreg")["weight"]
     return yaml.safe_dump(tree)
@@ -52,3 +53,15 @@ def test_resuming_names_what_changed_and_not_what_moved(
     assert "train.steps: 4 -> 5" in said
     assert "objective" not in said
     assert validate(yaml.safe_load((tmp_path / "config.yaml").read_text())) == after
+
+
+def test_a_key_that_is_new_is_no_change_unless_it_is_set(tmp_path: Path) -> None:
+    tree = small_config(tmp_path, "s.tar")
+    old = yaml.safe_load(dump(validate(tree)))
+    del old["objective"]["sigreg"]["tf32"], old["engine"]["fp8_recipe"]
+    path, before = tmp_path / "config.yaml", yaml.safe_dump(old)
+    for sections, expected in (({}, "with the keys that are new"), ({"tf32": True}, "sigreg.tf32: False -> True")):
+        now = dump(validate(small_config(tmp_path, "s.tar", objective={"sigreg": sections})))
+        said = resume._changes(path, before, now)
+        assert expected in said
+        assert "fp8_recipe" not in said
