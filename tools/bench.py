@@ -1,6 +1,7 @@
 """Measure and check what is ours on this machine.
 
-  python tools/bench.py gpu --json gpu.json      everything worth checking on a CUDA GPU, in one run of under 9 minutes
+  python tools/bench.py gpu --json gpu.json      everything worth checking on a CUDA GPU, in one run of under 9 minutes; a
+                                                 second one with the same file measures what the first did not reach
   python tools/bench.py step --config configs/vitl_in1k.yaml --images 64 --compare packed checkpointing
                                                  tokens/s, MFU, memory of a training step; what each feature is worth
   python tools/bench.py sigreg                   SIGReg's time, memory, growth and traffic against the textbook form
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import subprocess
 import sys
 import warnings
@@ -37,6 +39,7 @@ import torch
 from benchmarks import conversion, encoders, gpu, input, order, reach, roofline, rounding, saving, sigreg, step, waits
 from benchmarks.features import FEATURES
 from benchmarks.measure import Results, free_port, run_sections
+from benchmarks.record import tables
 
 from lejepa_scale.cli.command import refuse
 from lejepa_scale.errors import UserError
@@ -67,9 +70,11 @@ def main() -> int:
     options = argparse.ArgumentParser(add_help=False)
     options.add_argument("--smoke", action="store_true", help="toy sizes on whatever device is here")
     options.add_argument("--json", type=Path, help="also write the results as JSON")
-    kind = kinds.add_parser("gpu", parents=[options], help="attention, precision, a short training run, steps and MFU")
-    kind.add_argument("--minutes", type=float, default=8.5, help="sections not begun by then are not measured")
+    kind = kinds.add_parser("gpu", parents=[options], help="steps and MFU, parity, profile, memory, NCCL, short runs")
+    kind.add_argument("--minutes", type=float, default=8.5, help="what is not measured by then is left; %(default)s")
     kind.add_argument("--only", nargs="+", choices=gpu.SECTIONS, metavar="SECTION", help=", ".join(gpu.SECTIONS))
+    kind.add_argument("--again", action="store_true", help="begin the --json file anew, instead of going on with it")
+    kind.add_argument("--markdown", type=Path, help="the tables of docs/benchmarks.md; default: printed at the end")
     kind = kinds.add_parser(
         "step",
         parents=[options],
@@ -264,17 +269,28 @@ def _on_ranks(ranks: int) -> int:
 
 
 def _gpu(arguments: argparse.Namespace) -> Results:
-    only = arguments.only or ()
-    if arguments.smoke:
-        return gpu.measure(
-            gpu.TOY, torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.minutes, only
-        )
-    if not torch.cuda.is_available():
+    """Row by row into the JSON file, where it goes on from what is there; and the tables."""
+    here = torch.cuda.is_available()
+    if not arguments.smoke and not here:
         raise UserError(
             "bench.py gpu needs a CUDA device, and torch sees none here; nothing was measured. "
             "On a machine without one, --smoke runs the same code at toy sizes."
         )
-    return gpu.measure(gpu.FULL, torch.device("cuda"), arguments.minutes, only)
+    results = gpu.measure(
+        gpu.TOY if arguments.smoke else gpu.FULL,
+        torch.device("cuda" if here else "cpu"),
+        arguments.minutes,
+        arguments.only or (),
+        path=arguments.json,
+        again=arguments.again,
+        command=shlex.join(["python", "tools/bench.py", *sys.argv[1:]]),
+    )
+    arguments.json = None  # written
+    if arguments.markdown:
+        arguments.markdown.write_text(tables(results))
+    else:
+        print(tables(results))
+    return results
 
 
 def _convert(arguments: argparse.Namespace) -> Results:

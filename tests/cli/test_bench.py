@@ -11,26 +11,6 @@ import torch
 from conftest import ROOT, Command
 
 
-def test_the_gpu_benchmark_refuses_without_one(command: Command, tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU: run tools/bench.py gpu")
-    result = command(ROOT / "tools/bench.py", "gpu", "--json", tmp_path / "r.json")
-    assert result.returncode == 2
-    assert "nothing was measured" in result.stderr
-    assert not (tmp_path / "r.json").exists()
-
-
-@pytest.mark.slow
-def test_the_gpu_benchmark_runs_at_toy_sizes(command: Command, tmp_path: Path) -> None:
-    result = command(ROOT / "tools/bench.py", "gpu", "--smoke", "--json", tmp_path / "r.json")
-    assert result.returncode == 0, result.stderr
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert {row["section"] for row in rows} == {
-        "attention", "precision", "training", "step-rates", "step-features", "sigreg", "colours", "waits",
-    }  # fmt: skip
-    assert not [row for row in rows if row.get("ok") is False or "not measured" in row]
-
-
 def test_waits_and_launches_of_a_recipe(command: Command, tmp_path: Path) -> None:
     result = command(ROOT / "tools/bench.py", "waits", "--smoke", "--json", tmp_path / "r.json", "train.global_batch=8")
     assert result.returncode == 0, result.stderr
@@ -58,13 +38,6 @@ def test_a_section_that_fails_does_not_end_the_others() -> None:
     assert (rows[1]["ok"], rows[1]["failure"]) == (False, "RuntimeError: gone")
     with pytest.raises(UserError, match="advice"):
         run_sections({"a": fails(UserError("advice"))}, cpu, 1)
-
-
-def test_sections_of_the_gpu_benchmark_can_be_chosen() -> None:
-    from benchmarks import gpu
-
-    (row,) = gpu.measure(gpu.TOY, torch.device("cpu"), 1, ["colours"])["rows"]
-    assert (row["section"], row["ok"]) == ("colours", True)
 
 
 def test_the_sigreg_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> None:

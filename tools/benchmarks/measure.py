@@ -57,10 +57,15 @@ def run_sections(sections: dict[str, Iterator[Row]], device: torch.device, minut
                 break
             row = {"section": name, **row}
             results["rows"].append(row)
-            print("  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+            print(line(row), flush=True)
             if "not measured" in row:
                 break
     return results
+
+
+def line(row: Row) -> str:
+    """A row as it is printed."""
+    return "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items())
 
 
 def describe(device: torch.device) -> dict[str, str]:
