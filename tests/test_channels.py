@@ -23,10 +23,11 @@ from lejepa_scale.checkpoint import load_encoder, pretrained
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.cost import step_flops, step_memory
-from lejepa_scale.data import evaluation_batches
+from lejepa_scale.data.evaluation import labelled_batches
 from lejepa_scale.data.images.pixels import RGB, of_run
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation import evaluate, extract
+from lejepa_scale.evaluation.subjects import of_encoder
 from lejepa_scale.model import Encoder, build_encoder, check
 from lejepa_scale.training.loop import train
 
@@ -65,8 +66,9 @@ def test_a_run_of_four_channels_and_twelve_bits(kind: str, deep: Path, tmp_path:
     assert convolution.shape[1] == 4
     assert (convolution != before).flatten(2).any(2).all(0).all()  # every channel has learned
 
-    batches = list(evaluation_batches(str(deep), image_size=32, batch_size=48, pixels=of_run(config.data)))
-    ours = extract(encoder, batches, torch.device("cpu"), pixels=of_run(config.data)).rows
+    batches = labelled_batches(str(deep), image_size=32, batch_size=48, pixels=of_run(config.data))
+    model = of_encoder(encoder, "encoder", 32, of_run(config.data)).build()
+    ours = extract(model, batches, torch.device("cpu"), pixels=of_run(config.data)).rows["pooled"]
     target = tmp_path / "encoder.safetensors"
     exported(tmp_path / "run", target)
     with safe_open(target, "pt") as file:
@@ -83,7 +85,7 @@ def test_a_run_of_four_channels_and_twelve_bits(kind: str, deep: Path, tmp_path:
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
     found = evaluate(tmp_path / "run", str(deep), str(deep))
     torch.testing.assert_close(found.features.rows, expected, rtol=1e-4, atol=1e-4)
-    assert [row.width for row in found.scores][-1] == 4 * 32 * 32
+    assert found.results[-1].width == 4 * 32 * 32
     alone = evaluate(encoder, str(deep), str(deep), image_size=32, pixels=of_run(config.data))
     assert torch.equal(alone.features.rows, found.features.rows)
     for wrong in ({"value_range": ((0, 4095),)}, {"pixels": RGB}, {}):

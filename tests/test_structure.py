@@ -23,7 +23,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "engine": {"errors", "config", "parallel", "model"},
     "checkpoint": {"addresses", "errors", "config", "parallel", "model", "engine"},
     "conversion": {"errors", "config", "model", "engine", "checkpoint"},
-    "evaluation": {"errors", "config", "parallel", "data", "model", "objective", "checkpoint"},
+    "evaluation": {"errors", "config", "parallel", "data", "model", "objective", "checkpoint", "conversion"},
     "cost": {"config", "errors", "objective", "model", "engine"},
 }
 MAY_IMPORT["training"] = {*MAY_IMPORT, "evaluation", "cost"} - {"conversion"}

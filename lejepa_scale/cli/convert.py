@@ -138,10 +138,20 @@ def _convert_state(a: argparse.Namespace) -> int:
 
 
 def _scores(run: Path) -> list[dict[str, Any]]:
-    """What `lejepa evaluate` has written into a run directory."""
+    """Nearest neighbours (20, else as were asked) and logistic regression of pooled features, of what `lejepa evaluate` has
+    written into a run directory."""
     try:
-        return list(json.loads((run / "evaluation.json").read_text()))
-    except (OSError, ValueError, TypeError):
+        rows = json.loads((run / "evaluation.json").read_text())["results"]
+        found: dict[str, dict[str, Any]] = {}
+        for row in rows:
+            column = {"knn": "knn", "logistic": "linear"}.get(row["protocol"])
+            if column is None or row["features"] != "pooled":
+                continue
+            line = found.setdefault(row["subject"], {"name": row["subject"]})
+            if column not in line or row["variant"] == "k=20":
+                line[column] = float(row["metrics"]["top1"])
+        return [line for line in found.values() if len(line) == 3]
+    except (OSError, ValueError, TypeError, KeyError):
         return []
 
 

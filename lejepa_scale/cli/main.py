@@ -6,7 +6,7 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lejepa_scale.cli import audit, convert, evaluate, index, make, order, picture, statistics, train
+from lejepa_scale.cli import audit, convert, embed, evaluate, index, make, order, picture, statistics, train
 from lejepa_scale.cli.command import Group, start
 from lejepa_scale.cli.versions import versions
 
@@ -20,7 +20,16 @@ LEJEPA = Group(
     "lejepa",
     "",
     "Pre-train image encoders with LeJEPA, from a laptop to a cluster.",
-    (SHARDS, train.COMMAND, evaluate.COMMAND, picture.COMMAND, convert.COMMAND, order.COMMAND, audit.COMMAND),
+    (
+        SHARDS,
+        train.COMMAND,
+        evaluate.COMMAND,
+        embed.COMMAND,
+        picture.COMMAND,
+        convert.COMMAND,
+        order.COMMAND,
+        audit.COMMAND,
+    ),
     """A first session, from shards to features; it takes some minutes on two cores:
 
   lejepa shards make synthetic --out data/scenes/train --count 8000 --size 48

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Real
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from lejepa_scale.conversion.model import outputs
+from lejepa_scale.data.evaluation import Labelled
 from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.data.images.pixels import RGB, Pixels
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import Encoder
-
-Batches = Iterable[tuple[Real[Tensor, "_b _c _s _s"], Int[Tensor, " _b"]]]
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,141 @@ class Features:
             raise UserError(f"the features of {broken} of {len(self.rows)} images are not finite; nothing was scored.")
 
 
+KINDS = (
+    "pooled (what the encoder's own pooling gives), cls (the class token), patches (the mean of the patches' tokens, or of "
+    "the last map), cls+patches (both); with -N, as in cls-2 or cls+patches-4, class tokens (or means) of the last N blocks "
+    "side by side, each behind the last normalization, and for cls+patches the mean of the last block's patches alone, as "
+    "DINOv2's linear evaluation has it"
+)
+_KIND = re.compile(r"(pooled|cls|patches|cls\+patches)(?:-([1-9][0-9]*))?")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Which of an encoder's outputs are its features. Raises UserError for a name that is none of KINDS."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if _KIND.fullmatch(self.name) is None or (self.what == "pooled" and self.name != "pooled"):
+            raise UserError(f"--features {self.name} is none of: {KINDS}.")
+
+    @property
+    def what(self) -> str:
+        return self._parts[0]
+
+    @property
+    def blocks(self) -> int:
+        """How many of the last."""
+        return int(self._parts[1] or 1)
+
+    @property
+    def _parts(self) -> tuple[str, str | None]:
+        found = _KIND.fullmatch(self.name)
+        assert found is not None
+        return found[1], found[2]
+
+
+POOLED = Kind("pooled")
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model of timm's makes of images."""
+
+    pooled: Float[Tensor, "b e"]
+    prefix: list[Float[Tensor, "b _p d"]]  # class and register tokens of the last blocks, the last one last
+    patches: list[Float[Tensor, "b _l _d"]]  # of the same blocks, or of the last map
+
+    def of(self, kind: Kind) -> Float[Tensor, "b _e"]:
+        if kind.what == "pooled":
+            return self.pooled
+        classes = [tokens[:, 0] for tokens in self.prefix[-kind.blocks :]]
+        means = [tokens.mean(1) for tokens in self.patches[-kind.blocks :]]
+        return torch.cat({"cls": classes, "patches": means, "cls+patches": [*classes, *means[-1:]]}[kind.what], 1)
+
+
+def outputs_of(
+    model: Any, images: Float[Tensor, "b c h w"], kinds: Sequence[Kind] = (POOLED,), *, before_classifier: bool = False
+) -> Outputs:
+    """All that `kinds` need. before_classifier: the pooled features are what a classifier at the end would be given. Raises
+    UserError for a kind that the model does not have."""
+    last = max(kind.blocks for kind in kinds)
+    tokens = model.forward_features(images)
+    pooled = model.forward_head(tokens, pre_logits=True) if before_classifier else model.forward_head(tokens)
+    if all(kind == POOLED for kind in kinds):
+        return Outputs(pooled, [], [])
+    name, prefix = type(model).__name__, int(getattr(model, "num_prefix_tokens", 0))
+    if not isinstance(tokens, Tensor):
+        raise UserError(f"a {name} has several maps at its end: its features are pooled alone.")
+    if any(kind.what.startswith("cls") for kind in kinds) and not (prefix and tokens.ndim == 3):
+        raise UserError(f"a {name} has no class token: use --features pooled or patches.")
+    if last > len(getattr(model, "blocks", [None])):
+        raise UserError(f"this {name} has {len(getattr(model, 'blocks', [None]))} block(s), not {last} for --features.")
+    if last == 1:
+        _, patches = outputs(model, images) if tokens.ndim != 3 else (None, tokens[:, prefix:])
+        assert patches is not None
+        return Outputs(pooled, [tokens[:, :prefix]] if tokens.ndim == 3 else [], [patches])
+    found = model.forward_intermediates(
+        images, indices=last, norm=True, return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+    )
+    parts = [part if isinstance(part, tuple) else (part, part[:, :0]) for part in found]
+    return Outputs(pooled, [classes for _, classes in parts], [patches for patches, _ in parts])
+
+
 @torch.no_grad()
 def extract(
-    encoder: Encoder, batches: Batches, device: torch.device, name: str = "features", pixels: Pixels = RGB
-) -> Features:
-    """Pooled features of every image, at the size the batches have, normalized as `pixels` says. Raises UserError where an
-    image has no label."""
-    encoder = encoder.to(device).eval()
-    rows, labels = [], []
-    for images, label in tqdm(batches, desc=name, unit="batch", leave=False, mininterval=1.0):
-        rows.append(encoder([normalize(images.to(device), pixels)])[0].float().cpu())
-        labels.append(label)
-    return Features(torch.cat(rows), torch.cat(labels))
+    model: nn.Module,
+    batches: Iterable[Labelled],
+    device: torch.device,
+    kinds: Sequence[Kind] = (POOLED,),
+    *,
+    name: str = "features",
+    pixels: Pixels = RGB,
+    before_classifier: bool = False,
+    total: int | None = None,
+) -> Extracted:
+    """Features of every image by `model` (timm's, in eval mode, on `device`), at the size the batches have, normalized as
+    `pixels` says. total: images, for the progress. Raises UserError for a kind that the model does not have."""
+    rows: dict[str, list[Tensor]] = {kind.name: [] for kind in kinds}
+    labels, keys = list[Tensor](), list[str]()
+    with tqdm(desc=name, unit="image", total=total, leave=False, mininterval=1.0) as progress:
+        for batch in batches:
+            images = normalize(batch.images.to(device), pixels)
+            found = outputs_of(model, images, kinds, before_classifier=before_classifier)
+            for kind in kinds:
+                rows[kind.name].append(found.of(kind).float().cpu())
+            labels.append(batch.labels)
+            keys += batch.keys
+            progress.update(len(batch.labels))
+    empty = torch.zeros(0, dtype=torch.long)
+    return Extracted(
+        {k: torch.cat(v) if v else torch.zeros(0, 0) for k, v in rows.items()}, torch.cat([empty, *labels]), keys
+    )
 
 
-def raw_pixels(batches: Batches, side: int = 32, pixels: Pixels = RGB) -> Features:
+@dataclass(frozen=True)
+class Extracted:
+    """Features of a set of images, by kind, in stored order."""
+
+    rows: dict[str, Float[Tensor, "n _e"]]  # float32, CPU
+    labels: Int[Tensor, " n"]  # -1 where unknown
+    keys: list[str]
+
+    def labelled(self, kind: str) -> Features:
+        """Raises UserError as Features does."""
+        return Features(self.rows[kind], self.labels)
+
+
+def raw_pixels(batches: Iterable[Labelled], side: int = 32, pixels: Pixels = RGB) -> Extracted:
     """The baseline without an encoder: what the encoder is given (normalized pixels, so that a cosine does not measure
-    brightness), averaged down to at most side x side, flattened. Raises UserError where an image has no label."""
-    rows, labels = [], []
-    for images, label in batches:
-        x = normalize(images, pixels)
+    brightness), averaged down to at most side x side, flattened."""
+    rows, labels, keys = list[Tensor](), list[Tensor](), list[str]()
+    for batch in batches:
+        x = normalize(batch.images, pixels)
         if x.shape[-1] > side:
             x = F.interpolate(x, size=(side, side), mode="area")
         rows.append(x.flatten(1))
-        labels.append(label)
-    return Features(torch.cat(rows), torch.cat(labels))
+        labels.append(batch.labels)
+        keys += batch.keys
+    return Extracted({POOLED.name: torch.cat(rows)}, torch.cat(labels), keys)

@@ -170,8 +170,8 @@ def test_export_verify_evaluate_and_draw(command: Command, tmp_path: Path, scene
     assert "verified with timm" in result.stdout
     result = command(ROOT / "tools/evaluate.py", run, "--train", scenes, "--test", scenes, "--k", 5)
     assert result.returncode == 0, result.stderr
-    rows = json.loads((run / "evaluation.json").read_text())
-    assert [row["name"] for row in rows] == ["trained", "untrained", "raw pixels"]
+    rows = json.loads((run / "evaluation.json").read_text())["results"]
+    assert list(dict.fromkeys(row["subject"] for row in rows)) == ["trained", "untrained", "raw pixels"]
     result = command(ROOT / "tools/visualize.py", run, "--shards", scenes, "--out", tmp_path / "p.png", "--images", 3)
     assert result.returncode == 0, result.stderr
     with Image.open(tmp_path / "p.png") as picture:

@@ -291,8 +291,12 @@ def test_a_run_from_the_command_line(tmp_path: Path, scenes: Path, capsys: pytes
         run, scenes, train={"steps": 2, "global_batch": 16}, run={"dir": str(run), "license": "cc-by-4.0"}
     )
     loop.train(validate(config))
-    scores = [{"name": "trained", "knn": 0.5, "linear": 0.75}]
-    (run / "evaluation.json").write_text(json.dumps(scores))
+    rows = [("knn", "k=10", 0.4), ("knn", "k=20", 0.5), ("logistic", "", 0.75)]
+    scores = [
+        {"subject": "trained", "features": "pooled", "protocol": p, "variant": v, "metrics": {"top1": x}}
+        for p, v, x in rows
+    ]
+    (run / "evaluation.json").write_text(json.dumps({"results": scores}))
     images = ["--images", str(scenes)]
     assert main(["convert", str(run), str(tmp_path / "out"), "--verify", *images]) == 0
     said = capsys.readouterr().out

@@ -284,9 +284,7 @@ def test_a_run_and_its_evaluation_on_words(tmp_path: Path) -> None:
     train(config)
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert any("probe" in key for key in lines[-1])
-    scores = evaluate(tmp_path / "run", training, test).scores
-    assert scores[-1].name == "raw pixels"
-    assert scores[-1].knn == 1.0
+    assert evaluate(tmp_path / "run", training, test).value("raw pixels", "knn") == 1.0
     both = class_numbers([index_shards([f"{training}/0.tar"]), index_shards([f"{test}/0.tar"])])
     (_, found), *_ = evaluation_batches(test, image_size=16, batch_size=12, classes=both)
     assert found.tolist() == [3, 2] * 6
@@ -326,7 +324,8 @@ def test_keys_of_an_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*words, "--label-key", "json:none"]) == 2
     assert "no sample has a label at json:none" in capsys.readouterr().err
     plain = shard(
-        tmp_path / "plain.tar", {**{f"{i}.png": png(i) for i in range(8)}, **{f"{i}.cls": b"1" for i in range(8)}}
+        tmp_path / "plain.tar",
+        {**{f"{i}.png": png(i) for i in range(8)}, **{f"{i}.cls": b"%d" % (i % 2) for i in range(8)}},
     )
     assert main([*words[:3], plain, "--test", plain, "--image-key", "png", "--label-key", "cls"]) == 0
     assert main(["picture", str(tmp_path / "run"), "--shards", path, "--out", str(tmp_path / "p.png")]) == 0

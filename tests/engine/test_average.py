@@ -22,7 +22,7 @@ from lejepa_scale.conversion import compare, open_model
 from lejepa_scale.engine import Average
 from lejepa_scale.engine.base import AVERAGE, VALUE
 from lejepa_scale.errors import UserError
-from lejepa_scale.evaluation import evaluate
+from lejepa_scale.evaluation import Options, evaluate
 from lejepa_scale.parallel import process_group
 from lejepa_scale.training import loop
 
@@ -265,7 +265,8 @@ def test_averaged_weights_are_evaluated_and_exported(scenes: Path, tmp_path: Pat
     assert torch.equal(of["average"], saved.whole(f"encoder.backbone.{name}", AVERAGE))
     assert torch.equal(of["best"], of["average"])
     assert torch.equal(of["trained"], saved.whole(f"encoder.backbone.{name}"))
-    rows = [row.name for row in evaluate(run, str(scenes), str(scenes), k=3).scores]
+    found = evaluate(run, str(scenes), str(scenes), options=Options(("knn",)))
+    rows = list(dict.fromkeys(row.subject for row in found.results))
     assert rows == ["averaged", "trained", "untrained", "raw pixels"]
     for options, expected in (([], "average"), (["--weights", "trained"], "trained")):
         target = tmp_path / f"{expected}.safetensors"
