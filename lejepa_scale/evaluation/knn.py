@@ -14,7 +14,7 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Features
 from lejepa_scale.evaluation.metrics import Guesses, classes_of, join, likeliest, part_of
 
-KS = (10, 20, 100, 200)  # of dinov2 and dinov3, eval/knn.py
+KS = (10, 20, 100, 200)  # of the k-NN evaluation of dinov2 and dinov3
 BLOCK = 8192  # rows of the bank at a time
 _UNITS = 1 << 24  # a cosine is rounded to 2^-24, what float32 tells apart below 1
 

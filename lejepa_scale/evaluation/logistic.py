@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 STRENGTHS = tuple(
     (10.0 ** torch.linspace(-6, 5, 45, dtype=torch.float64)).tolist()
-)  # dinov2, dinov3: log_regression.py
+)  # the logistic regression of dinov2 and dinov3
 _STRIDE = 4  # strengths of a long grid: one decade of the published one
 _ROWS = 8192  # of features in float64 at a time
 _WIDEST = 8192  # features whose principal axes are found: a minute on two cores
