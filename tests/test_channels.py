@@ -88,11 +88,13 @@ def test_a_run_of_four_channels_and_twelve_bits(kind: str, deep: Path, tmp_path:
     assert found.results[-1].width == 4 * 32 * 32
     alone = evaluate(encoder, str(deep), str(deep), image_size=32, pixels=of_run(config.data))
     assert torch.equal(alone.features.rows, found.features.rows)
-    for wrong in ({"value_range": ((0, 4095),)}, {"pixels": RGB}, {}):
+    for wrong in ({"pixels": RGB}, {}):
         with pytest.raises(
             UserError, match=r"an Encoder of 4 channel\(s\) takes .* pixels=Pixels\(4, range, mean, std\)"
         ):
             evaluate(encoder, str(deep), str(deep), image_size=32, **wrong)
+    with pytest.raises(UserError, match=r"takes what its images are as pixels=Pixels"):
+        evaluate(encoder, str(deep), str(deep), image_size=32, value_range=((0, 4095),))
     with pytest.raises(UserError, match="knows its pixels"):
         evaluate(tmp_path / "run", str(deep), str(deep), pixels=RGB)
 

@@ -13,15 +13,12 @@ from safetensors.torch import save_file
 from lejepa_scale.checkpoint import Weights
 from lejepa_scale.checkpoint.places import Place
 from lejepa_scale.conversion import Given
-from lejepa_scale.data.folders import shards_of
 from lejepa_scale.data.images.pixels import Ranges
-from lejepa_scale.data.index.classes import class_numbers
-from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.cache import Cache
 from lejepa_scale.evaluation.features import POOLED, Extracted, Kind
 from lejepa_scale.evaluation.subjects import subjects
-from lejepa_scale.evaluation.suite import Work, device_of, keys_of_subject
+from lejepa_scale.evaluation.suite import Work, device_of, indexed, keys_of_subject
 
 ENDINGS = (".safetensors", ".parquet")
 
@@ -47,9 +44,9 @@ def embed(
         what, given=given, weights=weights, image_size=image_size, value_range=value_range, beside=False
     )
     keys = keys_of_subject(subject, image_key, label_key)
-    sets = {"images": index_shards(shards_of(images), keys=keys)}
+    sets, numbers = indexed({"images": images}, keys)
     chosen = [Kind(name) for name in dict.fromkeys(kinds)]
-    work = Work(sets, class_numbers(list(sets.values())), batch, device_of(device), chosen, Cache(cache))
+    work = Work(sets, numbers, batch, device_of(device), chosen, Cache(cache))
     return work.features(subject)["images"]
 
 

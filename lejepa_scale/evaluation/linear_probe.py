@@ -22,7 +22,7 @@ from lejepa_scale.evaluation.metrics import Guesses, classes_of, likeliest
 logger = logging.getLogger(__name__)
 
 Norm = Literal["none", "batch", "layer"]
-# At a batch of 256: the linear evaluation of dinov2 and dinov3, as are momentum, schedule, first weights and number of steps.
+# At a batch of 256: of the linear evaluation of dinov2 and dinov3, as momentum, schedule, first weights and steps are.
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 _MOMENTUM = 0.9
 _EPS = {"none": 0.0, "batch": 1e-6, "layer": 1e-5}  # batch: of the linear probe of MAE; layer: torch's own

@@ -140,6 +140,10 @@ def evaluate(
     if isinstance(what, Encoder):
         if image_size is None:
             raise UserError("evaluate() of an Encoder needs image_size, the side in pixels that it is scored at.")
+        if value_range is not None:
+            raise UserError(
+                "evaluate() of an Encoder takes what its images are as pixels=Pixels(channels, range, ...)."
+            )
         found = [of_encoder(what, "encoder", image_size, pixels or Pixels())]
         keys = SampleKeys.parsed(image_key or "", label_key or "cls")
     else:
@@ -147,8 +151,7 @@ def evaluate(
             raise UserError("evaluate() of a checkpoint knows its pixels: value_range alone may be another.")
         named = [what] if isinstance(what, str | Place) else list(what)
         found, keys = _several(named, given, weights, image_size, value_range, beside, image_key, label_key)
-    sets = {name: index_shards(shards_of(patterns), keys=keys) for name, patterns in (("train", train), ("test", test))}
-    numbers = class_numbers(list(sets.values()))
+    sets, numbers = indexed({"train": train, "test": test}, keys)
     work = Work(sets, numbers, batch, place, chosen, Cache(cache))
     tasks: list[tuple[Subject | None, str, dict[str, Features]]] = []
     for subject in found:
@@ -189,6 +192,16 @@ def _several(
     if len(keys) > 1:
         raise UserError("the runs name other members of a sample: say which with --image-key and --label-key.")
     return out, keys.pop()
+
+
+def indexed(sets: dict[str, str | Sequence[str]], keys: SampleKeys) -> tuple[dict[str, Shards], ClassNumbers]:
+    """The shards of each set, and the numbers of their classes. What has to be made first, one rank makes for all."""
+    for turn in (True, False):
+        if (rank() == 0) is turn:
+            shards = {name: index_shards(shards_of(patterns), keys=keys) for name, patterns in sets.items()}
+            numbers = class_numbers(list(shards.values()))
+        gather_objects(turn)
+    return shards, numbers
 
 
 def keys_of_subject(subject: Subject, image_key: str | None, label_key: str | None) -> SampleKeys:
