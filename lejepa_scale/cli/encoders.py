@@ -7,14 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from lejepa_scale.cli.command import add_keys, add_range
 from lejepa_scale.config.paths import user_cache
 from lejepa_scale.parallel import launch
-
-if TYPE_CHECKING:
-    import torch
 
 _TIMEOUT = timedelta(hours=2)  # for the longest protocol of one rank, while the others wait
 
@@ -42,7 +39,7 @@ def cache_of(a: argparse.Namespace) -> Path | None:
 
 
 @contextmanager
-def ranks_of_a_launcher() -> Iterator[torch.device | None]:
+def ranks_of_a_launcher() -> Iterator[Any]:
     """Inside, the process group of the ranks that torchrun started; their device. None, and no group, without a launcher."""
     if not launch.launched():
         yield None

@@ -111,13 +111,13 @@ def test_features_are_read_again_until_something_differs(run_dir: Path, scenes: 
 
 def _on_ranks(run: str, shards: str) -> list[Result]:
     options = Options(("knn", "logistic", "few-shot", "retrieval"), ks=(3, 7), shots=(1, 3), draws=2)
-    return evaluate(run, shards, shards, options=options, kinds=["pooled", "cls"], batch=10).results
+    return evaluate(run, shards, shards, options=options, kinds=["pooled", "cls"], batch=10, beside=False).results
 
 
 def test_numbers_do_not_depend_on_how_many_ranks_there_are(run_dir: Path, scenes: Path) -> None:
     """A part of the images each, of which 96 are no multiple of 5 batches of 10; and a part of the protocols."""
     one, *others = (run_ranks(_on_ranks, world, str(run_dir), str(scenes)) for world in (1, 2, 4))
-    assert len(one[0]) == 2 * 2 * (2 + 1 + 2 + 1 + 1) + (2 + 1 + 2 + 1 + 1)
+    assert len(one[0]) == 2 * (2 + 1 + 2 + 1 + 1)
     for ranks in others:
         for found in ranks:
             for a, b in zip(found, one[0], strict=True):
