@@ -132,13 +132,22 @@ def extract(
     total: int | None = None,
 ) -> Extracted:
     """Features of every image by `model` (timm's, in eval mode, on `device`), at the size the batches have, normalized as
-    `pixels` says. total: images, for the progress. Raises UserError for a kind that the model does not have."""
+    `pixels` says. total: images, for the progress. Raises UserError for a kind that the model does not have, and for images
+    of a size that it does not take."""
     rows: dict[str, list[Tensor]] = {kind.name: [] for kind in kinds}
     labels, keys = list[Tensor](), list[str]()
     with tqdm(desc=name, unit="image", total=total, leave=False, mininterval=1.0) as progress:
         for batch in batches:
             images = normalize(batch.images.to(device), pixels)
-            found = outputs_of(model, images, kinds, before_classifier=before_classifier)
+            try:
+                found = outputs_of(model, images, kinds, before_classifier=before_classifier)
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{len(images)} images at once are too many for {device}: use a smaller --batch."
+                ) from error
+            except (AssertionError, RuntimeError, ValueError) as error:  # of many kinds in timm
+                side, said = images.shape[-1], (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"{name}: the encoder refuses images of {side} x {side} pixels: {said}") from error
             for kind in kinds:
                 rows[kind.name].append(found.of(kind).float().cpu())
             labels.append(batch.labels)

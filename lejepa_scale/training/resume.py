@@ -34,6 +34,8 @@ _OF_A_RUN = (
     "keys",
     "quarantine.jsonl",
     "evaluation.json",
+    "evaluation.html",
+    *(f"results-{name}.csv" for name in ("knn", "log-regression", "linear", "few-shot", "retrieval")),
     "wandb_id",
 )
 

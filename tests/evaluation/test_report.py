@@ -199,6 +199,7 @@ def test_under_torchrun_the_numbers_are_the_same(folder: Path, scenes: Path, tmp
         (["--protocols", "svm"], "--protocols svm is none of knn"),
         (["--features", "cls-9"], "this VisionTransformer has 2 block(s), not 9"),
         (["--k", "200"], "200"),
+        (["--image-size", "40"], "the encoder refuses images of 40 x 40 pixels"),
     ],
 )
 def test_bad_requests_are_refused(
