@@ -66,6 +66,7 @@ def test_every_section_at_toy_sizes(command: Command, tmp_path: Path) -> None:
     assert (again["rows"], again["done"]) == (first["rows"], first["done"])
 
 
+@pytest.mark.slow
 def test_sections_can_be_chosen(command: Command, tmp_path: Path) -> None:
     out = tmp_path / "deep/r.json"
     result = command(ROOT / "tools/bench.py", "gpu", "--smoke", "--only", "colours", "--json", out)
@@ -107,6 +108,7 @@ def test_a_failure_costs_one_case(command: Command, tmp_path: Path) -> None:
     assert rows_of(out, "first", "dies")[-1]["failure"] == "its process ended: SIGSEGV"
 
 
+@pytest.mark.slow
 def test_the_time_is_kept(command: Command, tmp_path: Path) -> None:
     """A case under way is ended with it, the rest says so, and another call goes on."""
     out = tmp_path / "r.json"
@@ -128,6 +130,7 @@ def test_the_time_is_kept(command: Command, tmp_path: Path) -> None:
     assert rows[0] == good
 
 
+@pytest.mark.slow
 def test_a_killed_benchmark_leaves_a_whole_file_and_no_process(tmp_path: Path) -> None:
     out = tmp_path / "r.json"
 
