@@ -149,6 +149,7 @@ def test_no_graph_break_under_compile() -> None:
         torch.testing.assert_close((value, x.grad), (expected, y.grad))
 
 
+@pytest.mark.unchecked
 def test_products_in_tf32_are_asked_for_and_for_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """On tensors that say they are on a GPU: what torch is set to during each product, and after an error."""
     products, product, seen = torch.backends.cuda.matmul, torch.bmm, []
