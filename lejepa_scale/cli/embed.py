@@ -39,7 +39,7 @@ def _run(a: argparse.Namespace) -> int:
             batch=a.batch,
             device=a.device or device,
             image_size=a.image_size,
-            given=Given(a.encoder),
+            given=Given(a.encoder, a.image_size),
             weights=a.weights or "best",
             value_range=ranges(a.range),
             image_key=a.image_key,

@@ -90,7 +90,7 @@ def _run(a: argparse.Namespace) -> int:
             batch=a.batch,
             device=a.device or device,
             image_size=a.image_size,
-            given=Given(a.encoder),
+            given=Given(a.encoder, a.image_size),
             weights=a.weights,
             value_range=ranges(a.range),
             image_key=a.image_key,
@@ -108,17 +108,17 @@ def _run(a: argparse.Namespace) -> int:
         a.json.write_text(report.as_json(found, command))
         print(f"numbers: {a.json}")
         return 0
-    for path in report.write(found, a.out or _out(a.what[0]), command)[:2]:
+    for path in report.write(found, a.out or _out(a.what), command)[:2]:
         print(f"{'page' if path.suffix == '.html' else 'numbers'}: {path}")
     return 0
 
 
-def _out(what: str) -> Path:
-    """The run's folder, or that of one of its checkpoints, if it is a local one."""
+def _out(what: list[str]) -> Path:
+    """The folder of the one run, or of its checkpoint, if it is a local one."""
     from lejepa_scale.conversion.source import is_encoder
 
-    path = Path(what)
-    return path if path.is_dir() and not is_encoder(path) else Path("evaluation")
+    path = Path(what[0])
+    return path if len(what) == 1 and path.is_dir() and not is_encoder(path) else Path("evaluation")
 
 
 COMMAND = Command("evaluate", "score encoders on labelled images", _DESCRIPTION, _add_arguments, _run)

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lejepa_scale.data.index.classes import ClassNumbers
+from lejepa_scale.data.index.shards import Shards
 from lejepa_scale.evaluation.features import Extracted, Kind
 from lejepa_scale.evaluation.subjects import Subject
 
@@ -32,15 +33,16 @@ class Cache:
     folder: Path | None
     limit: int = LIMIT
 
-    def key(self, subject: Subject, images: bytes, numbers: ClassNumbers) -> str:
-        """Of one encoder on one set of images."""
+    def key(self, subject: Subject, shards: Shards, numbers: ClassNumbers) -> str:
+        """Of one encoder on one set of images, whose labels are stored too."""
         said = [
             _FORMAT,
             subject.digest,
             subject.image_size,
             repr(subject.pixels),
             subject.before_classifier,
-            images.hex(),
+            shards.fingerprint.hex(),
+            repr(shards.keys),
         ]
         return hashlib.blake2b(json.dumps([*said, numbers.count, numbers.labels]).encode(), digest_size=12).hexdigest()
 

@@ -145,9 +145,12 @@ def extract(
                 raise UserError(
                     f"{len(images)} images at once are too many for {device}: use a smaller --batch."
                 ) from error
-            except (AssertionError, RuntimeError, ValueError) as error:  # of many kinds in timm
+            except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # of many kinds in timm
                 side, said = images.shape[-1], (str(error).splitlines() or [type(error).__name__])[0]
-                raise UserError(f"{name}: the encoder refuses images of {side} x {side} pixels: {said}") from error
+                asked = ", ".join(kind.name for kind in kinds)
+                raise UserError(
+                    f"{name}: the encoder refuses images of {side} x {side} pixels, or has no {asked} features: {said}"
+                ) from error
             for kind in kinds:
                 rows[kind.name].append(found.of(kind).float().cpu())
             labels.append(batch.labels)

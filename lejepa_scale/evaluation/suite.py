@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -191,7 +192,8 @@ def _several(
         out += many if alone else [_named_by(one, subject) for subject in many]
     if len(keys) > 1:
         raise UserError("the runs name other members of a sample: say which with --image-key and --label-key.")
-    return out, keys.pop()
+    names = Counter(subject.name for subject in out)
+    return [s if names[s.name] == 1 else replace(s, name=f"{s.where or s.name}, {s.name}") for s in out], keys.pop()
 
 
 def indexed(sets: dict[str, str | Sequence[str]], keys: SampleKeys) -> tuple[dict[str, Shards], ClassNumbers]:
@@ -233,7 +235,7 @@ class Work:
         model: torch.nn.Module | None = None
         out = {}
         for name, shards in self.sets.items():
-            key = self.cache.key(subject, shards.fingerprint, self.numbers)
+            key = self.cache.key(subject, shards, self.numbers)
             known = self.cache.read(key, self.kinds)
             if not all(gather_objects(known is not None)):
                 model = subject.build().to(self.device).eval() if model is None else model

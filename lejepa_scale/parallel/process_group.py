@@ -49,8 +49,14 @@ def join(timeout: timedelta) -> torch.device:
 
 
 def join_alone() -> None:
-    """A group of one, where there is none: for what torch does inside a group alone. `leave` leaves it."""
+    """A group of one, where there is none: for what torch does inside a group alone. `leave` leaves it. Raises UserError
+    where a launcher started several ranks."""
     if not dist.is_initialized():
+        if launch.ranks() > 1:
+            raise UserError(
+                f"this is rank {launch.rank()} of {launch.ranks()} (RANK, WORLD_SIZE), and no process group was joined: "
+                "call lejepa_scale.parallel.process_group.join first."
+            )
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         _join_alone({"backend": backend, "timeout": _timeout})
 

@@ -16,6 +16,7 @@ from lejepa_scale.checkpoint import spread
 from lejepa_scale.config import Config, check_world, validate
 from lejepa_scale.engine import build_engine
 from lejepa_scale.engine.zero import deepspeed_config
+from lejepa_scale.errors import UserError
 from lejepa_scale.model import LeJEPA, build
 from lejepa_scale.parallel import process_group
 from lejepa_scale.training.start import initial_state
@@ -80,6 +81,17 @@ def test_every_engine_computes_in_the_precision_that_it_is_told() -> None:
     fp32, bf16 = "torch.float32", "torch.bfloat16"
     for name, found in zip(ENGINES, run_ranks(_precisions, 2, ENGINES)[0], strict=True):
         assert found == [(fp32,) * 4, (bf16, bf16, bf16, fp32)], name
+
+
+def test_a_rank_without_a_group_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of training alone what should be averaged."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"rank 1 of 2 .* no process group was joined"):
+        process_group.join_alone()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    process_group.join_alone()
+    assert torch.distributed.get_world_size() == 1
 
 
 def _hybrid(names: list[str]) -> list[float]:

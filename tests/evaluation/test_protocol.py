@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import small_config
+from PIL import Image
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -82,8 +86,19 @@ def test_whatever_holds_the_same_weights_has_the_same_scores(run_dir: Path, scen
     options = Options(("knn", "retrieval"), ks=(3,))
     found = evaluate(what, str(scenes), str(scenes), options=options, device="cpu", beside=False)
     assert names(found) == ["run", "safetensors.safetensors", "timm", "hf"]
+    (tmp_path / "again").mkdir()
+    (tmp_path / "again/timm").symlink_to(tmp_path / "timm")
+    two = [str(tmp_path / "timm"), str(tmp_path / "again/timm")]
+    both = evaluate(two, str(scenes), str(scenes), options=NEIGHBOURS, device="cpu", beside=False)
+    assert len(names(both)) == 2  # told apart by where they lie
     of_each = [[row.metrics for row in found.results if row.subject == name] for name in names(found)]
     assert of_each[1:] == of_each[:1] * 3
+
+
+def _png(number: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((32, 32, 3), 40 * number, np.uint8)).save(out, "png")
+    return out.getvalue()
 
 
 def test_features_are_read_again_until_something_differs(run_dir: Path, scenes: Path, tmp_path: Path) -> None:
@@ -104,9 +119,25 @@ def test_features_are_read_again_until_something_differs(run_dir: Path, scenes: 
     assert torch.equal(again.features.rows, first.features.rows)
     for more in ({"image_size": 16}, {"kinds": ["cls"]}, {"weights": "first"}):
         assert scored(**more)[1] == 1, more
-    damaged = next(cache.glob("*pooled*"))
+    labels = tmp_path / "labels.tar"  # the same images under another label
+    with tarfile.open(labels, "w") as tar:
+        for number in range(4):
+            for ending, data in (
+                ("png", _png(number)),
+                ("cls", b"%d" % (number % 2)),
+                ("other", b"%d" % (number // 2)),
+            ):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    for key, expected in ((None, [0, 1, 0, 1]), ("other", [0, 0, 1, 1])):
+        settings = {"options": Options(("knn",)), "device": "cpu", "beside": False, "cache": cache, "label_key": key}
+        found = evaluate(run_dir, str(labels), str(labels), **settings)  # type: ignore[arg-type]
+        assert found.features.labels.tolist() == expected
+    scored()
+    damaged = max(cache.glob("*pooled*"), key=lambda path: path.stat().st_mtime_ns)
     damaged.write_bytes(damaged.read_bytes()[:-8])
-    assert scored()[1] + scored(image_size=16)[1] + scored(weights="first")[1] == 1
+    assert [scored()[1], scored()[1]] == [1, 0]
 
 
 def _on_ranks(run: str, shards: str) -> list[Result]:
