@@ -23,10 +23,9 @@ quickstart: install
 	$(BIN)/lejepa shards make synthetic --out $(SCENES)/test --count 2000 --size 48 --seed 1
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m lejepa_scale train --config quickstart run.dir=$(RUN)
 	$(BIN)/lejepa convert $(RUN) $(RUN)/encoder --verify --overwrite
-	$(BIN)/lejepa picture $(RUN) --shards $(SCENES)/test --out $(RUN)/picture.png
 	$(BIN)/lejepa evaluate $(RUN) --train $(SCENES)/train --test $(SCENES)/test
-	@echo "picture: $(RUN)/picture.png"
 	@echo "encoder: $(RUN)/encoder"
+	$(BIN)/lejepa picture $(RUN) --shards $(SCENES)/test --out $(RUN)/picture.html
 
 check: install
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from lejepa_scale.errors import UserError
     from lejepa_scale.evaluation import evaluate
     from lejepa_scale.model import Encoder
-    from lejepa_scale.objective import LeJEPALoss, SIGReg, WeakSIGReg
+    from lejepa_scale.objective import LeJEPALoss, SIGReg, VISReg, WeakSIGReg
     from lejepa_scale.training.loop import train
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ _ROOMS = {
     "Loader": "data",
     "SIGReg": "objective",
     "UserError": "errors",
+    "VISReg": "objective",
     "WeakSIGReg": "objective",
     "evaluate": "evaluation",
     "load_config": "config",
@@ -35,6 +36,7 @@ __all__ = [
     "Loader",
     "SIGReg",
     "UserError",
+    "VISReg",
     "WeakSIGReg",
     "__version__",
     "evaluate",

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from contextlib import suppress
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -20,6 +22,32 @@ class _AboveBars(logging.Handler):
             tqdm.write(redacted(self.format(record)), file=sys.stderr)
         except Exception:
             self.handleError(record)
+
+
+class _Outliving:
+    """A stream whose reader may be gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def outlive_terminal() -> None:
+    """Let what is written to stderr go nowhere, rather than raise, once the terminal or the launcher behind it is gone: a
+    run that is told so by SIGHUP still has to save."""
+    if not isinstance(sys.stderr, _Outliving):
+        sys.stderr = _Outliving(sys.stderr)  # type: ignore[assignment]
 
 
 def to_stderr() -> None:

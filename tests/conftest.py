@@ -12,8 +12,9 @@ import jaxtyping
 import pytest
 import shape_checks
 import torch
+from benchmarks.ports import free_port
 from processes import Forks, forks
-from ranks import PRELOADED, as_rank, free_port
+from ranks import PRELOADED, as_rank
 
 if shape_checks.wanted():  # before anything of the package is imported
     shape_checks.install()
@@ -121,8 +122,9 @@ def small_config(run_dir: Path | str, shards: Path | str, **sections: dict[str, 
     for name, values in sections.items():
         tree[name] = {**tree.get(name, {}), **values}
     objective = tree["objective"]
-    if objective.get("regularizer") != "weak_sigreg":
-        objective["sigreg"] = {"num_slices": 32, **objective.get("sigreg", {})}
+    regularizer = objective.get("regularizer", "sigreg")
+    if regularizer != "weak_sigreg":
+        objective[regularizer] = {"num_slices": 32, **objective.get(regularizer, {})}
     return tree
 
 

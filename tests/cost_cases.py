@@ -23,6 +23,7 @@ ENCODERS: dict[str, tuple[str, dict[str, Any], int]] = {
     "post-norm": ("eva02_tiny_patch14_224", {"embed_dim": 48, "depth": 2, "num_heads": 3, "use_post_norm": True}, 28),
     "eva": ("eva02_tiny_patch14_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}, 28),
     "dinov3": ("vit_small_patch16_dinov3", {"embed_dim": 48, "depth": 2, "num_heads": 3}, 32),
+    "mixed rotary": ("vit_small_patch16_rope_mixed_224", {"embed_dim": 48, "depth": 2, "num_heads": 3}, 32),
     "grouped queries": (
         "eva02_tiny_patch14_224",
         {"embed_dim": 48, "depth": 2, "num_heads": 3, "attn_type": "rope", "qkv_fused": False, "num_kv_heads": 1},
@@ -50,7 +51,7 @@ def config_of(case: str, drop_path: float = 0.0, **sections: dict[str, Any]) -> 
     }
     model = {"encoder": name, "options": options, "drop_path": drop_path} | sections.pop("model", {})
     objective = {**sections.pop("objective", {})}
-    if objective.get("regularizer") != "weak_sigreg":  # torch's counter sees the reference's products
+    if objective.get("regularizer", "sigreg") == "sigreg":  # torch's counter sees the reference's products
         objective["sigreg"] = {"backend": "reference"} | objective.get("sigreg", {})
     data = {"shards": "s", "views": views}
     return validate(small_config("r", "s", model=model, objective=objective, data=data, **sections))

@@ -100,7 +100,7 @@ class Forks:
     def start(self, code: str) -> int:
         """The process that runs `code`."""
         self._running.say(repr(code))
-        return self._answer("started", 60)
+        return self._answer("started", 240)  # the first one waits for the imports, on a machine that may be busy
 
     def status(self, seconds: float) -> int:
         """How it ended; raises queue.Empty where it does not."""

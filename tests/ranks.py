@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from benchmarks.ports import free_port
 
 # By what ranks and programs are forked from: it has run nothing. DeepSpeed's engines import the compiler, 2 s, and collect
 # garbage a dozen times at a start, 0.3 s each with all of torch to look through: see `gc.freeze`.
@@ -23,12 +23,6 @@ PRELOADED = [
     "torch._dynamo",
     *(["deepspeed", "deepspeed.runtime.zero.muon.original_muon"] if find_spec("deepspeed") else []),
 ]
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 def as_rank(rank: int, world: int, port: str) -> dict[str, str]:

@@ -6,6 +6,9 @@
                                                  tokens/s, MFU, memory of a training step; what each feature is worth
   python tools/bench.py sigreg                   SIGReg's time, memory, growth and traffic against the textbook form
   python tools/bench.py input                    images/s per core of the input pipeline against torchvision on Pillow
+  python tools/bench.py evaluation               images/s of the feature pass against a DataLoader; k-NN's time and memory
+  python tools/bench.py race --config configs/vits_cifar10.yaml --train SHARDS --test SHARDS --minutes 10
+                                                 accuracy at equal time: ours, the minimal recipe, SimCLR, VICReg, DINO
   python tools/bench.py isotropy --plot FILE     free embeddings under SIGReg's gradient: is every direction Gaussian?
   python tools/bench.py encoders --page FILE     two steps, a checkpoint and an export of a model of every timm module
   python tools/bench.py checkpoint --config configs/vits_cifar10.yaml --ranks 2 engine.name=fsdp
@@ -16,6 +19,7 @@
   python tools/bench.py roofline --config configs/vitg_lvd.yaml --images 16
                                                  a step's time and MFU on paper, operator by operator: no GPU needed
   python tools/bench.py rounding                 what TF32 changes of SIGReg, and float8 of a linear layer: no GPU needed
+  python tools/bench.py faults                   what becomes of a run under each signal and broken part, and of the next one
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
 --smoke runs the same code at toy sizes on whatever is here: it checks the benchmark itself. Results go to
@@ -36,9 +40,26 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from benchmarks import conversion, encoders, gpu, input, order, reach, roofline, rounding, saving, sigreg, step, waits
+from benchmarks import (
+    conversion,
+    encoders,
+    evaluation,
+    faults,
+    gpu,
+    input,
+    order,
+    reach,
+    roofline,
+    rounding,
+    saving,
+    sigreg,
+    step,
+    waits,
+)
 from benchmarks.features import FEATURES
-from benchmarks.measure import Results, free_port, run_sections
+from benchmarks.measure import Results, run_sections
+from benchmarks.ports import free_port
+from benchmarks.race import contest
 from benchmarks.record import tables
 
 from lejepa_scale.cli.command import refuse
@@ -59,6 +80,10 @@ _STEP = """The step is the trainer's own, on any recipe, engine and launcher:
   ... --profile trace.json             phases of a step; a Chrome trace for chrome://tracing or ui.perfetto.dev
 
 Features: """ + ", ".join(FEATURES)
+_RACE = f"""Contestants train for the same seconds on the same images and cores: {", ".join(contest.CONTESTANTS)}.
+Their numbers of steps are their rates, measured in turns beforehand, times the seconds. With the same --json file a race
+that was cut short goes on, other durations and labels join it, and the table is of all."""
+_RECIPES = ("step", "checkpoint", "waits", "roofline", "race")  # kinds that take overrides
 _TEST_DATA = Path(os.environ.get("LEJEPA_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
 _PHOTOS = _TEST_DATA / "imagenet_sample.tar"
 
@@ -95,13 +120,33 @@ def main() -> int:
     kind = kinds.add_parser("sigreg", parents=[options], help="SIGReg alone, on the GPU where there is one")
     kind.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     kind.add_argument("--threads", type=int, help="CPU threads; default: torch's choice")
-    kind = kinds.add_parser("input", parents=[options], help="decoding, crops and colours on one core, loader memory")
-    kind.add_argument(
-        "--photos",
-        type=Path,
-        default=_PHOTOS,
-        help="a plain tar of photographs; default: %(default)s (LEJEPA_TEST_DATA)",
+    for name, text in (
+        ("input", "decoding, crops and colours on one core, loader memory"),
+        ("evaluation", "images/s of the feature pass against a DataLoader, time and memory of k-NN"),
+    ):
+        kind = kinds.add_parser(name, parents=[options], help=text)
+        kind.add_argument(
+            "--photos",
+            type=Path,
+            default=_PHOTOS,
+            help="a plain tar of photographs; default: %(default)s (LEJEPA_TEST_DATA)",
+        )
+    kind = kinds.add_parser(
+        "race", parents=[options], help="accuracy at equal time, against other methods", description=_RACE
     )
+    kind.add_argument("--config", type=Path, help="the recipe of ours, whose encoder and image size all have")
+    kind.add_argument("--train", help="labelled shards; labels are for scoring alone")
+    kind.add_argument("--test", help="labelled shards")
+    kind.add_argument("--minutes", type=float, default=10, help="of training, for each run; %(default)g")
+    kind.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run each; default: 0 1 2")
+    kind.add_argument(
+        "--contestants", nargs="+", default=list(contest.CONTESTANTS), metavar="NAME", help="default: all"
+    )
+    kind.add_argument(
+        "--label", default=contest.OURS, help="what ours is called, where a file holds several; %(default)s"
+    )
+    kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG: accuracy against seconds of training")
+    kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     kind = kinds.add_parser("isotropy", parents=[options], help="does SIGReg reach isotropy from far away?")
     kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG of every direction's statistic over the steps")
     kind = kinds.add_parser("encoders", parents=[options], help="does a model of every timm module train and export?")
@@ -137,14 +182,14 @@ def main() -> int:
         kind.add_argument("--config", type=Path, help="a recipe, such as configs/vitl_in1k.yaml")
         kind.add_argument("--images", type=int, default=8, help="images a step; %(default)s")
         kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
+    kind = kinds.add_parser("faults", parents=[options], help="what becomes of a run that is killed, stopped, cut off")
+    kind.add_argument("--launchers", nargs="+", choices=faults.LAUNCHERS, default=list(faults.LAUNCHERS))
+    kind.add_argument("--only", nargs="+", metavar="PART", default=[], help="faults in whose names one of these occurs")
+    kind.add_argument("--ranks", type=int, default=2, help="under a launcher that starts several; %(default)s")
     kinds.add_parser("rounding", parents=[options], help="what TF32 changes of SIGReg, and float8 of a linear layer")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
-    unknown = [
-        x
-        for x in overrides
-        if arguments.kind not in ("step", "checkpoint", "waits", "roofline") or x.startswith("-") or "=" not in x
-    ]
+    unknown = [x for x in overrides if arguments.kind not in _RECIPES or x.startswith("-") or "=" not in x]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.kind == "step":
@@ -153,13 +198,16 @@ def main() -> int:
     if arguments.kind == "checkpoint":
         arguments.overrides += overrides
         return _checkpoint(arguments)
-    if arguments.kind in ("waits", "roofline"):
+    if arguments.kind in ("waits", "roofline", "race"):
         arguments.overrides += overrides
     try:
         measure: dict[str, Callable[[argparse.Namespace], Results]] = {
             "gpu": _gpu,
             "sigreg": _sigreg,
             "input": _input,
+            "evaluation": _evaluation,
+            "race": _race,
+            "faults": _faults,
             "isotropy": _isotropy,
             "order": _order,
             "encoders": _encoders,
@@ -329,8 +377,40 @@ def _sigreg(arguments: argparse.Namespace) -> Results:
     return sigreg.measure(sigreg.TOY if arguments.smoke else sizes, device)
 
 
+def _evaluation(arguments: argparse.Namespace) -> Results:
+    sizes = evaluation.TOY if arguments.smoke else evaluation.FULL
+    return evaluation.measure(sizes, arguments.photos)
+
+
 def _input(arguments: argparse.Namespace) -> Results:
     return input.measure(input.TOY if arguments.smoke else input.FULL, arguments.photos)
+
+
+def _race(arguments: argparse.Namespace) -> Results:
+    """Its own rows into the JSON file, the table, and the picture."""
+    a = arguments
+    if not (a.config and a.train and a.test):
+        raise UserError("bench.py race needs --config RECIPE, --train SHARDS and --test SHARDS.")
+    minutes, seeds, timed = (0.01, (0,), 0.1) if a.smoke else (a.minutes, tuple(a.seeds), contest.Race.timed)
+    threads = torch.get_num_threads()
+    race = contest.Race(
+        a.config, tuple(a.overrides), a.train, a.test, minutes, seeds, tuple(a.contestants), threads, a.label, timed
+    )
+    found = contest.run(race, a.json)
+    print(contest.as_table(found))
+    if a.plot:
+        contest.picture(found, a.plot)
+    a.json = None  # is written
+    return Results(machine=found["machine"], rows=[])
+
+
+def _faults(arguments: argparse.Namespace) -> Results:
+    """Rows, and the table."""
+    launchers, only = (["python"], ["SIGUSR1"]) if arguments.smoke else (arguments.launchers, arguments.only)
+    rows = faults.inject(launchers, only, arguments.ranks)
+    results = run_sections({"faults": rows}, torch.device("cpu"), minutes=1e6)
+    print(faults.as_table(results["rows"]))
+    return results
 
 
 def _isotropy(arguments: argparse.Namespace) -> Results:

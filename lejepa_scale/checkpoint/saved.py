@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import prod
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from lejepa_scale.checkpoint.files import checksum
 from lejepa_scale.checkpoint.layout import Layout, Part, boxes, key
 from lejepa_scale.checkpoint.places import Place, faults, is_local, said
 from lejepa_scale.checkpoint.tensors import TensorFile
-from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
+from lejepa_scale.engine.base import AVERAGE, KINDS_OF_MOMENTS, MOMENTS, MOMENTUM, VALUE
 from lejepa_scale.errors import UserError
 
 Weights = Literal["best", "trained", "average", "first"]  # of a run: `best` is the average where one is kept
@@ -37,6 +37,8 @@ class Progress:
     nonfinite: int = 0
     skipped_images: int = 0
     seconds: float = 0.0
+    epoch: int = 0  # samples of an epoch, by which words of the configuration are steps; 0: not known
+    durations: dict[str, int] = field(default_factory=dict)  # those of the configuration, in steps
 
 
 def file_of(kind: str, rank: int, ranks: int) -> str:
@@ -50,15 +52,18 @@ def title(kind: str, name: str) -> str:
     return name if kind in (VALUE, AVERAGE) else f"{kind}/{name}"
 
 
-def index_text(layout: Layout, buffers: Mapping[str, tuple[int, ...]], kinds: Sequence[str]) -> str:
+def index_text(
+    layout: Layout, buffers: Mapping[str, tuple[int, ...]], kinds: Sequence[str], muons: Iterable[str] = ()
+) -> str:
     """index.json: where every tensor's elements are. parts: [rank, first element, number of elements]; a rank's file is
-    `file_of` it, the keys in it are `layout.key` of `layout.boxes`, after `title`."""
+    `file_of` it, the keys in it are `layout.key` of `layout.boxes`, after `title`. muons: parameters with Muon's moment."""
     tensors = {
         name: {"shape": layout.shapes[name], "parts": [[p.rank, p.start, p.length] for p in parts]}
         for name, parts in layout.parts.items()
     }
     whole = {name: {"shape": shape, "parts": [[0, 0, prod(shape)]]} for name, shape in buffers.items()}
-    return json.dumps({"ranks": layout.ranks, "kinds": list(kinds), "parameters": tensors, "buffers": whole})
+    found = {"ranks": layout.ranks, "kinds": list(kinds), "parameters": tensors, "buffers": whole}
+    return json.dumps({**found, "muons": names} if (names := sorted(muons)) else found)
 
 
 class Saved:
@@ -73,7 +78,7 @@ class Saved:
             )
         self._open: dict[str, TensorFile] = {}
         state = self._json(STATE)
-        known = {field.name for field in fields(Progress)}
+        known = {one.name for one in fields(Progress)}
         try:
             self.progress = Progress(**{name: value for name, value in state.items() if name in known})
         except TypeError as error:
@@ -81,9 +86,13 @@ class Saved:
         index = self._json(INDEX) if (path / INDEX).exists() else self._index_of_whole_files()
         try:
             self.ranks = int(index["ranks"])
-            self.moments = set(index["kinds"]) >= set(MOMENTS)
             self.averaged = AVERAGE in index["kinds"]
             self.parameters, self.buffers = (_parts(index[group], self.ranks) for group in ("parameters", "buffers"))
+            kinds, muons = set(index["kinds"]), set(index.get("muons", ()))
+            sound = kinds >= {*MOMENTS, *([MOMENTUM] if muons else [])}
+            self.moments: dict[str, tuple[str, ...]] = {  # of every parameter; empty: there are none
+                name: (MOMENTUM,) if name in muons else MOMENTS for name in self.parameters if sound
+            }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise self._unreadable(INDEX, error) from error
 
@@ -93,8 +102,11 @@ class Saved:
         return {name: shape for name, (shape, _) in (self.parameters | self.buffers).items()}
 
     def shapes_of(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """Of the tensors of one kind: buffers have values and averages, and no moments."""
-        return {name: shape for name, shape in self.shapes.items() if kind not in MOMENTS or name in self.parameters}
+        """Of the tensors of one kind: buffers have values and averages, and no moments; a parameter has those of its
+        optimizer."""
+        if kind not in KINDS_OF_MOMENTS:
+            return self.shapes
+        return {name: self.shapes[name] for name, kinds in self.moments.items() if kind in kinds}
 
     def kind_of(self, weights: Weights) -> str:
         """Which set of weights is meant. Raises UserError where the average is, and there is none."""

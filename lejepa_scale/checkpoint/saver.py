@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from itertools import chain
 from math import prod
 from typing import Any, TypeVar
 
@@ -34,7 +33,7 @@ from lejepa_scale.checkpoint.saved import (
 )
 from lejepa_scale.checkpoint.store import Store
 from lejepa_scale.engine import Average
-from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE, Engine
+from lejepa_scale.engine.base import AVERAGE, MOMENTS, MOMENTUM, VALUE, Engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, process_group
 from lejepa_scale.parallel.threads import started
@@ -106,11 +105,11 @@ class Saver:
         if self._layout is None:
             self._layout = layout_of(self.engine)
         layout, mine = self._layout, self._layout.of_rank(process_group.rank())
-        kinds = [VALUE, *(MOMENTS if progress.updates else ()), *([AVERAGE] if averages is not None else ())]
-        nbytes = 4 * len(kinds) * sum(map(prod, layout.shapes.values()))
-        partial = self._folder(progress.step, nbytes)
+        shards = [*self.engine.shards(), *(averages.shards() if averages is not None else ())]
+        kinds = list(dict.fromkeys(shard.kind for shard in shards))
+        partial = self._folder(progress.step, 4 * sum(prod(shard.shape) for shard in shards))
         files: dict[str, Tensors] = {}
-        for shard in chain(self.engine.shards(), averages.shards() if averages is not None else ()):
+        for shard in shards:
             if (part := mine.get(shard.name)) is None:
                 continue
             assert (part.start, part.length) == (shard.start, len(shard.data)), f"the parts of {shard.name} have moved"
@@ -135,7 +134,7 @@ class Saver:
                 files[PROBE] = [(name, tuple(x.shape), self._copied((PROBE, name), x)) for name, x in probe.items()]
             shapes = {name: tuple(x.shape) for name, x in buffers.items()}
             texts = {
-                INDEX: index_text(layout, shapes, kinds),
+                INDEX: index_text(layout, shapes, kinds, {shard.name for shard in shards if shard.kind == MOMENTUM}),
                 STATE: state_text(
                     progress,
                     ranks=layout.ranks,

@@ -4,7 +4,7 @@ knows no file format."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lejepa_scale.checkpoint.saved import Saved, advice, not_finite
 from lejepa_scale.engine import Average
-from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE, Engine, Shard, full_shape
+from lejepa_scale.engine.base import AVERAGE, KINDS_OF_MOMENTS, MOMENTUM, VALUE, Engine, Shard, full_shape
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel.collectives import everywhere, gather_objects, on_rank_zero
 from lejepa_scale.parallel.process_group import rank, world_size
@@ -21,7 +21,7 @@ from lejepa_scale.parallel.process_group import rank, world_size
 
 @dataclass
 class CanonicalState:
-    """What rank 0 holds; CPU tensors. `moments[kind][name]` is AdamW's state, empty before the first update."""
+    """What rank 0 holds; CPU tensors. `moments[kind][name]` is the optimizer's state, empty before the first update."""
 
     model: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -75,6 +75,8 @@ def spread(state: CanonicalState | None, engine: Engine) -> None:
         fault = _mismatch(expected, {name: tuple(t.shape) for name, t in state.model.items()})
         if fault is not None:
             raise UserError(fault)
+        if state.moments and (fault := _other_optimizer(engine, state.moments.get(MOMENTUM, {}))):
+            raise UserError(f"the saved state {fault}")
         return bool(state.moments), state.updates
 
     has_moments, updates = on_rank_zero(header, "comparing names and shapes")
@@ -84,7 +86,7 @@ def spread(state: CanonicalState | None, engine: Engine) -> None:
         source = None
         if state is not None and (has_moments or shard.kind == VALUE):
             source = (state.model if shard.kind == VALUE else state.moments[shard.kind])[shard.name]
-        elif not has_moments and shard.kind in MOMENTS:
+        elif not has_moments and shard.kind in KINDS_OF_MOMENTS:
             continue
         whole = _broadcast(source, shard.shape, torch.float32, engine.device).flatten()
         engine.take(Shard(shard.name, shard.kind, shard.shape, shard.start, whole[shard.start :][: len(shard.data)]))
@@ -106,9 +108,11 @@ def restore(saved: Saved, engine: Engine) -> None:
         if fault := _mismatch(expected, saved.shapes):
             raise UserError(fault)
         if saved.moments:
+            if fault := _other_optimizer(engine, saved.shapes_of(MOMENTUM)):
+                raise UserError(f"checkpoint {saved.path} {fault}")
             engine.prepare_moments(saved.progress.updates)
         for shard in list(engine.shards()):
-            if shard.kind in MOMENTS and not saved.moments:
+            if shard.kind in KINDS_OF_MOMENTS and not saved.moments:
                 continue
             data = saved.read(shard.name, shard.kind, shard.start, len(shard.data))
             _expect_numbers(saved, f"{shard.kind} of {shard.name}", data)
@@ -139,6 +143,17 @@ def restore_average(saved: Saved, average: Average) -> None:
             buffer.copy_(data)
 
     everywhere(read, "reading the averaged weights")
+
+
+def _other_optimizer(engine: Engine, muons: Collection[str]) -> str | None:
+    """What is wrong with a state that holds Muon's moment of these parameters, and AdamW's of the others."""
+    if {name for name, kinds in engine.moments.items() if MOMENTUM in kinds} == set(muons):
+        return None
+    before, now = ("muon", "adamw") if muons else ("adamw", "muon")
+    return (
+        f"was trained with optim.name={before}, whose moments mean nothing to {now}. Go on with optim.name={before}, or "
+        "begin a new run.dir from its encoder, with model.init_from."
+    )
 
 
 def _expect_numbers(saved: Saved, name: str, data: Tensor) -> None:

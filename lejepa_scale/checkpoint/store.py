@@ -2,7 +2,8 @@
 
 checkpoints/step_00001000/
     model*.safetensors       fp32 parameters and buffers under the module's names, one file for each rank that wrote some
-    optimizer*.safetensors   AdamW's moments of the same elements, `exp_avg/NAME` and `exp_avg_sq/NAME`
+    optimizer*.safetensors   AdamW's moments of the same elements, `exp_avg/NAME` and `exp_avg_sq/NAME`, or Muon's one,
+                             `momentum_buffer/NAME`
     index.json               where every tensor's elements are (see saved.py)
     probe.safetensors        online probe, where there is one
     state.json               step and counters; versions, engine and ranks

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from lejepa_scale import logs
-from lejepa_scale.errors import UserError
+from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.parallel import launch
 
 _SIGPIPE_STATUS = 128 + 13  # what a shell reports of a program that SIGPIPE ended
@@ -51,13 +51,13 @@ class Group:
 
 
 def start(command: Command | Group, words: Sequence[str], before: str = "") -> int:
-    """Run the command that `words` ask for. Returns the exit status: 2 for what the user can mend."""
+    """Run the command that `words` ask for. Returns the exit status, as `Exit` has it."""
     program = f"{before} {command.name}".strip()
     if isinstance(command, Command):
         return _run(command, words, program)
     if not words or words[0] in ("-h", "--help"):
         print(command.help(program))
-        return 0 if words else 2
+        return Exit.DONE if words else Exit.MISTAKE
     for one in command.commands:
         if one.name == words[0]:
             return start(one, words[1:], program)
@@ -73,7 +73,7 @@ def refuse(error: UserError) -> int:
         time.sleep(3)  # a launcher ends the other ranks when the first one leaves: rank 0 speaks before that
     sys.stdout.flush()
     sys.stderr.flush()
-    return 2
+    return error.status
 
 
 def positive(text: str) -> int:

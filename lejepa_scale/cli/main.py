@@ -6,7 +6,21 @@ import re
 import sys
 from collections.abc import Sequence
 
-from lejepa_scale.cli import audit, convert, embed, evaluate, index, make, order, picture, statistics, train
+from lejepa_scale.cli import (
+    audit,
+    convert,
+    embed,
+    evaluate,
+    index,
+    make,
+    order,
+    picture,
+    runs,
+    select,
+    statistics,
+    sweep,
+    train,
+)
 from lejepa_scale.cli.command import Group, start
 from lejepa_scale.cli.versions import versions
 
@@ -23,9 +37,12 @@ LEJEPA = Group(
     (
         SHARDS,
         train.COMMAND,
+        runs.COMMAND,
         evaluate.COMMAND,
         embed.COMMAND,
         picture.COMMAND,
+        sweep.COMMAND,
+        select.COMMAND,
         convert.COMMAND,
         order.COMMAND,
         audit.COMMAND,

@@ -7,8 +7,10 @@ import os
 import warnings
 from pathlib import Path
 
+from lejepa_scale import logs
 from lejepa_scale.cli.command import Command, refuse
-from lejepa_scale.errors import UserError
+from lejepa_scale.errors import Exit, UserError
+from lejepa_scale.parallel import launch
 
 _DESCRIPTION = """  lejepa train --config quickstart engine.name=single                          one process
   torchrun --nproc-per-node 8 -m lejepa_scale train --config vitl_in1k         any engine but `single`
@@ -16,7 +18,10 @@ _DESCRIPTION = """  lejepa train --config quickstart engine.name=single         
   torchrun --nproc-per-node 8 launchers/train.py --config configs/vitl_in1k.yaml         in a checkout
 
 Further arguments override keys of the file: train.steps=100 data.shards='shards/train-{000..099}.tar'.
-Starting the same command again goes on from the newest complete checkpoint in run.dir.
+Starting the same command again goes on from the newest complete checkpoint in run.dir. SIGTERM, SIGINT (Ctrl-C), SIGHUP,
+SIGUSR1 and SIGUSR2, `touch RUN_DIR/stop` and run.max_hours let it save first.
+
+exit status: 0 finished, 75 stopped and saved (the same command goes on), 2 a wrong configuration, anything else a fault
 """
 
 
@@ -50,11 +55,14 @@ def _run(arguments: argparse.Namespace) -> int:
     from lejepa_scale.training.loop import train
 
     keep_memory()
+    logs.outlive_terminal()
     try:
-        train(config)
+        finished = train(config)
     except UserError as error:
         os._exit(refuse(error))  # other ranks may wait in a collective: leave without waiting for them
-    return 0
+    if finished or launch.starts_again():  # else a run that was asked to stop would be started once more
+        return Exit.DONE
+    return Exit.STOPPED
 
 
 COMMAND = Command("train", "pre-train an encoder, or go on with it", _DESCRIPTION, _add_arguments, _run)

@@ -2,20 +2,23 @@
 anything starts."""
 
 from lejepa_scale.config.batches import BatchPlan, check_world, plan_batches
+from lejepa_scale.config.durations import in_steps
 from lejepa_scale.config.files import dump, load_config, migrate, recorded, validate
-from lejepa_scale.config.schema import Augment, Config, Data, Optim, Source, ViewGroup, Views
+from lejepa_scale.config.schema import Augment, Config, Data, Objective, Optim, Source, ViewGroup, Views
 
 __all__ = [
     "Augment",
     "BatchPlan",
     "Config",
     "Data",
+    "Objective",
     "Optim",
     "Source",
     "ViewGroup",
     "Views",
     "check_world",
     "dump",
+    "in_steps",
     "load_config",
     "migrate",
     "plan_batches",

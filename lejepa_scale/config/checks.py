@@ -61,6 +61,12 @@ USES = (
         "model.drop_path",
     ),
     Use(
+        ("model.patch_drop.local",),
+        "data.views.local.count is not 0",
+        lambda config: config.data.views.local.count > 0,
+        "data.views.local.count",
+    ),
+    Use(
         ("model.projector.hidden", "model.projector.activation"),
         "model.projector.layers is more than 1",
         lambda config: config.model.projector.layers > 1,
@@ -85,6 +91,12 @@ USES = (
         "objective.regularizer",
     ),
     Use(
+        ("objective.visreg.num_slices",),
+        "objective.regularizer is visreg",
+        lambda config: config.objective.regularizer == "visreg",
+        "objective.regularizer",
+    ),
+    Use(
         ("objective.sigreg.reference_n",),
         "objective.sigreg.scale is reference",
         lambda config: config.objective.sigreg.scale == "reference",
@@ -99,14 +111,21 @@ USES = (
     Use(
         ("optim.warmup_start_ratio",),
         "optim.warmup_steps is not 0",
-        lambda config: config.optim.warmup_steps > 0,
+        lambda config: config.optim.warmup_steps != 0,
         "optim.warmup_steps",
     ),
     Use(
         ("optim.decay",),
-        "optim.weight_decay is not 0",
-        lambda config: config.optim.weight_decay > 0,
+        "optim.weight_decay or optim.final_weight_decay is not 0",
+        lambda config: bool(config.optim.weight_decay or config.optim.final_weight_decay),
         "optim.weight_decay",
+    ),
+    Use(("optim.muon",), "optim.name is muon", lambda config: config.optim.name == "muon", "optim.name"),
+    Use(
+        ("optim.cooldown_steps",),
+        "optim.schedule is wsd",
+        lambda config: config.optim.schedule == "wsd",
+        "optim.schedule",
     ),
     Use(
         ("average.every", "average.start"),
@@ -115,6 +134,12 @@ USES = (
         "average.kind",
     ),
     Use(("average.decay",), "average.kind is ema", lambda config: config.average.kind == "ema", "average.kind"),
+    Use(
+        tuple(f"evaluation.{name}" for name in ("test", "train", "images", "view_images", "k", "time_share")),
+        "evaluation.every is set",
+        lambda config: config.evaluation.every is not None,
+        "evaluation.every",
+    ),
     Use(("probe.lr",), "probe.enabled is true", lambda config: config.probe.enabled, "probe.enabled"),
 )
 
@@ -158,7 +183,20 @@ def ignored_keys(config: schema.Config) -> list[str]:
 def contradictions(config: schema.Config) -> list[str]:
     """One sentence for each pair of keys that cannot both hold."""
     return [
-        fault for check in (_engine_options, _channels, _colours, _waiting, _accumulation) if (fault := check(config))
+        fault
+        for check in (
+            _engine_options,
+            _channels,
+            _colours,
+            _waiting,
+            _accumulation,
+            _scale,
+            _held_out,
+            _cooldown,
+            _patches,
+            _muon,
+        )
+        if (fault := check(config))
     ]
 
 
@@ -213,7 +251,7 @@ def _waiting(config: schema.Config) -> str | None:
         return None
     return (
         f"data.retries = {data.retries} and data.read_timeout = {data.read_timeout:g} can keep a rank waiting for "
-        f"{longest / 60:.1f} minutes, longer than the others wait for it: engine.timeout_minutes = {minutes}"
+        f"{longest / 60:.1f} minutes, longer than the others wait for it: engine.timeout_minutes = {minutes:g}"
     )
 
 
@@ -225,4 +263,58 @@ def _accumulation(config: schema.Config) -> str | None:
     return (
         "objective.accumulation=unbiased needs objective.regularizer=sigreg and objective.sigreg.estimator=u, not "
         f"{objective.regularizer} and {estimator}"
+    )
+
+
+def _scale(config: schema.Config) -> str | None:
+    objective = config.objective
+    if objective.regularizer != "visreg" or objective.visreg.weight != 0:
+        return None
+    return (
+        "objective.visreg.weight = 0 leaves nothing that holds the embeddings' scale against the prediction, since "
+        "the rest of objective.regularizer=visreg does not depend on it: leave the weight out (1), or give a positive one"
+    )
+
+
+def _held_out(config: schema.Config) -> str | None:
+    if config.evaluation.every is None or config.evaluation.test:
+        return None
+    return (
+        f"evaluation.every = {config.evaluation.every} needs evaluation.test, shards of images that are held out (labels "
+        "are not needed)"
+    )
+
+
+def _cooldown(config: schema.Config) -> str | None:
+    optim, steps = config.optim, config.train.steps
+    if optim.schedule != "wsd" or optim.cooldown_steps is None:
+        return None
+    if not all(isinstance(value, int) for value in (steps, optim.warmup_steps, optim.cooldown_steps)):
+        return None  # words, which durations.py looks at again as steps
+    if optim.warmup_steps + optim.cooldown_steps <= steps:
+        return None
+    return (
+        f"optim.warmup_steps = {optim.warmup_steps} and optim.cooldown_steps = {optim.cooldown_steps} are more than "
+        f"train.steps = {steps}"
+    )
+
+
+def _patches(config: schema.Config) -> str | None:
+    drop, theirs = config.model.patch_drop, config.model.options.get("patch_drop_rate")
+    if not theirs or not (drop.global_ or drop.local):
+        return None
+    return (
+        f"model.options.patch_drop_rate = {theirs} and model.patch_drop both leave patches out: keep model.patch_drop, "
+        "which knows global from local views"
+    )
+
+
+def _muon(config: schema.Config) -> str | None:
+    engine = config.engine.name
+    if config.optim.name != "muon" or not engine.startswith("zero"):
+        return None
+    return (
+        f"optim.name=muon works on whole matrices, of which the optimizer under engine.name={engine} sees flat pieces; "
+        "DeepSpeed's own Muon computes something else. Use engine.name=fsdp, which shards as much as zero3, or "
+        "optim.name=adamw"
     )

@@ -48,6 +48,7 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} must hold a mapping of sections (run, train, data, model, ...).")
+    _one_length(tree, overrides or [])
     for override in overrides or []:
         _apply(tree, override)
     return validate(tree, origin=f"{path} with {' '.join(overrides)}" if overrides else str(path))
@@ -110,6 +111,15 @@ def _section(tree: Any, path: str) -> tuple[Tree | None, str]:
     for part in parents:
         tree = tree.get(part) if isinstance(tree, dict) else None
     return (tree if isinstance(tree, dict) and last in tree else None), last
+
+
+def _one_length(tree: Tree, overrides: list[str]) -> None:
+    """What the file says of a run's length is left out where an override says it in another unit."""
+    lengths = {f"train.{name}" for name in ("steps", "epochs", "images")}
+    if lengths & {key for key, _, text in (override.partition("=") for override in overrides) if text != "null"}:
+        for section, name in (_section(tree, path) for path in lengths):
+            if section is not None:
+                del section[name]
 
 
 def _apply(tree: Tree, override: str) -> None:

@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel
+from pydantic import BaseModel, WrapValidator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
@@ -20,12 +20,16 @@ from lejepa_scale.config.checks import USES
 from lejepa_scale.config.files import MOVED
 from lejepa_scale.config.keys import Key, as_text, keys_of
 from lejepa_scale.config.schema import Config
+from lejepa_scale.config.words import steps_or_words
 
 _HEAD = """\
 # Every key of a configuration
 
 A configuration is a YAML file of sections; every key can be overridden on the command line (`train.steps=100`,
 `data.views.global.size=96`). `--print-config` shows what comes of both. A key without a default is required.
+
+Durations are integers, in steps, or words: `5 epochs`, `1.28M images` (k, M, B: 10^3, 10^6, 10^9), `10%` of the run. What
+is in words becomes steps, rounded down, when the data is opened: see "Epochs" on the page of data.
 
 This page is written from the schema: `python -m lejepa_scale.config.reference > docs/configuration.md`.
 """
@@ -103,7 +107,8 @@ def _kind(annotation: Any, limits: Sequence[Any]) -> str:
         for limit in limits
         if isinstance(limit, kind)
     ]
-    return f"{_NAMES[annotation]}{' ' * bool(bounds)}{', '.join(bounds)}"
+    words = any(isinstance(limit, WrapValidator) and limit.func is steps_or_words for limit in limits)
+    return f"{_NAMES[annotation]}{' ' * bool(bounds)}{', '.join(bounds)}{' or words' * words}"
 
 
 if __name__ == "__main__":

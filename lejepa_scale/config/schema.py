@@ -14,17 +14,23 @@ from pydantic import (
     Field,
     PlainSerializer,
     ValidationInfo,
+    WrapValidator,
     field_validator,
     model_validator,
 )
 
 from lejepa_scale.addresses import Address, is_remote
 from lejepa_scale.config import checks
+from lejepa_scale.config.words import steps_alone, steps_or_words
 
 EngineName = Literal["single", "ddp", "fsdp", "zero1", "zero2", "zero3"]
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 Probability = Annotated[float, Field(ge=0, le=1)]
+# An int of steps, or words (a str) that durations.in_steps makes steps of once the data is opened: what reads it sees steps.
+_AsItIs = PlainSerializer(lambda value: value, return_type=int | str | None)
+Duration = Annotated[Positive, WrapValidator(steps_or_words), _AsItIs]
+DurationOrZero = Annotated[NonNegative, WrapValidator(steps_or_words), _AsItIs]
 FilePath = Annotated[Path, AfterValidator(Path.expanduser)]  # `~` is the home folder, which a shell leaves in key=~/a
 
 
@@ -49,17 +55,44 @@ class Run(Section):
         "aside. A path: begin from that checkpoint, or that run's newest, where this run has none of its own",
     )
     seed: NonNegative = Field(0, description="initial weights, sample order, augmentation, slices")
+    max_hours: float | None = Field(
+        None, gt=0, description="stop, saved, after so many hours of one start; unset: no limit"
+    )
 
 
 class Train(Section):
-    """Length and batch: global_batch = micro_batch x ranks x accumulation."""
+    """Length and batch: global_batch = micro_batch x ranks x accumulation. One of steps, epochs and images says how long a
+    run is; where an override names one, what the file says of the others is left out."""
 
-    steps: Positive = Field(description="optimizer steps of the whole run")
+    # None until durations.in_steps has set it, where it is in other units.
+    steps: Annotated[Positive, WrapValidator(steps_alone), _AsItIs] = Field(  # type: ignore[assignment]
+        None, description="optimizer steps of the whole run"
+    )
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="passes over the data, 0.5 or 100, in place of steps: that many times the samples of data.shards (of a "
+        "mixture: of all sources together, whatever their weights) / global_batch, rounded down",
+    )
+    images: Positive | None = Field(
+        None, description="images seen, in place of steps: / global_batch, rounded down to whole steps"
+    )
     global_batch: Positive = Field(description="images per optimizer step over all ranks")
     micro_batch: Positive | None = Field(
         None, description="images per rank and forward pass; unset: global_batch / ranks"
     )
     max_nonfinite: Positive = Field(20, description="stop after this many non-finite steps in a row")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        given = {name: value for name in ("steps", "epochs", "images") if (value := getattr(self, name)) is not None}
+        if not given:
+            raise ValueError("nothing says how long the run is. Give train.steps, train.epochs or train.images")
+        if len(given) > 1:
+            several = " and ".join(f"train.{name} = {value}" for name, value in given.items())
+            raise ValueError(
+                f"{several} all say how long the run is. Keep one, and leave out the others or set them to null"
+            )
+        return self
 
 
 class Engine(Section):
@@ -91,8 +124,9 @@ class Engine(Section):
     activation_budget: float = Field(
         0.5, gt=0, le=1, description="budget: share of the activations of compiled blocks that may be kept"
     )
-    timeout_minutes: Positive = Field(
-        10,
+    timeout_minutes: float = Field(
+        10.0,
+        gt=0,
         description="after which a rank counts as lost: one that a collective waits for, or without a sign of life while it "
         "indexes, reads or writes, which may take any time",
     )
@@ -297,6 +331,15 @@ class InitFrom(Section):
         return [value] if isinstance(value, str) else value
 
 
+class PatchDrop(Section):
+    """Shares of an image's patches that training leaves out before the blocks, drawn anew for every view: fewer tokens, less
+    time and memory, and views that show less. int(patches x (1 - share)) stay, one at least; class and register tokens
+    always do. Vision transformers alone; evaluation and exports see all patches."""
+
+    global_: float = Field(0.0, ge=0, lt=1, alias="global", description="of a global view's patches; 0: all stay")
+    local: float = Field(0.0, ge=0, lt=1, description="of a local view's patches; 0: all stay")
+
+
 class Model(Section):
     """The encoder and the heads that train it."""
 
@@ -309,6 +352,7 @@ class Model(Section):
     drop_path_uniform: bool = Field(
         False, description="every block drops at that rate; false: rates grow linearly from 0 at the first block"
     )
+    patch_drop: PatchDrop = Field(PatchDrop(), description="patches that training leaves out")
     attention: Literal["auto", "sdpa", "xformers", "varlen"] = Field(
         "auto", description="packed attention backend; auto: the fastest of those that run and agree with sdpa"
     )
@@ -359,18 +403,29 @@ class WeakSIGRegSection(Section):
 
 
 class VISRegSection(Section):
-    """Scale and center of every dimension (arXiv 2606.02572), which may stand beside either regularizer."""
+    """Sorted projections against normal quantiles (arXiv 2606.02572), and scale and centre of every dimension, which may
+    stand beside any regularizer."""
 
-    weight: float = Field(0.0, ge=0, description="weight of (1 - sigma)^2 + mu^2 beside the regularizer; 0: off")
+    weight: float | None = Field(
+        None,
+        ge=0,
+        description="weight of (1 - sigma)^2 + mu^2 beside the regularizer; unset: 1 with regularizer=visreg, else 0 (off)",
+    )
+    num_slices: Positive = Field(4096, description="random directions per step")
 
 
 class Objective(Section):
     """Prediction, and a regularizer that keeps the embeddings apart."""
 
-    regularizer: Literal["sigreg", "weak_sigreg"] = Field(
-        "sigreg", description="what keeps the embeddings apart; weak_sigreg: second moments alone"
+    regularizer: Literal["sigreg", "weak_sigreg", "visreg"] = Field(
+        "sigreg",
+        description="what keeps the embeddings apart; weak_sigreg: second moments alone; visreg: sorted projections, scale "
+        "and centre, with a lambda of its own (published: 0.6 to 0.9)",
     )
     lambda_: float = Field(0.05, alias="lambda", gt=0, lt=1, description="weight of the regularizer against prediction")
+    final_lambda: float | None = Field(
+        None, gt=0, lt=1, description="lambda of the last step, towards which it moves by a cosine; unset: constant"
+    )
     weighting: Literal["convex", "additive"] = Field(
         "convex", description="convex: (1 - lambda) prediction + lambda regularizer; additive: prediction at weight 1"
     )
@@ -383,20 +438,68 @@ class Objective(Section):
     )
     sigreg: SIGRegSection = Field(SIGRegSection(), description="settings of regularizer=sigreg")
     weak_sigreg: WeakSIGRegSection = Field(WeakSIGRegSection(), description="settings of regularizer=weak_sigreg")
-    visreg: VISRegSection = Field(VISRegSection(), description="VISReg's terms beside the regularizer")
+    visreg: VISRegSection = Field(
+        VISRegSection(), description="settings of regularizer=visreg, and VISReg's other terms beside any regularizer"
+    )
+
+    @field_validator("visreg")
+    @classmethod
+    def _as_unset(cls, value: VISRegSection, info: ValidationInfo) -> VISRegSection:
+        """A weight that says what an unset one means is unset, as the `0.0` of runs from before it could be."""
+        unset = 1.0 if info.data.get("regularizer") == "visreg" else 0.0
+        return value.model_copy(update={"weight": None}) if value.weight == unset else value
+
+
+class Muon(Section):
+    """Muon: steps along the orthogonal factor of each matrix's momentum, by five Newton-Schulz iterations."""
+
+    momentum: float = Field(
+        0.95, ge=0, lt=1, description="share that the average of gradients keeps in a step (Nesterov)"
+    )
+    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw",
+        description="factor of the learning rate for a matrix of a x b. match_rms_adamw: 0.2 sqrt(max(a, b)), so that lr "
+        "and weight_decay can be AdamW's (arXiv 2502.16982); original: sqrt(max(1, a / b)), for rates as 0.02, by lr_ratio",
+    )
+    lr_ratio: float = Field(1.0, gt=0, description="Muon's learning rate / lr, at every step")
 
 
 class Optim(Section):
-    """AdamW, and its learning rate over the steps: a linear warm-up, then a cosine."""
+    """AdamW, or Muon beside it, and the learning rate over the steps: a linear warm-up, then a cosine, or flat with a
+    cooldown at the end."""
 
+    name: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: the matrices of the encoder's blocks are updated by Muon, all else by AdamW at the same "
+        "schedule; single, ddp, fsdp",
+    )
+    muon: Muon = Field(Muon(), description="settings of name=muon")
     lr: float = Field(5e-4, gt=0, description="highest learning rate, at the end of the warm-up")
     final_lr_ratio: float = Field(1e-3, ge=0, le=1, description="last learning rate / lr")
-    warmup_steps: NonNegative = Field(0, description="steps over which the learning rate grows")
+    schedule: Literal["cosine", "wsd"] = Field(
+        "cosine",
+        description="after the warm-up. cosine: down to the last step. wsd: constant, then down over cooldown_steps, so "
+        "that a checkpoint before these can be gone on from with more train.steps",
+    )
+    cooldown_steps: Duration | None = Field(
+        None, description="wsd: steps at the end in which the learning rate falls; unset: a fifth of train.steps"
+    )
+    warmup_steps: DurationOrZero = Field(0, description="steps over which the learning rate grows")
     warmup_start_ratio: float | None = Field(
         None, ge=0, le=1, description="first learning rate / lr; unset: 1 / warmup_steps"
     )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="factor of the learning rate from each of the encoder's layers to the one before it, from 1 in the "
+        "projector down, by timm's groups; 0.75, say, spares weights that the run begins with. Unset or 1: one rate for all",
+    )
     weight_decay: float = Field(
-        0.05, ge=0, description="decoupled; constant. The paper's: 0.05 for transformers, 5e-4 for ResNets"
+        0.05, ge=0, description="decoupled. The paper's: 0.05 for transformers, 5e-4 for ResNets"
+    )
+    final_weight_decay: float | None = Field(
+        None, ge=0, description="weight decay of the last step, towards which it moves by a cosine; unset: constant"
     )
     decay: Literal["weights", "all"] = Field(
         "weights",
@@ -415,9 +518,9 @@ class Checkpoint(Section):
         None,
         description="where they are kept: a folder, or a store such as s3://bucket/run; unset: checkpoints/ in run.dir",
     )
-    every: Positive = Field(1000, description="steps between checkpoints; the last step is always saved")
+    every: Duration = Field(1000, description="steps between checkpoints; the last step is always saved")
     keep: Positive = Field(2, description="newest checkpoints kept")
-    keep_every: Positive | None = Field(None, description="steps whose multiples are kept for good; unset: none")
+    keep_every: Duration | None = Field(None, description="steps whose multiples are kept for good; unset: none")
     best: str | None = Field(
         None,
         pattern=r"^(max|min):\w+$",
@@ -445,7 +548,7 @@ class Average(Section):
     decay: float = Field(
         0.9999, gt=0, lt=1, description="ema: share kept in a step; after n steps (1 + n) / (10 + n) where that is less"
     )
-    every: Positive = Field(10, description="steps between updates of the average")
+    every: Duration = Field(10, description="steps between updates of the average")
     start: float | None = Field(
         None, ge=0, lt=1, description="share of train.steps after which it begins; unset: ema 0, swa 0.75"
     )
@@ -464,11 +567,18 @@ class Wandb(Section):
     name: str | None = Field(None, description="name of the run at W&B; unset: that of the run directory")
 
 
+class TensorBoard(Section):
+    """TensorBoard, beside metrics.jsonl."""
+
+    enabled: bool = Field(False, description="write metrics to tensorboard/ in the run directory")
+
+
 class Log(Section):
     """What a run writes while it trains."""
 
-    every: Positive = Field(10, description="steps between lines of metrics.jsonl")
+    every: Duration = Field(10, description="steps between lines of metrics.jsonl")
     wandb: Wandb = Field(Wandb(), description="Weights & Biases")
+    tensorboard: TensorBoard = Field(TensorBoard(), description="TensorBoard")
 
 
 class Probe(Section):
@@ -476,6 +586,46 @@ class Probe(Section):
 
     enabled: bool = Field(True, description="online linear probe on detached features, where shards hold labels")
     lr: float = Field(1e-3, gt=0, description="its learning rate, constant")
+
+
+class Evaluation(Section):
+    """How good the encoder is while it trains, on held-out images, and whether its embeddings have collapsed."""
+
+    every: Duration | None = Field(None, description="steps between evaluations, with one after the last; unset: none")
+    test: list[Shards] | None = Field(
+        None, description="held-out shards, with the members and values of data.shards; labels are not needed"
+    )
+    train: list[Shards] | None = Field(
+        None, description="shards whose labels the k-NN and the linear probe learn from; unset: those of data.shards"
+    )
+    images: Positive = Field(
+        2048, description="of each set, evenly spread; held in memory as bytes, shared out over the ranks"
+    )
+    view_images: NonNegative = Field(
+        512, description="held-out images whose views give the loss and LiDAR, rounded to whole steps; 0: neither"
+    )
+    k: Positive = Field(20, description="neighbours of the k-NN")
+    time_share: float = Field(
+        0.05,
+        gt=0,
+        le=1,
+        description="of the run's time, at most; what would exceed it is put off, but for the first and the last one",
+    )
+    rank_floor: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="embeddings that use a smaller share of the directions beyond the first, by their effective rank, have "
+        "collapsed, which is told of; 0: never",
+    )
+    std_floor: float = Field(
+        0.1, ge=0, lt=1, description="likewise, of a smaller standard deviation (SIGReg's target is 1)"
+    )
+
+    @field_validator("test", "train", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
 
 class Config(Section):
@@ -492,6 +642,7 @@ class Config(Section):
     checkpoint: Checkpoint = Checkpoint()
     log: Log = Log()
     probe: Probe = Probe()
+    evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
     def _parts_fit(self, info: ValidationInfo) -> Config:

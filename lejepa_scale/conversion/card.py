@@ -74,6 +74,7 @@ def card(
         "",
     ]
     if "step" in facts:
+        until = "" if facts["final_lambda"] is None else f" to {facts['final_lambda']:g} at the last step"
         lines += [
             "## Training",
             "",
@@ -81,8 +82,8 @@ def card(
             f"- {facts['weights']} weights",
             f"- data: {', '.join(f'`{shard}`' for shard in facts['data'][:8])}",
             f"- views of an image: {facts['views']}",
-            f"- lambda {facts['lambda']:g}, regularizer {facts['regularizer']}, learning rate {facts['lr']:g}, weight decay "
-            f"{facts['weight_decay']:g}",
+            f"- lambda {facts['lambda']:g}{until}, regularizer {facts['regularizer']}, learning rate {facts['lr']:g}, "
+            f"weight decay {facts['weight_decay']:g}",
             "",
         ]
     if scores:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import metadata as described
 
 from lejepa_scale.conversion.model import Lazy
 from lejepa_scale.conversion.training import Counters, TrainingState, rebuilt, texts_beside, texts_of
-from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
+from lejepa_scale.engine.base import AVERAGE, KINDS_OF_MOMENTS, MOMENTS, VALUE
 from lejepa_scale.errors import UserError
 
 METADATA, _DATA, _STEP = ".metadata", "__0_0.distcp", "step"
@@ -40,7 +40,7 @@ _CLASSES: dict[tuple[str, str], Any] = {
 
 def path_of(kind: str, name: str) -> tuple[str, ...]:
     """Where a tensor lies in the nested dictionaries that get_state_dict gives; averages lie beside them."""
-    if kind in MOMENTS:
+    if kind in KINDS_OF_MOMENTS:
         return "optim", "state", name, kind
     return ("model" if kind == VALUE else AVERAGE), name
 
@@ -103,7 +103,7 @@ def read(folder: Path, config: Path | None = None) -> TrainingState:
                     tensors.setdefault(kind, {})[name] = Lazy(shape, dtype, read_it)
     except (AttributeError, AssertionError, TypeError, ValueError) as error:
         raise UserError(f"{folder / METADATA} does not describe a checkpoint: {error!r}.") from error
-    ordered = {kind: tensors[kind] for kind in (VALUE, *MOMENTS, AVERAGE) if kind in tensors}
+    ordered = {kind: tensors[kind] for kind in (VALUE, *KINDS_OF_MOMENTS, AVERAGE) if kind in tensors}
     return rebuilt(str(folder), ordered, texts_of(folder, config, Counters(updates, updates)))
 
 
@@ -113,7 +113,7 @@ def _meant(key: str) -> tuple[str, str] | None:
     if first in ("model", AVERAGE):
         return VALUE if first == "model" else AVERAGE, rest
     name, _, kind = rest.removeprefix("state.").rpartition(".")
-    return (kind, name) if first in ("optim", "optimizer") and kind in (*MOMENTS, _STEP) else None
+    return (kind, name) if first in ("optim", "optimizer") and kind in (*KINDS_OF_MOMENTS, _STEP) else None
 
 
 _Chunk = tuple[tuple[int, ...], tuple[int, ...], str, int, int]  # offsets, sizes; file, first byte, bytes

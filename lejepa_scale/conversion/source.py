@@ -134,6 +134,7 @@ def _facts(saved: Saved, config: Config, weights: Weights) -> dict[str, Any]:
         "views": f"{config.data.views.global_.count} of {config.data.views.global_.size} px and "
         f"{config.data.views.local.count} of {config.data.views.local.size} px",
         "lambda": config.objective.lambda_,
+        "final_lambda": config.objective.final_lambda,
         "regularizer": config.objective.regularizer,
         "lr": config.optim.lr,
         "weight_decay": config.optim.weight_decay,

@@ -33,7 +33,7 @@ from lejepa_scale.checkpoint.saved import (
 )
 from lejepa_scale.config import Config, dump, load_config, recorded
 from lejepa_scale.conversion.model import Lazy, Model, at_hand, finite
-from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
+from lejepa_scale.engine.base import AVERAGE, KINDS_OF_MOMENTS, MOMENTS, MOMENTUM, VALUE
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import build, check
 
@@ -42,8 +42,8 @@ OURS = (STATE, CONFIG)  # what goes beside a state in another format, so that it
 
 @dataclass(frozen=True)
 class TrainingState:
-    """tensors: of every kind (VALUE, MOMENTS, AVERAGE) by the module's names; buffers are under VALUE and AVERAGE. texts:
-    state.json and config.yaml of a run of ours, which a state in another format keeps beside it."""
+    """tensors: of every kind (VALUE, KINDS_OF_MOMENTS, AVERAGE) by the module's names; buffers are under VALUE and AVERAGE.
+    texts: state.json and config.yaml of a run of ours, which a state in another format keeps beside it."""
 
     where: str
     tensors: dict[str, dict[str, Lazy]]
@@ -61,7 +61,8 @@ def of_checkpoint(checkpoint: Place) -> TrainingState:
     """A checkpoint of ours. Raises UserError where it is damaged."""
     verify(checkpoint)
     saved = Saved(checkpoint)
-    kinds = [VALUE, *(MOMENTS if saved.moments else ()), *([AVERAGE] if saved.averaged else ())]
+    moments = [kind for kind in KINDS_OF_MOMENTS if saved.shapes_of(kind)]
+    kinds = [VALUE, *moments, *([AVERAGE] if saved.averaged else ())]
     tensors = {
         kind: {
             name: Lazy(shape, saved.dtype(name, kind), partial(saved.whole, name, kind))
@@ -135,8 +136,9 @@ def rebuilt(where: str, tensors: dict[str, dict[str, Lazy]], texts: Mapping[str,
             "out of a checkpoint of the run, or name its configuration with --config."
         ) from error
     values = {name: lazy.shape for name, lazy in tensors.get(VALUE, {}).items() if name not in buffers}
+    muons = {name: lazy.shape for name, lazy in tensors.get(MOMENTUM, {}).items()}
     for kind in MOMENTS:
-        moments = {name: lazy.shape for name, lazy in tensors.get(kind, {}).items()}
+        moments = {name: lazy.shape for name, lazy in tensors.get(kind, {}).items()} | muons
         if moments and moments != values:
             wrong = sorted(moments.keys() ^ values.keys()) or sorted(n for n in values if moments[n] != values[n])
             raise UserError(f"{where}: {kind} is not there for every weight, in its shape: {', '.join(wrong[:4])}.")
@@ -171,7 +173,7 @@ def write_checkpoint(state: TrainingState, run_dir: Path, told: Callable[[int], 
         progress = replace(progress, updates=0)
     buffers = {name: values[name].shape for name in state.buffers}
     texts = {
-        INDEX: index_text(layout, buffers, kinds),
+        INDEX: index_text(layout, buffers, kinds, state.tensors.get(MOMENTUM, ())),
         STATE: state_text(progress, ranks=1, torch=torch.__version__),
         CONFIG: state.texts[CONFIG],
     }

@@ -15,19 +15,24 @@ from torch import Tensor
 from lejepa_scale.conversion.model import Lazy, at_hand
 from lejepa_scale.conversion.pickled import loaded
 from lejepa_scale.conversion.training import Counters, TrainingState, rebuilt, texts_beside, texts_of
-from lejepa_scale.engine.base import AVERAGE, MOMENTS, VALUE
+from lejepa_scale.engine.base import AVERAGE, MOMENTS, MOMENTUM, VALUE
 from lejepa_scale.errors import UserError
 
 LATEST = "latest_universal"
 _MODEL, _OPTIMIZER, _FOLDER = "mp_rank_00_model_states.pt", "optimizer_state.pt", "zero"
 _FILES = {VALUE: "fp32.pt", **{kind: f"{kind}.pt" for kind in MOMENTS}}
 _AVERAGED = "average.pt"  # beside it: DeepSpeed would take a further file of a parameter's folder for a moment
-_GROUPS = 64  # of parameters, at most: DeepSpeed passes over groups of the optimizer that a file does not name
+_GROUPS = 1024  # of parameters, at most: DeepSpeed passes over groups of the optimizer that a file does not name
 _VERSION = "0.19.5"  # of DeepSpeed's format; what reads it demands a number
 
 
 def write(state: TrainingState, folder: Path, told: Callable[[int], object]) -> int:
-    """Number of tensors."""
+    """Number of tensors. Raises UserError for a state of Muon's, with which DeepSpeed's optimizers cannot go on."""
+    if MOMENTUM in state.tensors:
+        raise UserError(
+            f"{state.where} was trained with optim.name=muon, whose momentum has no place in a checkpoint of DeepSpeed's: "
+            "convert it --to dcp."
+        )
     tag = folder / f"global_step{state.progress.step}_universal"
     (tag / _FOLDER).mkdir(parents=True)
     updates, count = torch.tensor(float(state.progress.updates)), 0

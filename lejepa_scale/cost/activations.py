@@ -14,7 +14,8 @@ from lejepa_scale.cost.flops import views_of
 from lejepa_scale.model import Encoder, LeJEPA
 from lejepa_scale.model.attention import Packing
 from lejepa_scale.model.packed import PackedBlock
-from lejepa_scale.objective import SIGReg
+from lejepa_scale.objective import SIGReg, VISReg
+from lejepa_scale.objective.visreg import most_in_flight
 
 _FP32 = 4
 _STATISTICS = 2 * _FP32  # mean and inverse deviation of a normalized row
@@ -38,8 +39,8 @@ def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: b
     encoder, groups, size = model.encoder, views_of(config, plan.micro_batch), bytes_of_number(config)
     kind = config.engine.activation_checkpointing
     rows = sum(n for n, _ in groups) * (plan.accumulation if config.objective.accumulation == "exact" else 1)
-    heads = _heads(config, model, rows, size)
-    objective = rows * config.objective.sigreg.num_slices * _FP32  # gradients of SIGReg's projections
+    heads = _heads(config, model, rows, rows * plan.ranks, size)
+    objective = _objective_in_flight(config, model, rows, rows * plan.ranks)
     if not encoder.packed:
         whole = _saved(encoder, groups) * size / _FP32
         # with `full` timm recomputes group by group of layers; the largest is taken for half of all
@@ -48,11 +49,13 @@ def activations(config: Config, plan: BatchPlan, model: LeJEPA, packed_kernel: b
     packing, width = encoder.packing(groups), encoder.backbone.embed_dim
     before, after = _around(encoder, packing, size)
     rotates = getattr(encoder.backbone, "rope", None) is not None
+    angles = _angles(encoder) if rotates and any(encoder.patch_drop[: len(groups)]) else 0
     kept, peak = before, 0.0
     for block in encoder.blocks:
         assert isinstance(block, PackedBlock)
         branch, entering = block.kept(packing), packing.tokens * width * size
-        everything = branch.tokens * (_attention(block, width, rotates, packed_kernel, size) + _mlp(block, width, size))
+        of_token = _attention(block, width, rotates, packed_kernel, size) + angles + _mlp(block, width, size)
+        everything = branch.tokens * of_token
         of_block = {
             "none": everything,
             "full": entering,
@@ -83,6 +86,12 @@ def _attention(block: PackedBlock, width: int, rotates: bool, packed_kernel: boo
     if not isinstance(attn.norm, nn.Identity):
         kept += _inner_norm(attn.num_heads * attn.head_dim, size)
     return kept + _scaled(block, width, size)
+
+
+def _angles(encoder: Encoder) -> int:
+    """Sines and cosines of a token, in every block, where sequences have lost patches and share no table."""
+    attn = encoder.backbone.blocks[0].attn
+    return 2 * attn.head_dim * _FP32 * (attn.num_heads if encoder.backbone.rope_mixed else 1)
 
 
 def _mlp(block: PackedBlock, width: int, size: int) -> float:
@@ -145,8 +154,8 @@ def _around(encoder: Encoder, packing: Packing, size: int) -> tuple[float, float
     return before, after
 
 
-def _heads(config: Config, model: LeJEPA, rows: int, size: int) -> float:
-    """Projector, predictor and objective, for `rows` views."""
+def _heads(config: Config, model: LeJEPA, rows: int, rows_of_all: int, size: int) -> float:
+    """Projector, predictor and objective, for `rows` views; those of all ranks are what VISReg gathers."""
     head, predictor, objective = config.model.projector, config.model.predictor, config.objective
     # batch normalization keeps its input in fp32, GELU its input (ReLU its output), the next linear layer that output
     kept = rows * model.encoder.embed_dim * size
@@ -161,9 +170,20 @@ def _heads(config: Config, model: LeJEPA, rows: int, size: int) -> float:
         every_knot = regularizer.knots - 1 if regularizer.backend == "reference" else 1
         views = 1 if regularizer.joint else config.data.views.global_.count + config.data.views.local.count
         kept += _FP32 * regularizer.num_slices * (rows * every_knot + head.dim + 8 * (regularizer.knots - 1) * views)
+    elif isinstance(regularizer, VISReg):
+        kept += _FP32 * rows_of_all * head.dim  # the gradient, which the forward pass has made
     else:
         kept += _FP32 * rows * (head.dim + objective.weak_sigreg.sketch)
+    if model.loss.scale_centre:
+        kept += _FP32 * rows * head.dim
     return kept
+
+
+def _objective_in_flight(config: Config, model: LeJEPA, rows: int, rows_of_all: int) -> float:
+    regularizer = model.loss.regularizer
+    if isinstance(regularizer, VISReg):
+        return most_in_flight(rows_of_all, regularizer.num_slices / (rows_of_all // rows), config.model.projector.dim)
+    return rows * config.objective.sigreg.num_slices * _FP32  # gradients of SIGReg's projections
 
 
 def _saved(encoder: Encoder, groups: list[tuple[int, int]]) -> int:

@@ -20,7 +20,7 @@ from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.model import Encoder, LeJEPA, build
 from lejepa_scale.model.attention import Packing
 from lejepa_scale.model.packed import PackedBlock
-from lejepa_scale.objective import Regularizer, SIGReg, WeakSIGReg
+from lejepa_scale.objective import Regularizer, SIGReg, VISReg, WeakSIGReg
 
 _FORWARD_AND_BACKWARD = 3
 
@@ -42,7 +42,7 @@ class StepFlops:
     regularizer: int
     recomputed: int  # what activation checkpointing computes again
     replayed: int  # what objective.accumulation=exact adds to be exact
-    tokens: int  # that enter the blocks
+    tokens: int  # that enter the blocks: without the patches that are left out
     tokens_processed: float  # by a residual branch, on average: less where stochastic depth leaves sequences out
 
     @property
@@ -170,7 +170,7 @@ def _counted(module: nn.Module, shapes: Sequence[tuple[int, ...]]) -> int:
 def _regularizer(regularizer: Regularizer, sequences: int, config: Config) -> int:
     """Products of embeddings with random directions, which need no gradient; and the covariance of Weak-SIGReg."""
     width = config.model.projector.dim
-    if isinstance(regularizer, SIGReg):
+    if isinstance(regularizer, SIGReg | VISReg):
         return 2 * 2 * sequences * width * regularizer.num_slices
     assert isinstance(regularizer, WeakSIGReg)
     sketch, views = min(width, regularizer.sketch), config.data.views

@@ -12,11 +12,13 @@ from torch import nn
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.cost.activations import activations, bytes_of_number
 from lejepa_scale.cost.flops import meta_model, views_of
+from lejepa_scale.engine.optim import matrices
 from lejepa_scale.engine.wrap import sharding_units
 from lejepa_scale.engine.zero import deepspeed_config
 from lejepa_scale.model import LeJEPA
 
-_FP32, _MOMENTS = 4, 8  # bytes per parameter; AdamW's two moments are in fp32
+_FP32, _MOMENTS = 4, 8  # bytes per parameter; AdamW's two moments are in fp32, as is Muon's one
+_BF16 = 2
 _GATHERED_AND_COPIED = 2  # a unit in use, and the buffer that it was gathered in, kept until the next one needs it
 _ALL_REDUCE = 500_000_000  # elements that DeepSpeed's stage 1 all-reduces at once
 
@@ -88,16 +90,17 @@ def _replica(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bo
     count = _numel(model)
     if size == _FP32:
         waits = plan.accumulation > 1 or plan.ranks > 1
-        return _states(_FP32 * count, _FP32 * count, _MOMENTS * count, gathered=0, gradients_wait=waits)
-    states = _sharded(config, plan, model, size, 1)
+        moments, update = _moments(config, model, 1, cuda)
+        return _states(_FP32 * count, _FP32 * count, moments, gathered=0, update=update, gradients_wait=waits)
+    states = _sharded(config, plan, model, size, 1, cuda)
     return replace(states, gathered=size * count)
 
 
 def _fsdp(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool) -> StepMemory:
-    return _sharded(config, plan, model, size, config.engine.shard_degree or plan.ranks)
+    return _sharded(config, plan, model, size, config.engine.shard_degree or plan.ranks, cuda)
 
 
-def _sharded(config: Config, plan: BatchPlan, model: LeJEPA, size: int, ranks: int) -> StepMemory:
+def _sharded(config: Config, plan: BatchPlan, model: LeJEPA, size: int, ranks: int, cuda: bool) -> StepMemory:
     """Parameters are cut along their first dimension, and padded. What is in no block is gathered for the whole step."""
     ahead = config.engine.prefetch
     shard = _cut(model, ranks)
@@ -105,17 +108,19 @@ def _sharded(config: Config, plan: BatchPlan, model: LeJEPA, size: int, ranks: i
     unit, root = max(units, default=0), shard * ranks - sum(units)
     gathered: float = size * (root + (_GATHERED_AND_COPIED + ahead) * unit)
     buckets = (size + _FP32) * unit + _FP32 * unit / ranks  # as computed, as reduced, and the rank's part of it
+    moments, update = _moments(config, model, ranks, cuda)
     if not config.engine.cpu_offload:
         return _states(
             _FP32 * shard,
             _FP32 * shard,
-            _MOMENTS * shard,
+            moments,
             gathered=gathered,
             buckets=buckets,
+            update=update,
             gradients_wait=plan.accumulation > 1,
         )
     gathered += (_FP32 + size) * (1 + ahead) * unit / ranks  # shards on their way from the host
-    return _states(0, 0, 0, gathered=gathered, buckets=buckets, host=(2 * _FP32 + _MOMENTS) * shard)
+    return _states(0, 0, 0, gathered=gathered, buckets=buckets, update=update, host=2 * _FP32 * shard + moments)
 
 
 def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool) -> StepMemory:
@@ -146,6 +151,19 @@ def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool)
         gradients = _FP32 * count
     update = 0 if offload else _FP32 * part
     return _states(size * count + masters, gradients, moments, gathered=0, buckets=buckets, update=update, host=host)
+
+
+def _moments(config: Config, model: LeJEPA, ranks: int, cuda: bool) -> tuple[float, float]:
+    """Bytes of a rank's moments, and what Muon takes at once beside them: the largest matrix in the iteration's precision,
+    as gathered, iterated and sent back, its Gram matrices, and a rank's part of it as gradient and momentum ahead."""
+    both = float(_MOMENTS * _cut(model, ranks))
+    if config.optim.name != "muon":
+        return both, 0.0
+    own = matrices(model).values()
+    one = both - (_MOMENTS - _FP32) * sum(-(-p.shape[0] // ranks) * p.shape[1] for p in own)
+    largest, sides = max(p.numel() for p in own), max(min(p.shape) for p in own)
+    size = _BF16 if cuda else _FP32
+    return one, 3 * size * largest + 2 * size * sides**2 + 2 * _FP32 * largest / ranks
 
 
 def _numel(module: nn.Module) -> int:

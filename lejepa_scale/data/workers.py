@@ -21,8 +21,9 @@ _PIN_SECONDS = 2.0
 def started(board: Board, from_main_thread: bool, number: int) -> None:
     """The first thing that worker `number` does."""
     # The trainer decides when to stop: a signal to the process group must not take the workers away before it has saved.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
     end_with_parent(by_kernel=from_main_thread)
     cv2.setNumThreads(1)
     board.begin(number)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -17,6 +18,8 @@ from lejepa_scale.model import LeJEPA, Replay
 Factory = Callable[[], LeJEPA]
 VALUE = "value"
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+MOMENTUM = "momentum_buffer"  # Muon's only one, likewise
+KINDS_OF_MOMENTS = (*MOMENTS, MOMENTUM)
 AVERAGE = "average"  # of the values, along the way
 
 
@@ -25,7 +28,7 @@ class Shard:
     """One rank's part of a parameter, or of a moment of it: elements start, start + 1, ... of the flattened whole."""
 
     name: str
-    kind: str  # VALUE, one of MOMENTS, or AVERAGE
+    kind: str  # VALUE, one of KINDS_OF_MOMENTS, or AVERAGE
     shape: tuple[int, ...]  # of the whole
     start: int
     data: Float[Tensor, " n"]  # fp32; none of them where this rank has no part
@@ -47,15 +50,31 @@ class Engine(ABC):
 
     module: LeJEPA
     device: torch.device
+    moments: dict[str, tuple[str, ...]]  # which the optimizer keeps of every parameter, from the first update on
 
     @abstractmethod
-    def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
-        """The module's outputs for views [V, B, 3, H, W] of every size, in the engine's precision."""
+    def forward(
+        self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None, lambda_: float | None = None
+    ) -> dict[str, Tensor]:
+        """The module's outputs for views [V, B, 3, H, W] of every size, in the engine's precision. lambda_: of this step, a
+        Python number, so that nobody waits for it and no precision rounds it; None: that of the configuration."""
 
     @torch.no_grad()
     def encode(self, views: Sequence[Tensor]) -> Float[Tensor, "v b e"]:
         """Features of all views, without a graph: the first pass of a replayed step."""
         return self.forward(views, None)["features"]
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Inside, `forward` and `encode` are those of the trained network: without graphs and stochastic depth, encoders'
+        batch normalization by its running averages. Compiled blocks run as they are written, since other sizes than the
+        training's would be compiled anew."""
+        self.module.eval()
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.module.train()
 
     @abstractmethod
     def backward(self, loss: Float[Tensor, ""], last_micro_batch: bool) -> None:

@@ -32,13 +32,19 @@ class ReplicaEngine(TorchEngine):
                 warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
                 self.ddp = DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
 
-    def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None, lambda_: float | None = None
+    ) -> dict[str, Tensor]:
         if self.ddp is not None:  # DDP decides in the forward pass whether the next backward reduces
             self.ddp.require_backward_grad_sync = self.done == self.accumulation - 1
-        return (self.ddp or self.module)(views, step, replay)
+        return (self.ddp or self.module)(views, step, replay, lambda_)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
-        loss.backward()
+        with (
+            warnings.catch_warnings()
+        ):  # of 1 x 1 convolutions, whose strides differ along sides of 1 alone: the same memory
+            warnings.filterwarnings("ignore", message=".*Grad strides do not match bucket view strides")
+            loss.backward()
         self.done = 0 if last_micro_batch else self.done + 1
 
     def close(self) -> None:

@@ -3,7 +3,8 @@ one shard each: parameters are cast once a step, the residual stream is bf16, ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -49,8 +50,18 @@ class FSDPEngine(TorchEngine):
         materialize(module, device, torch.device("cpu") if offload else None)
         super().__init__(module, config, device)
 
-    def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
-        return self.module(views, step, replay)
+    def forward(
+        self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None, lambda_: float | None = None
+    ) -> dict[str, Tensor]:
+        return self.module(views, step, replay, lambda_)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        with super().frozen():
+            yield
+        for module in self.module.modules():  # what a backward pass would have done
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         self.module.set_requires_all_reduce(last_micro_batch)  # type: ignore[operator]

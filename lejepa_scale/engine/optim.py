@@ -1,4 +1,4 @@
-"""Parameter groups by rule, and the optimizer. Learning rates are set by the engine at each step."""
+"""Parameter groups by rule, and the optimizers over them. Learning rates are set by the engine at each step."""
 
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
@@ -8,6 +8,11 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from lejepa_scale.config import Optim
+from lejepa_scale.engine.base import MOMENTS, MOMENTUM, full_shape
+from lejepa_scale.engine.muon import Muon
+from lejepa_scale.errors import UserError
+from lejepa_scale.model import LeJEPA
+from lejepa_scale.model.layers import layer_scales
 
 
 class Decay(NamedTuple):
@@ -42,16 +47,28 @@ def split(module: nn.Module, everything: bool = False) -> Decay:
 
 
 def _sums_inputs(name: str, parameter: nn.Parameter) -> bool:
-    shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 empties .shape between uses
+    shape = torch.Size(full_shape(parameter))
     return "weight" in name.rpartition(".")[2] and len(shape) >= 2 and shape.numel() > shape[0]
 
 
-def adamw(module: nn.Module, config: Optim) -> torch.optim.AdamW:
-    """Over two groups, decayed and not; each says so under `decayed`, which the engine reads at every step."""
-    decayed, others = split(module, config.decay == "all")
-    groups = [{"params": list(decayed.values()), "decayed": True}, {"params": list(others.values()), "decayed": False}]
+def matrices(module: LeJEPA) -> dict[str, nn.Parameter]:
+    """What Muon updates where it is asked for: the weights of linear maps in the encoder's blocks, whole, queries, keys and
+    values together where they are one matrix. Not convolutions, patch embeddings, positions or heads."""
+    inside = {id(parameter) for block in module.encoder.blocks for parameter in block.parameters()}
+    return {name: p for name, p in split(module).decayed.items() if id(p) in inside and len(full_shape(p)) == 2}
+
+
+def moments(module: LeJEPA, config: Optim) -> dict[str, tuple[str, ...]]:
+    """What the optimizer keeps of every parameter, beside its value."""
+    own = matrices(module) if config.name == "muon" else {}
+    return {name: (MOMENTUM,) if name in own else MOMENTS for name, _ in module.named_parameters()}
+
+
+def adamw(module: LeJEPA, config: Optim) -> torch.optim.AdamW:
+    """Over all that Muon does not update. A group for each rule of decay and each layer's rate: `decayed` and `lr_scale`,
+    which the engine reads at every step."""
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        _groups(module, config, muons=False),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -60,13 +77,50 @@ def adamw(module: nn.Module, config: Optim) -> torch.optim.AdamW:
     )
 
 
+def muon(module: LeJEPA, config: Optim) -> Muon | None:
+    """Over the encoder's matrices; None with optim.name=adamw. Raises UserError where the encoder has none."""
+    if config.name == "adamw":
+        return None
+    expect_matrices(module)
+    return Muon(
+        _groups(module, config, muons=True),
+        lr=config.lr,
+        momentum=config.muon.momentum,
+        adjust_lr=config.muon.adjust_lr,
+    )
+
+
+def expect_matrices(module: LeJEPA) -> None:
+    """Raises UserError where nothing would be Muon's."""
+    if not matrices(module):
+        raise UserError(
+            f"optim.name=muon updates the matrices of an encoder's blocks, and {module.encoder.name} has none that are "
+            "known here: convolutions are no matrices. Use optim.name=adamw, or a vision transformer."
+        )
+
+
+def _groups(module: LeJEPA, config: Optim, *, muons: bool) -> list[dict[str, Any]]:
+    """Of the parameters that are Muon's, or of the others."""
+    own = matrices(module) if config.name == "muon" else {}
+    scales = {} if config.layer_decay in (None, 1) else layer_scales(module.encoder, config.layer_decay)
+    ratio = config.muon.lr_ratio if muons else 1.0
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for decayed, parameters in zip((True, False), split(module, config.decay == "all"), strict=True):
+        for name, parameter in parameters.items():
+            if (name in own) == muons:
+                scale = ratio * scales.get(name.removeprefix("encoder."), 1.0)
+                groups.setdefault((decayed, scale), []).append(parameter)
+    return [{"params": found, "decayed": decayed, "lr_scale": scale} for (decayed, scale), found in groups.items()]
+
+
 def leave_out(optimizer: torch.optim.Optimizer, bad: Bool[Tensor, ""]) -> None:
-    """Let the next step of a fused AdamW change nothing, not even its count, where `bad` holds: decided on the device."""
+    """Let the next step of a fused AdamW or of Muon change nothing, not even its count, where `bad` holds: decided on the
+    device."""
     optimizer.found_inf = bad.float()  # type: ignore[attr-defined]  # as torch's gradient scaler tells it
 
 
 def set_hyperparameters(optimizer: Any, lr: float, weight_decay: float) -> None:
     """Of torch's optimizer or of DeepSpeed's, which is no torch.optim.Optimizer but has its `param_groups`."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay if group["decayed"] else 0.0

@@ -1,4 +1,4 @@
-"""What the engines made of torch alone share: AdamW on fp32 parameters, a finite check that nobody waits for, shards by
+"""What the engines made of torch alone share: AdamW and Muon on fp32 parameters, a finite check without a wait, shards by
 name."""
 
 from __future__ import annotations
@@ -12,15 +12,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from lejepa_scale.config import Config
-from lejepa_scale.engine.base import MOMENTS, VALUE, Engine, Shard, Update, full_shape
-from lejepa_scale.engine.optim import adamw, leave_out, set_hyperparameters
+from lejepa_scale.engine.base import VALUE, Engine, Shard, Update, full_shape
+from lejepa_scale.engine.optim import adamw, leave_out, moments, muon, set_hyperparameters
 from lejepa_scale.model import LeJEPA
 
 
 class TorchEngine(Engine):
     def __init__(self, module: LeJEPA, config: Config, device: torch.device) -> None:
         self.module, self.device = module, device
-        self.optimizer = adamw(module, config.optim)
+        self.optimizer, self.muon = adamw(module, config.optim), muon(module, config.optim)
+        self.moments = moments(module, config.optim)
         self.clip_norm = config.optim.clip_norm
 
     def step(self, lr: float, weight_decay: float) -> Update:
@@ -30,16 +31,17 @@ class TorchEngine(Engine):
         finite = torch.isfinite(norm)
         if self.clip_norm is not None:
             nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
-        set_hyperparameters(self.optimizer, lr, weight_decay)
-        leave_out(self.optimizer, ~finite)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self._optimizers():
+            set_hyperparameters(optimizer, lr, weight_decay)
+            leave_out(optimizer, ~finite)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return Update(norm.to(self.device), finite.to(self.device))
 
     def shards(self) -> Iterator[Shard]:
-        kinds = [VALUE, *(MOMENTS if self.updates() else ())]
+        updated = self.updates() > 0
         for name, parameter in self.module.named_parameters():
-            for kind in kinds:
+            for kind in (VALUE, *(self.moments[name] if updated else ())):
                 yield Shard(name, kind, full_shape(parameter), _start(parameter), self._part(parameter, kind))
 
     @torch.no_grad()
@@ -51,7 +53,7 @@ class TorchEngine(Engine):
 
     def _part(self, parameter: nn.Parameter, kind: str) -> Tensor:
         """The live elements of this rank, flat."""
-        tensor = parameter.detach() if kind == VALUE else self.optimizer.state[parameter][kind]
+        tensor = parameter.detach() if kind == VALUE else self._state(parameter)[kind]
         return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).view(-1)
 
     def prepare_moments(self, updates: int) -> None:
@@ -61,16 +63,26 @@ class TorchEngine(Engine):
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+        if self.muon is not None:
+            self.muon.prepare_moments()
 
     def updates(self) -> int:
         states = [self.optimizer.state[p] for p in self._trained() if p in self.optimizer.state]
         return int(states[0]["step"]) if states else 0
 
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.optimizer, *([self.muon] if self.muon is not None else [])]
+
+    def _state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        held = next(optimizer for optimizer in self._optimizers() if parameter in optimizer.state)
+        return held.state[parameter]
+
     def _trained(self) -> Iterator[nn.Parameter]:
+        """What AdamW updates."""
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
     def close(self) -> None:
-        del self.module, self.optimizer
+        del self.module, self.optimizer, self.muon
 
 
 def _start(parameter: nn.Parameter) -> int:

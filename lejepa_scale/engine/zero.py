@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lejepa_scale.config import BatchPlan, Config
-from lejepa_scale.engine.base import MOMENTS, VALUE, Engine, Factory, Shard, Update, full_shape
-from lejepa_scale.engine.optim import adamw, set_hyperparameters
+from lejepa_scale.engine.base import VALUE, Engine, Factory, Shard, Update, full_shape
+from lejepa_scale.engine.optim import adamw, moments, set_hyperparameters
 from lejepa_scale.engine.wrap import prepare_blocks, sharding_units, without_weights
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import LeJEPA, Replay
@@ -95,7 +95,7 @@ class ZeROEngine(Engine):
             parameter.data = parameter.data.contiguous().fill_(torch.nan)
             if self.stage == 3:
                 parameter.ds_tensor.fill_(torch.nan)
-        optimizer = adamw(self.module, config.optim)
+        optimizer, self.moments = adamw(self.module, config.optim), moments(self.module, config.optim)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.module, optimizer=optimizer, config=settings, dist_init_required=False
         )
@@ -111,9 +111,11 @@ class ZeROEngine(Engine):
             self._refuse_squares_that_overflow()
         self.parameters = dict(self.module.named_parameters())
 
-    def forward(self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, views: Sequence[Tensor], step: int | None, replay: Replay | None = None, lambda_: float | None = None
+    ) -> dict[str, Tensor]:
         dtype = self.engine.get_data_types()[0]
-        return self.engine([view.to(dtype) for view in views], step, replay)
+        return self.engine([view.to(dtype) for view in views], step, replay, lambda_)
 
     def backward(self, loss: Tensor, last_micro_batch: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last_micro_batch)
@@ -129,9 +131,9 @@ class ZeROEngine(Engine):
         return Update(norm, torch.isfinite(norm))
 
     def shards(self) -> Iterator[Shard]:
-        kinds = [VALUE, *(MOMENTS if self.updates() else ())]
+        updated = self.updates() > 0
         for name, parameter in self.parameters.items():
-            for kind in kinds:
+            for kind in (VALUE, *(self.moments[name] if updated else ())):
                 start, data = self._part(parameter, kind)
                 yield Shard(name, kind, full_shape(parameter), start, data)
 

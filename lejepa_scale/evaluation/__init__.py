@@ -6,8 +6,9 @@ from lejepa_scale.evaluation.knn import knn
 from lejepa_scale.evaluation.linear_probe import linear_probe
 from lejepa_scale.evaluation.logistic import logistic
 from lejepa_scale.evaluation.metrics import Guesses, Metrics, measure
+from lejepa_scale.evaluation.protocols import Options
 from lejepa_scale.evaluation.report import as_table
-from lejepa_scale.evaluation.suite import Evaluation, Options, Result, evaluate
+from lejepa_scale.evaluation.suite import Evaluation, Result, evaluate
 
 __all__ = [
     "Evaluation",

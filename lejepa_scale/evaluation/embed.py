@@ -18,7 +18,8 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.cache import Cache
 from lejepa_scale.evaluation.features import POOLED, Extracted, Kind
 from lejepa_scale.evaluation.subjects import subjects
-from lejepa_scale.evaluation.suite import Work, device_of, indexed, keys_of_subject
+from lejepa_scale.evaluation.suite import keys_of_subject
+from lejepa_scale.evaluation.work import Work, device_of, indexed
 
 ENDINGS = (".safetensors", ".parquet")
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,11 @@ from lejepa_scale.conversion.model import outputs
 from lejepa_scale.data.evaluation import Labelled
 from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.data.images.pixels import RGB, Pixels
+from lejepa_scale.data.masks import Segmented
 from lejepa_scale.errors import UserError
+
+B = TypeVar("B", Labelled, Segmented)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,18 @@ class Features:
     labels: Int[Tensor, " n"]
 
     def __post_init__(self) -> None:
-        if (self.labels < 0).any():
-            raise UserError(
-                f"{int((self.labels < 0).sum())} of {len(self.labels)} evaluation images have no label. Shards need a .cls "
-                "member per image: `lejepa shards make` writes it for images that lie in one folder per class."
-            )
+        expect_labels(self.labels)
         if broken := int((~self.rows.isfinite().all(1)).sum()):
             raise UserError(f"the features of {broken} of {len(self.rows)} images are not finite; nothing was scored.")
+
+
+def expect_labels(labels: Int[Tensor, "*n"]) -> None:
+    """Raises UserError where one is missing."""
+    if (labels < 0).any():
+        raise UserError(
+            f"{int((labels < 0).sum())} of {len(labels)} evaluation images have no label. Shards need a .cls "
+            "member per image: `lejepa shards make` writes it for images that lie in one folder per class."
+        )
 
 
 KINDS = (
@@ -136,30 +145,67 @@ def extract(
     of a size that it does not take."""
     rows: dict[str, list[Tensor]] = {kind.name: [] for kind in kinds}
     labels, keys = list[Tensor](), list[str]()
+
+    def encode(images: Float[Tensor, "b c h w"]) -> Outputs:
+        return outputs_of(model, images, kinds, before_classifier=before_classifier)
+
+    asked = ", ".join(kind.name for kind in kinds)
+    for found, batch in encoded(encode, batches, device, asked=asked, name=name, pixels=pixels, total=total):
+        for kind in kinds:
+            rows[kind.name].append(found.of(kind).float().cpu())
+        labels.append(batch.labels)
+        keys += batch.keys
+    empty = torch.zeros(0, dtype=torch.long)
+    return Extracted(
+        {k: torch.cat(v) if v else torch.zeros(0, 0) for k, v in rows.items()}, torch.cat([empty, *labels]), keys
+    )
+
+
+def encoded(
+    encode: Callable[[Tensor], T],
+    batches: Iterable[B],
+    device: torch.device,
+    *,
+    asked: str,
+    name: str,
+    pixels: Pixels,
+    total: int | None = None,
+) -> Generator[tuple[T, B], None, None]:
+    """What `encode` makes of the images of every batch, normalized as `pixels` says, on `device`; and the batch. asked: what
+    that is, for messages. total: images, for the progress. Raises UserError for images of a size that the encoder does not
+    take, and for too many at once."""
     with tqdm(desc=name, unit="image", total=total, leave=False, mininterval=1.0) as progress:
         for batch in batches:
             images = normalize(batch.images.to(device), pixels)
             try:
-                found = outputs_of(model, images, kinds, before_classifier=before_classifier)
+                with torch.no_grad():
+                    found = encode(images)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"{len(images)} images at once are too many for {device}: use a smaller --batch."
                 ) from error
             except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # of many kinds in timm
                 side, said = images.shape[-1], (str(error).splitlines() or [type(error).__name__])[0]
-                asked = ", ".join(kind.name for kind in kinds)
                 raise UserError(
                     f"{name}: the encoder refuses images of {side} x {side} pixels, or has no {asked} features: {said}"
                 ) from error
-            for kind in kinds:
-                rows[kind.name].append(found.of(kind).float().cpu())
-            labels.append(batch.labels)
-            keys += batch.keys
-            progress.update(len(batch.labels))
-    empty = torch.zeros(0, dtype=torch.long)
-    return Extracted(
-        {k: torch.cat(v) if v else torch.zeros(0, 0) for k, v in rows.items()}, torch.cat([empty, *labels]), keys
-    )
+            yield found, batch
+            progress.update(len(batch.keys))
+
+
+def patch_tokens(model: Any, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b _l _d"]:
+    """The tokens of the patches behind the last block, or the places of the last map, row by row. Raises UserError for a
+    model that has none."""
+    try:
+        _, patches = outputs(model, images)
+    except IndexError:  # of a model whose features are pooled already
+        patches = None
+    if patches is None:
+        raise UserError(
+            f"a {type(model).__name__} has no tokens of patches, nor one map at its end: the protocols attentive and "
+            "segmentation need an encoder that has."
+        )
+    return patches
 
 
 @dataclass(frozen=True)

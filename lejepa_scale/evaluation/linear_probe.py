@@ -3,9 +3,8 @@ held-out training rows, never on the test set. Refuses a grid of which every hea
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,10 +15,9 @@ from torch import Tensor
 
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Features
+from lejepa_scale.evaluation.heads import batches, best_rate
 from lejepa_scale.evaluation.logistic import hold_out
 from lejepa_scale.evaluation.metrics import Guesses, classes_of, likeliest
-
-logger = logging.getLogger(__name__)
 
 Norm = Literal["none", "batch", "layer"]
 # At a batch of 256: of the linear evaluation of dinov2 and dinov3, as momentum, schedule, first weights and steps are.
@@ -63,21 +61,8 @@ def linear_probe(
     kept, held = hold_out(train.labels, held_out, seed)
     heads = _trained(rows, labels, kept, rates, recipe)
     accuracies = _accuracies(heads, rows, labels, held)
+    best = best_rate("the linear probe", rates, accuracies, 'smaller rates or norm="batch"')
     lost = [rate for rate, accuracy in zip(rates, accuracies, strict=True) if math.isnan(accuracy)]
-    if len(lost) == len(rates):
-        raise UserError(
-            f"all {len(rates)} heads of the linear probe diverged, from learning rate {rates[0]:g} on. Give smaller "
-            'rates or norm="batch".'
-        )
-    if lost:
-        logger.warning(
-            "%d of %d heads of the linear probe diverged, from learning rate %g on.", len(lost), len(rates), lost[0]
-        )
-    best = max(range(len(rates)), key=lambda i: -1 if math.isnan(accuracies[i]) else accuracies[i])
-    if len(rates) > 1 and best in (0, len(rates) - 1):
-        logger.warning(
-            "the best learning rate, %g, is at the end of the grid: a better one may lie outside.", rates[best]
-        )
     if refit:
         heads, head = _trained(rows, labels, torch.arange(len(rows)), [rates[best]], recipe), 0
     else:
@@ -149,7 +134,7 @@ def _trained(
     trained = [heads.weight, heads.bias, *([heads.gain, heads.offset] if recipe.norm == "layer" else [])]
     moments = [torch.zeros_like(parameter) for parameter in trained]
     scaled = torch.tensor(rates, dtype=torch.float64) * heads.batch / 256
-    for step, some in enumerate(_batches(index, heads.batch, recipe.steps, recipe.seed)):
+    for step, some in enumerate(batches(index, heads.batch, recipe.steps, recipe.seed)):
         some = some.to(rows.device)
         x, mean, variance = rows[some], heads.mean, heads.variance
         if recipe.norm == "batch":
@@ -186,20 +171,6 @@ def _observed(x: Float[Tensor, "b e"], heads: _Heads) -> tuple[Float[Tensor, " e
     heads.mean.lerp_(mean, 0.1)
     heads.variance.lerp_(variance * (len(x) / max(1, len(x) - 1)), 0.1)
     return mean, variance
-
-
-def _batches(index: Int[Tensor, " k"], batch: int, steps: int, seed: int) -> Iterator[Int[Tensor, " b"]]:
-    """`steps` batches of rows: epochs in random order, each without its last, smaller batch. Ascending, for the disk's sake:
-    a sum does not ask for the order."""
-    generator = torch.Generator().manual_seed(seed)
-    given = 0
-    while given < steps:
-        order = index[torch.randperm(len(index), generator=generator)]
-        for start in range(0, len(index) - batch + 1, batch):
-            if given == steps:
-                return
-            yield order[start : start + batch].sort().values
-            given += 1
 
 
 @torch.no_grad()

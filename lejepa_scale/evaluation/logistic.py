@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,7 @@ STRENGTHS = tuple(
 )  # the logistic regression of dinov2 and dinov3
 _STRIDE = 4  # strengths of a long grid: one decade of the published one
 _ROWS = 8192  # of features in float64 at a time
+_KEPT = 2**31  # bytes of features in float64 that are kept during a fit, in which they are used some hundred times
 _WIDEST = 8192  # features whose principal axes are found: a minute on two cores
 _TOLERANCE = 1e-6  # of the largest derivative of the mean loss, features scaled to a variance of 1
 _LOOSE = 1e-4  # scikit-learn's own tolerance: a fit that ends above it has not converged
@@ -50,9 +51,10 @@ def logistic(
     around the best. standardize: divide each feature by its standard deviation first. Off, as in dinov2 and dinov3:
     numbers compare with published ones, and how an encoder scales its features is part of what is judged.
     max_iterations: of each fit; 1000 in dinov2.
-    device: unset, the CPU; another one holds the training rows in float32. Besides, memory is a few times 8192 x
-    (width + classes) float64 and 25 times the weights. share: (rank, world) of this process, which guesses for a
-    contiguous part of the test rows; every process does the same fits; `metrics.join` joins the parts. Logs a warning
+    device: unset, the CPU; another one holds the training rows in float32. Besides, memory is the training rows in float64
+    where these are at most 2 GiB, a few times 8192 x (width + classes) float64, and 25 times the weights. share: (rank,
+    world) of this process, which guesses for a contiguous part of the test rows; every process does the same fits;
+    `metrics.join` joins the parts. Logs a warning
     where the best C is the first or last one and where the last fit has not converged. Raises UserError for sets that
     cannot be evaluated, for strengths that are not positive, and where there is nothing to hold out.
     """
@@ -246,6 +248,21 @@ def _batches(problem: _Problem, index: Int[Tensor, " k"]) -> Iterator[tuple[Floa
         yield problem.rows[some], problem.labels[some]
 
 
+def _scaled(
+    problem: _Problem, index: Int[Tensor, " k"]
+) -> Callable[[], Iterable[tuple[Float64[Tensor, "_m e"], Int[Tensor, " _m"]]]]:
+    """The batches of the rows in `index`, centred and scaled, for each pass over them: kept, or made again each time."""
+
+    def batches() -> Iterator[tuple[Float64[Tensor, "_m e"], Int[Tensor, " _m"]]]:
+        for rows, labels in _batches(problem, index):
+            yield (rows.double() - problem.mean).div_(problem.scale), labels
+
+    if 8 * len(index) * problem.rows.shape[1] > _KEPT:
+        return batches
+    kept = list(batches())
+    return lambda: kept
+
+
 def _fit(problem: _Problem, index: Int[Tensor, " k"], start: Linear, strength: float) -> tuple[Linear, float]:
     """The classifier of the rows in `index`, and the largest derivative that is left there."""
     # |weights before scaling|^2 / (2 C n), of the mean loss
@@ -256,6 +273,7 @@ def _fit(problem: _Problem, index: Int[Tensor, " k"], start: Linear, strength: f
     unit[:-1, 0] = (problem.variances / problem.classes + penalty) ** -0.5
     variable = torch.cat([problem.axes.T @ start.weight[:-1], start.weight[-1:]]) / unit
     variable.grad = torch.zeros_like(variable)
+    batches = _scaled(problem, index)
 
     def weights() -> Tensor:
         along = variable * unit
@@ -265,8 +283,7 @@ def _fit(problem: _Problem, index: Int[Tensor, " k"], start: Linear, strength: f
         weight = weights()
         gradient = torch.zeros_like(weight)
         loss = weight.new_zeros(())
-        for rows, labels in _batches(problem, index):
-            x = (rows.double() - problem.mean).div_(problem.scale)
+        for x, labels in batches():
             logits = torch.addmm(weight[-1], x, weight[:-1])
             loss += F.cross_entropy(logits, labels, reduction="sum")
             residual = logits.softmax(1)

@@ -103,23 +103,34 @@ def classes_of(train: Features, test: Features) -> Int[Tensor, " c"]:
     """The classes of the training set, ascending. Logs a warning for test images of other classes, which no protocol can
     guess. Raises UserError for sets that no protocol can be run on, see `check`, and for a training set of one class."""
     check(("training", train), ("test", test))
-    seen = train.labels.unique()
+    seen = classes_of_labels(train.labels)
+    warn_of_unseen(seen, test.labels)
+    return seen
+
+
+def classes_of_labels(labels: Int[Tensor, " n"]) -> Int[Tensor, " c"]:
+    """The classes of a training set, ascending. Raises UserError for one class alone."""
+    seen = labels.unique()
     if len(seen) < 2:
         raise UserError(
-            f"all {len(train.labels)} images of the training set are of class {int(seen[0])}: there is nothing to tell "
+            f"all {len(labels)} images of the training set are of class {int(seen[0])}: there is nothing to tell "
             "apart. Give images of at least two classes."
         )
-    unseen = ~torch.isin(test.labels, seen)
+    return seen
+
+
+def warn_of_unseen(seen: Int[Tensor, " c"], labels: Int[Tensor, " n"]) -> None:
+    """Logs a warning for test images of classes that the training set does not have."""
+    unseen = ~torch.isin(labels, seen)
     if unseen.any():
         logger.warning(
             "%d of %d test images are of %d class(es) that the training set does not have (first: class %d); they count as "
             "wrong.",
             int(unseen.sum()),
             len(unseen),
-            len(test.labels[unseen].unique()),
-            int(test.labels[unseen].min()),
+            len(labels[unseen].unique()),
+            int(labels[unseen].min()),
         )
-    return seen
 
 
 def check(*sets: tuple[str, Features]) -> None:

@@ -9,19 +9,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from lejepa_scale.evaluation.suite import Evaluation, Result
 
 # Names of the files of dinov2's and dinov3's evaluations, where they have one.
-_FILES = {
+FILES = {
     "knn": "knn",
     "logistic": "log-regression",
     "linear": "linear",
     "few-shot": "few-shot",
     "retrieval": "retrieval",
+    "attentive": "attentive",
+    "segmentation": "semantic-segmentation",
+    "finetune": "finetune",
 }
 # How each number was made, beside it: others' differ by protocol.
 _HOW = {
@@ -30,6 +32,13 @@ _HOW = {
     "linear": "linear classifiers by SGD at many learning rates at once, the best chosen on held-out training images",
     "few-shot": "classifiers on few images of every class, mean and standard deviation over draws",
     "retrieval": "test images query the training images by cosine",
+    "attentive": "a learned query gathers the normalized tokens of the patches by cross-attention, a linear layer "
+    "classifies (AdamW); many learning rates at once, the best chosen on held-out training images, then trained on all",
+    "segmentation": "a linear layer on the features of the patches, its logits interpolated to the pixels of the mask "
+    "(AdamW); many learning rates at once, the best chosen on held-out training images, then trained on all; mean IoU of "
+    "one table of all test pixels, over the classes that masks or guesses have, without the pixels of id 255",
+    "finetune": "all weights trained with a linear classifier (AdamW, layer-wise learning rates, random crops and flips); "
+    "of several learning rates the best on held-out training images, then trained on all",
     "spectrum": "exp of the entropy of the singular values of the test images' centred features (RankMe)",
 }
 
@@ -48,13 +57,12 @@ def as_table(found: Evaluation) -> str:
 
 def _table(found: Evaluation) -> list[list[str]]:
     """A header, and a line for every encoder and kind of features."""
-    lines = []
-    for (subject, features), rows in groupby(found.results, lambda row: (row.subject, row.features)):
-        of_line = list(rows)
-        cells = {name: text for row in of_line for name, text in _cells(row).items()}
-        lines.append({"encoder": subject, "features": features, **cells, "width": str(of_line[0].width)})
-    columns = [*dict.fromkeys(name for line in lines for name in line if name != "width"), "width"]
-    return [columns, *([line.get(name, "") for name in columns] for line in lines)]
+    lines: dict[tuple[str, str], dict[str, str]] = {}
+    for row in found.results:
+        line = lines.setdefault((row.subject, row.features), {"encoder": row.subject, "features": row.features})
+        line |= {**_cells(row), "width": str(row.width)}
+    columns = [*dict.fromkeys(name for line in lines.values() for name in line if name != "width"), "width"]
+    return [columns, *([line.get(name, "") for name in columns] for line in lines.values())]
 
 
 def _cells(row: Result) -> dict[str, str]:
@@ -64,6 +72,8 @@ def _cells(row: Result) -> dict[str, str]:
         return {"eff. rank": f"{m['effective_rank']:.1f}"}
     if row.protocol == "retrieval":
         return {"mAP": f"{m['map']:.1%}", "R@1": f"{m['recall@1']:.1%}"}
+    if row.protocol == "segmentation":
+        return {"mIoU": f"{m['miou']:.1%}", "pixel acc.": f"{m['pixel_accuracy']:.1%}"}
     if row.protocol == "few-shot":
         spread = "" if m["std"] is None else f" ±{100 * m['std']:.1f}"
         return {row.variant: f"{m['top1']:.1%}{spread}"}
@@ -87,7 +97,7 @@ def write(found: Evaluation, folder: Path, command: str) -> list[Path]:
     out = [folder / "evaluation.json", folder / "evaluation.html"]
     out[0].write_text(as_json(found, command))
     out[1].write_text(as_page(found, command))
-    for protocol, name in _FILES.items():
+    for protocol, name in FILES.items():
         rows = [row for row in found.results if row.protocol == protocol]
         if rows:
             out.append(folder / f"results-{name}.csv")
@@ -113,7 +123,8 @@ def as_page(found: Evaluation, command: str) -> str:
     text = html.escape
     sections = [f"<h1>Evaluation</h1><p>{time.strftime('%Y-%m-%d')}: <code>{text(command)}</code></p>"]
     sizes = ", ".join(f"{name}: {size['images']:,} images" for name, size in found.sets.items())
-    sections.append(f"<p>{text(sizes)}, {len(found.classes)} classes.</p>")
+    classes = f", {len(found.classes)} classes" if found.classes else ""
+    sections.append(f"<p>{text(sizes)}{classes}.</p>")
     header, *body = _table(found)
     sections.append(_html_table(header, body))
     sections.append("<h2>How each number was made</h2>")
@@ -127,7 +138,7 @@ def as_page(found: Evaluation, command: str) -> str:
             sections.append(
                 f"<h2>{text(row.subject)}, {text(row.features)}, {text(row.protocol)} {text(row.variant)}</h2>"
             )
-            sections.append(_confusion(row.confusion, found.classes))
+            sections.append(_confusion(row.confusion, [] if row.protocol == "segmentation" else found.classes))
     return _PAGE.replace("CONTENT", "\n".join(sections))
 
 

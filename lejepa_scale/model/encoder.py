@@ -4,9 +4,9 @@ their blocks; every other timm model runs once per resolution. Parameter names s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lejepa_scale.errors import UserError
-from lejepa_scale.model import packed
+from lejepa_scale.model import dropping, packed
 from lejepa_scale.model.attention import Packing, choose_backend
 from lejepa_scale.model.norm import synchronized
 
@@ -24,6 +24,7 @@ OUR_SIZES: dict[str, dict[str, Any]] = {
     "vit_micro": dict(embed_dim=192, depth=6, num_heads=3, patch_size=8),
 }
 
+_T = TypeVar("_T")
 # What timm.create_model takes besides the model's own arguments: it would open files, unpickle or download.
 _NOT_OPTIONS = {
     "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir", "pretrained_strict",
@@ -37,8 +38,10 @@ class Encoder(nn.Module):
     for; vision transformers interpolate them for others, and what else a model can process sizes.py finds out. `channels` is
     C. `drop_path`
     is the stochastic depth of the last block, rates growing linearly from the first one's 0, or with `drop_path_uniform`
-    that of all. `head_dim` is the width E of a linear layer after the pooling (timm's classifier; E is otherwise the width
-    of what is pooled). `attention` picks the packed backend ("auto" measures).
+    that of all. `patch_drop` are the shares of an image's patches that training leaves out: of the first input's images, of
+    the second's, and so on (0 where none is given), drawn anew for each image and forward pass. `head_dim` is the width E of
+    a linear layer after the pooling (timm's classifier; E is otherwise the width of what is pooled). `attention` picks the
+    packed backend ("auto" measures).
     Raises UserError for an unknown name or arguments that timm refuses.
     """
 
@@ -52,6 +55,7 @@ class Encoder(nn.Module):
         head_dim: int | None = None,
         drop_path: float = 0.0,
         drop_path_uniform: bool = False,
+        patch_drop: Sequence[float] = (),
         attention: str = "auto",
         options: dict[str, Any] | None = None,
     ) -> None:
@@ -83,13 +87,19 @@ class Encoder(nn.Module):
         _freeze(backbone)
         self.timm_arguments = {"model_name": timm_name, **arguments}  # rebuilds the backbone
         self.name, self.channels, self.embed_dim = name, channels, head_dim or int(backbone.head_hidden_size)
-        self.attention = attention
+        self.attention, self.patch_drop = attention, tuple(patch_drop)
         self.packed = packed.packable(backbone)
         if self.packed:
             for i, block in enumerate(backbone.blocks):
                 backbone.blocks[i] = packed.PackedBlock(block, drop_path if drop_path_uniform else None)
         elif drop_path_uniform and drop_path:
             raise UserError(f"model.drop_path_uniform is for vision transformers; {name} has rates of its own.")
+        elif any(patch_drop):
+            raise UserError(
+                f"model.patch_drop={', '.join(f'{share:g}' for share in patch_drop)} leaves patches out before the blocks "
+                f"of a vision transformer, and {name} has none that are known here: set model.patch_drop.global=0 and "
+                "model.patch_drop.local=0."
+            )
         self.backbone: Any = synchronized(backbone)
 
     @property
@@ -111,10 +121,11 @@ class Encoder(nn.Module):
         """Pooled features of every resolution, in the order given."""
         if not self.packed:
             return [self.backbone(x.contiguous(memory_format=torch.channels_last)) for x in images]
-        return [self.backbone.forward_head(tokens) for tokens in self._packed_tokens(images)]
+        shares = self.patch_drop if self.training else ()
+        return [self.backbone.forward_head(tokens) for tokens in self._packed_tokens(images, shares)]
 
     def patch_features(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b rows columns e"]:
-        """Normalized features of the patches, or of the last feature map, in their place: as wide as the blocks or the map,
+        """Normalized features of all patches, or of the last feature map, in their place: as wide as the blocks or the map,
         which some models' heads widen to `embed_dim`."""
         vit = self.backbone
         if self.packed:
@@ -127,9 +138,12 @@ class Encoder(nn.Module):
             return vit.forward_intermediates(images, **settings)[-1].movedim(1, -1)
 
     def packing(self, images: Sequence[tuple[int, int]]) -> Packing:
-        """The row of tokens that (images, side in pixels) of every resolution are laid in."""
+        """The row of tokens that (images, side in pixels) of every resolution are laid in, in training."""
         prefix, grid = self.backbone.num_prefix_tokens, self.backbone.patch_embed.dynamic_feat_size
-        return Packing(tuple((count, prod(grid((side, side))) + prefix) for count, side in images))
+        each = _with_shares(images, self.patch_drop)
+        return Packing(
+            tuple((n, prefix + dropping.staying(prod(grid((side, side))), share)) for (n, side), share in each)
+        )
 
     def backend(self, packing: Packing, device: torch.device, dtype: torch.dtype, *, traced: bool = False) -> str:
         """The attention backend for tokens of `dtype`; measured where `attention` is auto and there is a choice. traced: in
@@ -145,10 +159,13 @@ class Encoder(nn.Module):
             traced=traced,
         )
 
-    def _packed_tokens(self, images: Sequence[Float[Tensor, "_b c _h _w"]]) -> list[Float[Tensor, "_b _l e"]]:
-        """Embed each resolution, run the blocks once over all tokens, split again."""
+    def _packed_tokens(
+        self, images: Sequence[Float[Tensor, "_b c _h _w"]], shares: Sequence[float] = ()
+    ) -> list[Float[Tensor, "_b _l e"]]:
+        """Embed each resolution, without a share of its patches, run the blocks once over all tokens, split again."""
         vit = self.backbone
-        embedded, ropes = zip(*(packed.embed(vit, x) for x in images), strict=True)
+        each = _with_shares(images, shares)
+        embedded, ropes = zip(*(packed.embed(vit, x, share) for x, share in each), strict=True)
         packing = Packing(tuple((x.shape[0], x.shape[1]) for x in embedded))
         tokens = torch.cat([x.flatten(0, 1) for x in embedded])  # [T, E]
         device, dtype = tokens.device, tokens.dtype
@@ -158,6 +175,11 @@ class Encoder(nn.Module):
         for block, row in zip(vit.blocks, packed.rows(list(vit.blocks), packing, ropes, device, backend), strict=True):
             tokens = block(tokens, row)
         return packing.split(vit.norm(tokens))
+
+
+def _with_shares(inputs: Sequence[_T], shares: Sequence[float]) -> Iterator[tuple[_T, float]]:
+    """Every input with its share of patches to leave out: 0 where none is given."""
+    return zip(inputs, [*shares, *[0.0] * len(inputs)], strict=False)
 
 
 def _created(name: str, sized: dict[str, Any], arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

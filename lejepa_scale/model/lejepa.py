@@ -17,7 +17,7 @@ from lejepa_scale.model.encoder import Encoder
 from lejepa_scale.model.norm import BatchNorm
 from lejepa_scale.model.projector import Predictor, Projector
 from lejepa_scale.model.sizes import GLOBAL, LOCAL, check_sizes
-from lejepa_scale.objective import LeJEPALoss, Regularizer, SIGReg, WeakSIGReg
+from lejepa_scale.objective import LeJEPALoss, Regularizer, SIGReg, VISReg, WeakSIGReg
 from lejepa_scale.parallel.process_group import world_size
 
 
@@ -30,7 +30,7 @@ class Replay:
     encoder's part comes once: it is multiplied by the number of micro-batches, by which the trainer divides the loss.
     """
 
-    features: Sequence[Float[Tensor, "v b e"]]
+    features: Sequence[Float[Tensor, "v _b e"]]
     index: int
 
     def joined(self, own: Float[Tensor, "v b e"]) -> Float[Tensor, "v all_b e"]:
@@ -48,13 +48,18 @@ class LeJEPA(nn.Module):
         self.encoder, self.projector, self.predictor, self.loss = encoder, projector, predictor, loss
 
     def forward(
-        self, views: Sequence[Float[Tensor, "_v b c _h _w"]], step: int | None, replay: Replay | None = None
+        self,
+        views: Sequence[Float[Tensor, "_v b c _h _w"]],
+        step: int | None,
+        replay: Replay | None = None,
+        lambda_: float | None = None,
     ) -> dict[str, Float[Tensor, "..."]]:
         """views: one tensor per resolution, the global views first; this rank's samples, as many as every rank's.
+        lambda_: of this step, in place of the loss's own.
 
         Returns the scalars `loss`, `prediction`, `sigreg` (of the global batch, equal on all ranks) and, detached, the
-        mean over the global views of `features` [B, E] and `embeddings` [B, D] (of all micro-batches with `replay`).
-        Without a step, the `features` [V, B, E] of all views alone.
+        mean over the global views of `features` [B, E] and `embeddings` [B, D] (of all micro-batches with `replay`); in
+        eval mode also `features_of_views` [V, B, E]. Without a step, the `features` [V, B, E] of all views alone.
         """
         num_global, batch = views[0].shape[:2]
         pooled = self.encoder([rearrange(group, "v b c h w -> (v b) c h w") for group in views])
@@ -66,14 +71,16 @@ class LeJEPA(nn.Module):
         z = self.projector(whole.flatten(0, 1))  # one batch of all views for the normalization
         predicted = None if self.predictor is None else rearrange(self.predictor(z), "(v b) d -> v b d", b=count)
         z = rearrange(z, "(v b) d -> v b d", b=count)
-        terms = self.loss(z, num_global, step=step, predicted=predicted, counts=[count] * world_size())
-        return {
+        counts = [count] * world_size()
+        terms = self.loss(z, num_global, step=step, predicted=predicted, counts=counts, lambda_=lambda_)
+        out = {
             "loss": terms.loss,
             "prediction": terms.prediction.detach(),
             "sigreg": terms.sigreg.detach(),
             "features": reduce(features[:num_global].detach(), "v b e -> b e", "mean"),
             "embeddings": reduce(z[:num_global].detach(), "v b d -> b d", "mean"),
         }
+        return out if self.training else {**out, "features_of_views": features.detach()}
 
 
 def build_encoder(config: Config, image_size: int | None = None) -> Encoder:
@@ -88,6 +95,7 @@ def build_encoder(config: Config, image_size: int | None = None) -> Encoder:
         head_dim=model.head_dim,
         drop_path=model.drop_path,
         drop_path_uniform=model.drop_path_uniform,
+        patch_drop=(model.patch_drop.global_, model.patch_drop.local),  # in the order of `LeJEPA.forward`'s views
         attention=model.attention,
         options=model.options,
     )
@@ -156,6 +164,8 @@ def build_loss(config: Config) -> LeJEPALoss:
     regularizer: Regularizer
     if objective.regularizer == "weak_sigreg":
         regularizer = WeakSIGReg(objective.weak_sigreg.sketch, joint=objective.joint, seed=config.run.seed)
+    elif objective.regularizer == "visreg":
+        regularizer = VISReg(objective.visreg.num_slices, joint=objective.joint, seed=config.run.seed)
     else:
         scale, reference_n = sigreg.scale, sigreg.reference_n
         if objective.accumulation == "unbiased" and scale == "n":  # the n of the whole batch, not of a micro-batch

@@ -7,19 +7,26 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Int32
 from timm.layers import Attention, AttentionRope, apply_rot_embed_cat
 from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
 
-from lejepa_scale.model import branch, positions
+from lejepa_scale.model import branch, dropping, positions
 from lejepa_scale.model.attention import BACKENDS, Offsets, Packing, offsets
 from lejepa_scale.model.branch import Subset
 
 _MODELS = (VisionTransformer, Eva)
 _PRE_NORM, _POST_NORM = (Block, EvaBlock), (ResPostBlock, EvaBlockPostNorm)
 _ATTENTIONS = (Attention, EvaAttention, AttentionRope)
+
+
+class Rope(NamedTuple):
+    """Rotary positions of one resolution."""
+
+    tables: Float[Tensor, "_depth _l _heads _two_d"]  # sines and cosines, of each block and head or one for all
+    places: Int[Tensor, "_b _k"] | None  # of every token, its row in the tables; None: nothing is left out
 
 
 class PackedRow(NamedTuple):
@@ -30,6 +37,7 @@ class PackedRow(NamedTuple):
     starts: Offsets  # of the sequences of `branch`
     kept: tuple[Subset, Subset] | None  # for the attention and for the MLP branch; None: everything
     rope: tuple[Float[Tensor, "_l _h _two_d"], ...] | None  # sines and cosines of every group, by position (and head)
+    places: Int32[Tensor, " k"] | None  # of each token of `branch`, its row in all of `rope`; None: sequences are whole
     backend: str
 
 
@@ -113,7 +121,10 @@ class PackedAttention(nn.Module):
         q, k, v = self._project(x)
         q, k = self.q_norm(q), self.k_norm(k)
         if row.rope is not None:
-            q, k = (self._rotate(part, row.branch, row.rope) for part in (q, k))
+            cut, tables = row.branch, row.rope
+            if row.places is not None:  # an angle for every token, as of one long sequence
+                cut, tables = Packing(((1, cut.tokens),)), (torch.cat(tables).index_select(0, row.places),)
+            q, k = (self._rotate(part, cut, tables) for part in (q, k))
         q, k = q.to(v.dtype), k.to(v.dtype)
         if k.shape[1] != self.num_heads:
             k, v = (part.repeat_interleave(self.num_heads // part.shape[1], 1) for part in (k, v))
@@ -155,37 +166,59 @@ def packable(backbone: Any) -> bool:
 
 
 def embed(
-    backbone: Any, images: Float[Tensor, "b c h w"]
-) -> tuple[Float[Tensor, "b l e"], Float[Tensor, "_depth l _heads _two_d"] | None]:
-    """Tokens that enter the blocks, and the sines and cosines of rotary positions, [depth or 1, L, H or 1, 2 D]."""
+    backbone: Any, images: Float[Tensor, "b c h w"], share: float = 0.0
+) -> tuple[Float[Tensor, "b _l e"], Rope | None]:
+    """Tokens that enter the blocks, and rotary positions. share: of every image's patches, how many are left out once they
+    have their positions; which ones is drawn here."""
     patches = backbone.patch_embed(images)
     grid = tuple(backbone.patch_embed.dynamic_feat_size(images.shape[-2:]))
     tokens = positions.tokens(backbone, patches.reshape(len(patches), -1, patches.shape[-1]), grid)
+    places = None
+    if share:
+        prefix = backbone.num_prefix_tokens
+        places = dropping.draw(len(tokens), tokens.shape[1] - prefix, prefix, share, tokens.device)
+        tokens = dropping.take(tokens, places)
     if not isinstance(backbone, Eva):
         return backbone.norm_pre(backbone.patch_drop(tokens)), None
     rope = None
     if backbone.rope is not None:
-        rope = positions.rotary(backbone.rope, grid)
-        rope = rope.transpose(1, 2) if backbone.rope_mixed else rope[None, :, None]  # mixed: [depth, H, L, 2 D]
-        prefix = rope.new_zeros(len(rope), backbone.num_prefix_tokens, *rope.shape[2:])
-        prefix[..., rope.shape[-1] // 2 :] = 1  # class and register tokens turn by no angle
-        rope = torch.cat([prefix, rope], 1)
+        table = positions.rotary(backbone.rope, grid)
+        table = table.transpose(1, 2) if backbone.rope_mixed else table[None, :, None]  # mixed: [depth, H, L, 2 D]
+        ahead = table.new_zeros(len(table), backbone.num_prefix_tokens, *table.shape[2:])
+        ahead[..., table.shape[-1] // 2 :] = 1  # class and register tokens turn by no angle
+        rope = Rope(torch.cat([ahead, table], 1), places)
     return backbone.norm_pre(tokens), rope
 
 
 def rows(
     blocks: Sequence[PackedBlock],
     packing: Packing,
-    ropes: Sequence[Float[Tensor, "_depth _l _heads _two_d"] | None],
+    ropes: Sequence[Rope | None],
     device: torch.device,
     backend: str,
 ) -> Iterator[PackedRow]:
     """One row per block. In training the sequences that a branch leaves out are drawn here, for all blocks at once."""
     branches = [block.kept(packing) if block.training else packing for block in blocks]
     kept = branch.draw(packing, branches, device)
+    places = _places(packing, ropes, device)
     for i, (processed, subsets) in enumerate(zip(branches, kept, strict=True)):
-        tables = None if ropes[0] is None else tuple(t[min(i, len(t) - 1)] for t in ropes if t is not None)
-        yield PackedRow(packing, processed, offsets(processed, device), subsets, tables, backend)
+        tables = tuple(rope.tables[min(i, len(rope.tables) - 1)] for rope in ropes if rope is not None) or None
+        own = places if places is None or subsets is None else places.index_select(0, subsets[0].taken)
+        yield PackedRow(packing, processed, offsets(processed, device), subsets, tables, own, backend)
+
+
+def _places(packing: Packing, ropes: Sequence[Rope | None], device: torch.device) -> Int32[Tensor, " t"] | None:
+    """Of every token of the row, its place in the tables of all groups, one behind the other; None where every sequence has
+    all of its group's."""
+    found = [rope for rope in ropes if rope is not None]
+    if all(rope.places is None for rope in found):
+        return None
+    parts, first = [], 0
+    for (n, length), rope in zip(packing.groups, found, strict=True):
+        whole = torch.arange(length, device=device).expand(n, -1)
+        parts.append((first + (whole if rope.places is None else rope.places)).flatten())
+        first += rope.tables.shape[1]
+    return torch.cat(parts).int()
 
 
 def _adopt(target: nn.Module, source: nn.Module) -> None:

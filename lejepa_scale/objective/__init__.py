@@ -3,6 +3,7 @@
 from lejepa_scale.objective.loss import LeJEPALoss, LossTerms
 from lejepa_scale.objective.regularizer import Regularizer
 from lejepa_scale.objective.sigreg import SIGReg
+from lejepa_scale.objective.visreg import VISReg
 from lejepa_scale.objective.weak_sigreg import WeakSIGReg
 
-__all__ = ["LeJEPALoss", "LossTerms", "Regularizer", "SIGReg", "WeakSIGReg"]
+__all__ = ["LeJEPALoss", "LossTerms", "Regularizer", "SIGReg", "VISReg", "WeakSIGReg"]

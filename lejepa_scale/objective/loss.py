@@ -31,7 +31,8 @@ class LeJEPALoss(nn.Module):
 
     weighting: "convex" as above, or "additive": L = L_pred + lambda R (equal up to a factor, at lambda / (1 - lambda)).
     prediction: "mean" over dimensions as above, or their "sum": D times as much.
-    scale_centre: adds this much of VISReg's scale and centre terms to R, at one more small all-reduce.
+    scale_centre: adds this much of VISReg's scale and centre terms to R, at one more small all-reduce. None: what the
+    regularizer asks for, 1 for VISReg and 0 for the others.
 
     No stop-gradient and no teacher. With `predicted` (the output of a JEPA predictor), predicted_vn replaces z_vn in
     L_pred. Values are those of the global batch on every rank; gradients follow Regularizer's convention (W times).
@@ -45,11 +46,12 @@ class LeJEPALoss(nn.Module):
         *,
         weighting: Literal["convex", "additive"] = "convex",
         prediction: Literal["mean", "sum"] = "mean",
-        scale_centre: float = 0.0,
+        scale_centre: float | None = None,
     ) -> None:
         super().__init__()
         if not 0 <= lambda_ <= 1:
             raise ValueError(f"lambda must lie in [0, 1]; got {lambda_}.")
+        scale_centre = regularizer.scale_centre if scale_centre is None else scale_centre
         if not scale_centre >= 0:
             raise ValueError(f"scale_centre must not be negative; got {scale_centre}.")
         if weighting not in ("convex", "additive") or prediction not in ("mean", "sum"):
@@ -68,9 +70,11 @@ class LeJEPALoss(nn.Module):
         step: int,
         predicted: Float[Tensor, "v n d"] | None = None,
         counts: Sequence[int] | None = None,
+        lambda_: float | None = None,
     ) -> LossTerms:
-        """z: this rank's embeddings, the `num_global` global views first. counts: as for Regularizer. Raises
-        ValueError where there are too few samples for the regularizer."""
+        """z: this rank's embeddings, the `num_global` global views first. counts: as for Regularizer. lambda_: of this step,
+        in place of the loss's own. Raises ValueError where there are too few samples for the regularizer."""
+        lambda_ = self.lambda_ if lambda_ is None else lambda_
         views, n, width = z.shape
         x = to_float32(z)
         target = x[:num_global].mean(0)  # [N, D]
@@ -85,5 +89,5 @@ class LeJEPALoss(nn.Module):
         if self.scale_centre:
             moments = total[2:].view(2, views, width)
             regularizer = regularizer + self.scale_centre * scale_and_centre(moments, count, origin)
-        share = 1 - self.lambda_ if self.weighting == "convex" else 1.0
-        return LossTerms(share * prediction + self.lambda_ * regularizer, prediction, regularizer)
+        share = 1 - lambda_ if self.weighting == "convex" else 1.0
+        return LossTerms(share * prediction + lambda_ * regularizer, prediction, regularizer)

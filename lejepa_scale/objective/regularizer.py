@@ -21,7 +21,11 @@ class Regularizer(nn.Module, ABC):
 
     With `joint` the views are pooled into one sample of V N; otherwise each view is a sample of N and the V values are
     averaged. Raises ValueError for fewer than `least` samples in all, which have no value, where the total is known.
+
+    scale_centre: the weight of VISReg's scale and centre terms beside it, where LeJEPALoss is given none.
     """
+
+    scale_centre: float = 0.0
 
     def __init__(self, *, joint: bool, group: Group, seed: int, least: int) -> None:
         super().__init__()

@@ -90,8 +90,7 @@ class SIGReg(Regularizer):
         self, step: int, width: int, device: torch.device, dtype: torch.dtype
     ) -> Float[Tensor, "{self.num_slices} {width}"]:
         """Unit rows drawn from (seed, step) alone: the same on every rank, others at the next step, no hidden state."""
-        a = normal(self.seed, step, self.num_slices, width, device, dtype)
-        return a / a.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
+        return unit_rows(self.seed, step, self.num_slices, width, device, dtype)
 
     def traffic(self, views: int, counts: Sequence[int], width: int, itemsize: int = 4) -> Traffic:
         """What each way of communication costs for embeddings [views, counts[r], width] on rank r."""
@@ -169,6 +168,14 @@ class SIGReg(Regularizer):
             error = error - (1 - cos**2 - sin**2) / (count - 1)
         factor = {"n": count, "reference": self.reference_n, "none": 1.0}[self.scale]
         return factor * (weight * error).sum(0)
+
+
+def unit_rows(
+    seed: int, step: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+) -> Float[Tensor, "{rows} {columns}"]:
+    """Rows uniform on the unit sphere, from (seed, step) alone."""
+    a = normal(seed, step, rows, columns, device, dtype)
+    return a / a.norm(dim=1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
 
 
 def normal(

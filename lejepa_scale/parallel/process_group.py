@@ -19,6 +19,7 @@ from torch.distributed import distributed_c10d
 
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import launch
+from lejepa_scale.parallel.meeting import store_of_this_start
 
 Group = dist.ProcessGroup | None
 
@@ -31,7 +32,7 @@ def join(timeout: timedelta) -> torch.device:
     """Join the process group (NCCL on CUDA, gloo on CPU) and return this rank's device.
 
     Reads the environment that torchrun and the deepspeed launcher both set; under plain `python` it makes a group of one.
-    Raises UserError where there is no GPU for this rank, though there are others.
+    Raises UserError where there is no GPU for this rank, though there are others, and where ranks do not come in time.
     """
     global _timeout
     _timeout = timeout
@@ -41,7 +42,8 @@ def join(timeout: timedelta) -> torch.device:
         torch.cuda.set_device(device)
         options |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}  # told, NCCL need not guess, and connects now
     if launch.launched():
-        dist.init_process_group(**options)
+        store, rank, world = store_of_this_start(timeout)
+        dist.init_process_group(**options, store=store, rank=rank, world_size=world)
     else:
         _join_alone(options)
         os.environ.setdefault("LOCAL_RANK", "0")

@@ -9,6 +9,7 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,10 +17,17 @@ import torch.distributed as dist
 from jaxtyping import Shaped
 from torch import Tensor
 
+from lejepa_scale.parallel import living
+
 _FOLDER = Path("/dev/shm")
 _SLOT = 1 << 16  # bytes of one rank's part
 _LINE = 64  # bytes between counters, lest ranks write to one cache line
+_LOOK = 1.0  # seconds between two looks whether the rank that is waited for still lives
 _SPIN = 2e-3  # seconds of asking without rest: the ranks of a step arrive within microseconds of each other
+
+
+class RankLost(RuntimeError):
+    """Another rank has ended, or takes longer than ranks wait."""
 
 
 class SharedMemoryGather:
@@ -27,18 +35,20 @@ class SharedMemoryGather:
     when all counters have come to n. Who writes exchange n + 2 into the same slots has seen everyone begin n + 1, and
     therefore end n.
 
-    Needs stores to be seen in the order in which they were made: x86.
+    Needs stores to be seen in the order in which they were made: x86. peers: the ranks' processes, one of which may end.
     """
 
-    def __init__(self, memory: mmap.mmap, rank: int, world: int, timeout: float) -> None:
-        self.rank, self.world, self.timeout, self.turn = rank, world, timeout, 0
+    def __init__(
+        self, memory: mmap.mmap, rank: int, world: int, timeout: float, peers: Sequence[living.Process] = ()
+    ) -> None:
+        self.rank, self.world, self.timeout, self.turn, self.peers = rank, world, timeout, 0, peers
         view = memoryview(memory)
         self.counters = view[: world * _LINE].cast("Q")
         self.slots = torch.frombuffer(memory, dtype=torch.uint8, offset=world * _LINE).view(2, world, _SLOT)
 
     def gather(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " {self.world} *shape"]:
-        """[...] on each rank -> [W, ...] on every rank; the same shape everywhere. Raises RuntimeError after
-        `timeout` seconds without the others."""
+        """[...] on each rank -> [W, ...] on every rank; the same shape everywhere. Raises RankLost where
+        another rank has ended, and after `timeout` seconds without the others."""
         self.turn += 1
         data = x.detach().contiguous()
         size, slots = data.numel() * data.element_size(), self.slots[self.turn % 2]
@@ -48,17 +58,21 @@ class SharedMemoryGather:
         return slots[:, :size].clone().view(x.dtype).view(self.world, *x.shape)
 
     def _wait(self) -> None:
-        began = time.monotonic()
+        began = looked = time.monotonic()
         for rank in range(self.world):
             at = rank * _LINE // 8
             while self.counters[at] < self.turn:
                 waited = time.monotonic() - began
                 if waited > self.timeout:
-                    raise RuntimeError(f"rank {self.rank} has waited {waited:.0f} s for rank {rank}.")
+                    raise RankLost(f"rank {self.rank} has waited {waited:.0f} s for rank {rank}")
                 if waited < _SPIN:
                     os.sched_yield()
                 else:
                     time.sleep(1e-4)
+                    if began + waited - looked > _LOOK:
+                        looked = began + waited
+                        if self.peers and self.peers[rank].gone():
+                            raise RankLost(f"rank {rank} (process {self.peers[rank].pid} of this host) is gone")
 
 
 def fits(x: Shaped[Tensor, "..."]) -> bool:
@@ -75,11 +89,13 @@ def shared(timeout: float) -> SharedMemoryGather | None:
     dist.broadcast_object_list(offered, src=0)
     if rank != 0 and offered[0] and _able():
         memory, _ = _memory(0, offered[0])
-    got: list[bool] = [False] * world
-    dist.all_gather_object(got, memory is not None)
+    got: list[tuple[bool, living.Process]] = [(False, living.myself())] * world
+    dist.all_gather_object(got, (memory is not None, living.myself()))
     if rank == 0 and path:  # the memory lasts as long as its ranks, and leaves nothing behind
         os.unlink(path)
-    return SharedMemoryGather(memory, rank, world, timeout) if memory is not None and all(got) else None
+    if memory is None or not all(has for has, _ in got):
+        return None
+    return SharedMemoryGather(memory, rank, world, timeout, [process for _, process in got])
 
 
 def _able() -> bool:

@@ -23,8 +23,8 @@ Phase = Callable[[str], AbstractContextManager[None]]
 
 
 class Feed:
-    """`of_step(n)` gives what `train_step` takes; afterwards `keys` and `labels` are those of the step's samples on
-    this rank, and `faults` the samples that any rank had to replace. The next micro-batch is asked for as soon as the
+    """`of_step(n)` gives what `train_step` takes; afterwards `samples` (shard and key) and `labels` are those of the step
+    on this rank, and `faults` the samples that any rank had to replace. The next micro-batch is asked for as soon as the
     backward pass of the one before is under way: while the device is at work, its views are made there and the ranks tell
     one another whether they could read. beside: whether views are made ahead, which costs the memory of one more batch of
     float views. phase: wraps waiting and colours, by name, for whoever times them."""
@@ -41,7 +41,7 @@ class Feed:
     ) -> None:
         self.batches, self.plan, self.device, self.key_log, self.phase = batches, plan, device, key_log, phase
         self.beside = Beside(device) if beside and device.type == "cuda" else None
-        self.keys: list[str] = []
+        self.samples: list[str] = []
         self.labels: list[Tensor] = []
         self.faults: list[Fault] = []
         self._ahead: _Asked | None = None
@@ -50,12 +50,12 @@ class Feed:
     def of_step(self, number: int, *, more: bool = True) -> Iterator[Callable[[], list[Tensor]]]:
         """The micro-batches of step `number`, each as what makes its views on the device. more: another step follows.
         Raises UserError on every rank where one cannot read."""
-        self.keys, self.labels, self.faults = [], [], []
+        self.samples, self.labels, self.faults = [], [], []
         for micro in range(self.plan.accumulation):
             batch = self._next()
             if self.key_log is not None:
                 self.key_log.write(number, batch.records)
-            self.keys += batch.keys
+            self.samples += [record.said for record in batch.records]
             self.labels.append(batch.labels)
             yield partial(self._views, batch)
             if more or micro + 1 < self.plan.accumulation:

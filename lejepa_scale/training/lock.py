@@ -18,6 +18,7 @@ from typing import Any
 from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.checkpoint.places import Place, faults, said
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import living
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +64,36 @@ def locked(run_dir: Place) -> Iterator[None]:
                 run_dir.rmdir()
 
 
+def seen(run_dir: Path) -> tuple[str, bool] | None:
+    """Who holds a directory's lock, in words, and whether they show a sign of life, without waiting for one: a beat of the
+    last while, where their processes are not seen from here. None where nobody holds it."""
+    path = run_dir / NAME
+    if (other := _holder(path)) is None:
+        return None
+    if _ours_to_see(other):
+        return _named(other), _lives(other)
+    try:
+        return _named(other), time.time() - path.stat().st_mtime < WATCH_SECONDS
+    except OSError:
+        return None
+
+
+def _ours_to_see(other: dict[str, Any]) -> bool:
+    return (other["host"], other.get("namespace")) == (socket.gethostname(), living.namespace())
+
+
+def _lives(other: dict[str, Any]) -> bool:
+    begun = living.begun(int(other["pid"]))
+    return begun is not None and begun == other.get("begun")
+
+
 def _myself() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "since": datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC"),
-        "begun": _begun(os.getpid()),
-        "namespace": _namespace(),
+        "begun": living.begun(os.getpid()),
+        "namespace": living.namespace(),
     }
 
 
@@ -102,9 +126,8 @@ def _holder(path: Place) -> dict[str, Any] | None:
 
 
 def _alive(path: Place, other: dict[str, Any]) -> bool:
-    if (other["host"], other.get("namespace")) == (socket.gethostname(), _namespace()):  # whose processes we see
-        begun = _begun(int(other["pid"]))
-        return begun is not None and begun == other.get("begun")
+    if _ours_to_see(other):
+        return _lives(other)
     logger.info("waiting for a sign of life of %s, up to %.0f s.", _named(other), WATCH_SECONDS)
     before, until = _changed(path), time.monotonic() + WATCH_SECONDS
     while time.monotonic() < until:
@@ -145,28 +168,3 @@ def _named(other: dict[str, Any] | None) -> str:
     if other is None:
         return "somebody whose lock cannot be read"
     return f"process {other['pid']} on {other['host']}, since {other['since']}"
-
-
-def _begun(pid: int) -> str | None:
-    """When a process began, in the kernel's ticks, which tell it from another of the same number; None where there is
-    none, or but what is left of one until its parent looks."""
-    if not Path("/proc/self/stat").exists():  # no Linux
-        with suppress(PermissionError):
-            try:
-                os.kill(pid, 0)
-            except ProcessLookupError:
-                return None
-        return ""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else fields[19]
-
-
-def _namespace() -> str:
-    """Which processes are seen from here: containers of one host name may not see one another's."""
-    try:
-        return os.readlink("/proc/self/ns/pid") + Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return ""

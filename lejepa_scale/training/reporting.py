@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
-import secrets
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +15,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from tqdm import tqdm
 
-from lejepa_scale.addresses import Address
 from lejepa_scale.checkpoint.files import write_text
+from lejepa_scale.checkpoint.metrics import METRICS, read_lines
 from lejepa_scale.config import Config
 from lejepa_scale.errors import UserError
+from lejepa_scale.training import wandb_run
 
 logger = logging.getLogger(__name__)
 
@@ -47,15 +45,17 @@ class Means:
 
 
 class Reporter:
-    """Rank 0's voice: progress bar, metrics.jsonl and W&B. Silent on other ranks."""
+    """Rank 0's voice: progress bar, metrics.jsonl, W&B and TensorBoard. Silent on other ranks."""
 
     def __init__(self, config: Config, first_step: int, active: bool) -> None:
         self.active = active
         self._wandb: Any = None
+        self._tensorboard: Any = None
         if not active:
             return
-        self.path = config.run.dir / "metrics.jsonl"
+        self.path = config.run.dir / METRICS
         _drop_after(self.path, first_step)
+        self._shown: dict[str, str] = {}
         self._bar = tqdm(
             total=config.train.steps,
             initial=first_step,
@@ -66,7 +66,9 @@ class Reporter:
             smoothing=0.05,
         )
         if config.log.wandb.enabled:
-            self._wandb = _start_wandb(config)
+            self._wandb = wandb_run.start(config)
+        if config.log.tensorboard.enabled:
+            self._tensorboard = _start_tensorboard(config.run.dir, first_step)
 
     def advance(self) -> None:
         if self.active:
@@ -79,76 +81,52 @@ class Reporter:
             return clean
         with self.path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
-        shown = {"loss": "loss", "images_per_second": "img/s", "probe_accuracy": "probe"}
-        self._bar.set_postfix({label: f"{record[key]:.3g}" for key, label in shown.items() if key in record})
+        shown = {"loss": "loss", "images_per_second": "img/s", "probe_accuracy": "probe", "eval_knn": "k-NN"}
+        self._shown |= {label: f"{record[key]:.3g}" for key, label in shown.items() if key in record}
+        self._bar.set_postfix(self._shown)
         if self._wandb is not None:
-            self._wandb.log(clean, step=int(record["step"]))
+            run = self._wandb
+            self._kept_from_harm(lambda: run.log(clean, step=int(record["step"])))
+        if self._tensorboard is not None:
+            for name, value in clean.items():
+                if value is not None and name != "step":
+                    self._tensorboard.add_scalar(_titled(name), value, int(record["step"]))
         return clean
 
     def close(self) -> None:
         if self.active:
             self._bar.close()
             if self._wandb is not None:
-                self._wandb.finish()
+                self._kept_from_harm(self._wandb.finish)
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
-
-def steps_taken(run_dir: Path) -> int:
-    """The last step that metrics.jsonl tells of; 0 where there is none."""
-    return max((int(record["step"]) for _, record in _records(run_dir / "metrics.jsonl")), default=0)
-
-
-def _records(path: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The lines of metrics.jsonl that can be read, and what they say. A crash of the system may have left half a line, or
-    zeros in place of one: these are told of."""
-    if not path.exists():
-        return []
-    found, torn = [], 0
-    for line in path.read_bytes().decode(errors="replace").split("\n"):
+    def _kept_from_harm(self, work: Callable[[], object]) -> None:
+        """A service that fails in the middle of a run is done without from then on."""
         try:
-            record = json.loads(line)
-            int(record["step"])
-            found.append((line, record))
-        except (ValueError, TypeError, KeyError):
-            torn += bool(line)
-    if torn:
-        logger.warning("%d lines of %s cannot be read, and are left out: a crash may have torn them.", torn, path)
-    return found
+            work()
+        except Exception as error:
+            logger.warning("W&B failed (%s): the run goes on without it; its numbers are in metrics.jsonl.", error)
+            self._wandb = None
 
 
 def _drop_after(path: Path, step: int) -> None:
     """Forget lines of steps that a resumed run will take again."""
     if path.exists():
-        write_text(path, "".join(f"{line}\n" for line, record in _records(path) if record["step"] <= step))
+        write_text(path, "".join(f"{line}\n" for line, record in read_lines(path) if record["step"] <= step))
 
 
-def _start_wandb(config: Config) -> Any:
+def _start_tensorboard(run_dir: Path, first_step: int) -> Any:
     try:
-        import wandb
+        from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError("log.wandb.enabled=true needs wandb: pip install 'lejepa_scale[wandb]'.") from error
-    settings = config.log.wandb
-    online = bool(os.environ.get("WANDB_API_KEY") or wandb.api.api_key)
-    identity = config.run.dir / "wandb_id"
-    if not identity.exists():
-        identity.write_text(secrets.token_hex(4))
-    with _command_line_without_secrets():
-        return wandb.init(
-            project=settings.project,
-            name=settings.name or config.run.dir.name,
-            id=identity.read_text(),
-            resume="allow",
-            mode="online" if online else "offline",
-            dir=str(config.run.dir),
-            config=config.model_dump(mode="json", by_alias=True),
-        )
+        raise UserError(
+            "log.tensorboard.enabled=true needs tensorboard: pip install 'lejepa_scale[tensorboard]'."
+        ) from error
+    purge = first_step + 1 if first_step else None  # what a resumed run will report again
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=purge)
 
 
-@contextmanager
-def _command_line_without_secrets() -> Iterator[None]:
-    """W&B keeps it with the run."""
-    words = sys.argv
-    sys.argv = [str(Address(word)) for word in words]
-    try:
-        yield
-    finally:
-        sys.argv = words
+def _titled(name: str) -> str:
+    """Grouped as TensorBoard groups by what stands before a slash."""
+    return f"evaluation/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"training/{name}"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lejepa_scale.checkpoint import Progress, Saved, Store
 from lejepa_scale.checkpoint.files import write_text
+from lejepa_scale.checkpoint.metrics import METRICS, steps_taken
 from lejepa_scale.checkpoint.places import Place, place, within
 from lejepa_scale.checkpoint.saved import verify
 from lejepa_scale.checkpoint.store import BEST, LAST, find
@@ -21,21 +22,23 @@ from lejepa_scale.config import Config, dump, migrate, recorded
 from lejepa_scale.config.keys import keys_of
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
+from lejepa_scale.evaluation.report import FILES
 from lejepa_scale.parallel import collectives, process_group
-from lejepa_scale.training.reporting import steps_taken
 
 logger = logging.getLogger(__name__)
 _OF_A_RUN = (
     "checkpoints",
     LAST,
     BEST,
-    "metrics.jsonl",
+    METRICS,
     "config.yaml",
     "keys",
     "quarantine.jsonl",
     "evaluation.json",
     "evaluation.html",
-    *(f"results-{name}.csv" for name in ("knn", "log-regression", "linear", "few-shot", "retrieval")),
+    "picture.html",
+    "tensorboard",
+    *(f"results-{name}.csv" for name in FILES.values()),
     "wandb_id",
 )
 

@@ -13,6 +13,7 @@ from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.engine import Engine
 from lejepa_scale.training.feed import Feed
 from lejepa_scale.training.probe import OnlineProbe
+from lejepa_scale.training.schedule import lambda_at
 from lejepa_scale.training.step import StepResult
 
 
@@ -28,8 +29,14 @@ class Run:
     progress: Progress
     probe: OnlineProbe | None = None
     lr: float = 0.0  # of the step just taken
-    stopping: bool = False  # asked for, on every rank
+    stopping: str = ""  # why it was asked to, on every rank
     started: float = field(default_factory=time.monotonic)
+    beside: float = 0.0  # seconds since the last record in which no training was under way; who reports takes them out
+
+    @property
+    def lambda_(self) -> float:
+        """Of the step just taken."""
+        return lambda_at(max(0, self.progress.step - 1), self.config.train.steps, self.config.objective)
 
     @property
     def last(self) -> bool:
@@ -39,7 +46,7 @@ class Run:
     @property
     def settles(self) -> bool:
         """Whether what is read late must be read now: before a checkpoint, and at the end."""
-        return self.last or self.stopping or self.progress.step % self.config.checkpoint.every == 0
+        return self.last or bool(self.stopping) or self.progress.step % self.config.checkpoint.every == 0
 
 
 Action = Callable[[Run, StepResult], None]  # after every step, on every rank

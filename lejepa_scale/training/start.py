@@ -19,6 +19,7 @@ from lejepa_scale.data import Loader, Mixture, open_mixture
 from lejepa_scale.data.audit.keylog import KeyLog
 from lejepa_scale.data.index.classes import MOST
 from lejepa_scale.engine import Average, Engine, Factory, build_engine
+from lejepa_scale.engine.optim import expect_matrices
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder, LeJEPA, build, check
 from lejepa_scale.model.attention import Packing
@@ -34,7 +35,10 @@ def check_everything(config: Config) -> tuple[BatchPlan, LeJEPA]:
     """What can be wrong before a process group or a download starts; the batch plan, and the module on the meta device.
     Raises UserError, on every rank alike."""
     try:
-        return check_world(config, launch.ranks()), check(config)
+        plan, shapes = check_world(config, launch.ranks()), check(config)
+        if config.optim.name == "muon":
+            expect_matrices(shapes)
+        return plan, shapes
     except UserError as error:
         error.everywhere = True
         raise

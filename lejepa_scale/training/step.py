@@ -46,12 +46,14 @@ def train_step(
     seed: int,
     lr: float,
     weight_decay: float,
+    lambda_: float | None = None,
     exact: bool = False,
     phase: Phase = lambda name: nullcontext(),
 ) -> StepResult:
     """Forward and backward over the `plan.accumulation` micro-batches of this rank, then one update. Every rank calls.
 
-    number: of the step, from 0, which with `seed` decides everything random. exact: the objective is that of all
+    number: of the step, from 0, which with `seed` decides everything random. lambda_: of the objective; None: that of
+    the configuration. exact: the objective is that of all
     micro-batches together (objective.accumulation), for which they are encoded without a graph first. phase: wraps the
     parts of the step, by name, for whoever times them. Raises ValueError where there are not as many micro-batches as
     planned.
@@ -63,7 +65,7 @@ def train_step(
         seed_micro_batch(seed, number, micro)
         views = make_views()
         with phase("forward"):
-            out = engine.forward(views, number, replay)
+            out = engine.forward(views, number, replay, lambda_)
         with phase("backward"):
             engine.backward(out["loss"] / plan.accumulation, micro == plan.accumulation - 1)
         outputs.append({name: tensor.detach() for name, tensor in out.items()})

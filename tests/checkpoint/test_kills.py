@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from benchmarks.ports import free_port
 from conftest import small_config
 from processes import eventually
-from ranks import PRELOADED, as_rank, free_port
+from ranks import PRELOADED, as_rank
 from safetensors.torch import load_file
 
 from lejepa_scale.checkpoint import Store, files

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.ports import free_port
 from conftest import small_config
-from ranks import free_port, run_ranks
+from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
 from saving import Holder, save, values

@@ -40,14 +40,23 @@ def test_a_section_that_fails_does_not_end_the_others() -> None:
         run_sections({"a": fails(UserError("advice"))}, cpu, 1)
 
 
+@pytest.mark.slow
 def test_the_sigreg_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> None:
     """Agreement with the textbook form, and the bytes of real and of simulated ranks, are checked; times are not."""
     result = command(ROOT / "tools/bench.py", "sigreg", "--smoke", "--json", tmp_path / "r.json")
     assert result.returncode == 0, result.stderr
     rows = json.loads((tmp_path / "r.json").read_text())["rows"]
-    assert {row["section"] for row in rows} == {"arithmetic", "growth", "building", "ranks", "simulated ranks"}
+    assert {row["section"] for row in rows} == {
+        "arithmetic",
+        "VISReg",
+        "growth",
+        "building",
+        "ranks",
+        "simulated ranks",
+    }
     (compared,) = (row for row in rows if row["section"] == "arithmetic")
     assert compared["ok"]
+    assert all(row["ok"] for row in rows if row["section"] == "VISReg")
     assert {"reference ms", "fused ms", "GEMMs ms", "times the GEMMs"} <= compared.keys()
     sums = [row["bytes"] for row in rows if ", sums," in row["case"]]
     assert len(set(sums)) == 1  # whatever the number of samples and of ranks
@@ -67,6 +76,20 @@ def test_the_input_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> N
     assert {"b/a", "c/a", "d/a", "a pillow images/s"} <= scenes.keys()
     assert memory["ok"]
     assert len(memory["MB by epoch"]) == 6
+
+
+@pytest.mark.slow
+def test_the_evaluation_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> None:
+    """Both loops give features of all images, and k-NN's memory is measured; rates are not checked."""
+    arguments = ["evaluation", "--smoke", "--photos", tmp_path / "absent.tar", "--json", tmp_path / "r.json"]
+    result = command(ROOT / "tools/bench.py", *arguments)
+    assert result.returncode == 0, result.stderr
+    free, tiny, search, paper = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert "8 scenes" in free["case"]
+    assert free["ours/DataLoader"] == pytest.approx(free["ours images/s"] / free["DataLoader images/s"])
+    assert tiny["ours images/s"] > 0
+    assert 0 < search["beside the features MB"] < 500
+    assert paper["TFLOP"] == pytest.approx(131.2, rel=1e-3)
 
 
 def test_the_order_benchmark_at_toy_sizes() -> None:

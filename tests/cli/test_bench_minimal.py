@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import minimal
+from benchmarks import against_minimal, minimal
 from conftest import Command, small_config
 from ranks import run_ranks
 from torch import Tensor, nn
@@ -92,12 +92,12 @@ DRIVER = """
 import json, os, sys
 from pathlib import Path
 sys.path.insert(0, "tools")
-from benchmarks import race
+from benchmarks import against_minimal
 
-race._WARM = 1
+against_minimal._WARM = 1
 
 if __name__ == "__main__":
-    rows = list(race.against(Path(sys.argv[1]), ["train.global_batch=16"], rounds=1, steps=1, target=None))
+    rows = list(against_minimal.against(Path(sys.argv[1]), ["train.global_batch=16"], rounds=1, steps=1, target=None))
     if os.environ["RANK"] == "0":
         Path(sys.argv[2]).write_text(json.dumps(rows))
 """
@@ -115,7 +115,7 @@ def test_the_race_reports(command: Command, scenes: Path, tmp_path: Path, monkey
     result = command(driver, command.config(tree), out, ranks=2, timeout=900)
     assert result.returncode == 0, result.stderr
     *tried, ours, published, on_ranks, race, other = json.loads(out.read_text())
-    assert len(tried) == len(race.arrangements(race.cores(), 2))
+    assert len(tried) == len(against_minimal.arrangements(against_minimal.cores(), 2))
     assert all(row["images/s"] > 0 for row in tried)
     for row, kind in ((race, "one process"), (other, "DDP")):
         fitting = [t for t in tried if kind in t["case"]]

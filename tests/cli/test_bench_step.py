@@ -47,6 +47,7 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tupl
     return run
 
 
+@pytest.mark.slow
 def test_rates_phases_and_forms(bench: Callable[..., tuple[int, Rows]], tmp_path: Path) -> None:
     trace = tmp_path / "deep" / "trace.json"
     code, rows = bench("--smoke", "--compare", "packed,attention", "checkpointing", "--profile", trace)
@@ -80,6 +81,7 @@ def test_rates_phases_and_forms(bench: Callable[..., tuple[int, Rows]], tmp_path
     assert full["working MiB"] < selective["working MiB"] < none["working MiB"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("its_own", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_packed_step_gathers_half_as_much(command: Command, tmp_path: Path, its_own: bool) -> None:
     """Under FSDP on two ranks, of its own or a launcher's, against a forward per view group; gradients are reduced once
@@ -178,6 +180,16 @@ def test_stochastic_depth_and_optimizers(recipe: Callable[..., trial.Recipe]) ->
     assert loop["ok"]
 
 
+def test_patches_that_are_left_out(recipe: Callable[..., trial.Recipe]) -> None:
+    options = ("model.patch_drop.global=0.6", "model.patch_drop.local=0.3")
+    some, every = compare.compare(recipe(*options), "patch-drop", CPU, 1)
+    assert "ok" not in every  # another loss: no verdict
+    assert some["working MiB"] < every["working MiB"]
+    _, per_group, per_view = compare.compare(recipe(*options), "packed", CPU, 1)
+    assert per_group["ok"]  # each group drops its own share, of its own draw
+    assert "ok" not in per_view
+
+
 def test_communication_that_nothing_hides() -> None:
     def event(name: str, begun: int, ended: int) -> dict[str, Any]:
         return {"cat": "kernel", "name": name, "ts": begun, "dur": ended - begun}
@@ -195,6 +207,7 @@ def test_communication_that_nothing_hides() -> None:
         (("--compare", "packd"), "did you mean packed?"),
         (("--compare", "prefetch"), "engine.prefetch is for fsdp and zero3"),
         (("--compare", "stochastic-depth"), "model.drop_path=0"),
+        (("--compare", "patch-drop"), "add model.patch_drop.global=0.3"),
         (("train.micro_batch=3",), "is not train.micro_batch x ranks x accumulation"),
         (("--mode", "loader", "--profile", "t.json"), "--mode end-to-end"),
         (("--ranks", 2, "engine.name=single"), "2 were started"),

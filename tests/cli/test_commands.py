@@ -83,7 +83,7 @@ def _definitions(group: Group, before: tuple[str, ...] = ()) -> list[tuple[tuple
         (["order", "--config", "quickstart", "--steps", "3"], ["must read a:b"]),
         (["order", "--config", "quickstart", "--steps", "0:1", "data.shards=gone.tar"], ["gone.tar"]),
         (["audit", "a", "b", "c"], ["one log or two, not 3"]),
-        (["picture", "nowhere", "--shards", "x", "--out", "p.png"], ["nowhere is not a run directory"]),
+        (["picture", "nowhere", "--shards", "x", "--out", "p.png"], ["nowhere", "run directory"]),
         (["picture", "nowhere", "--shards", "x", "--out", "p.png", "--images", "none"], ["--images", "at least 1"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -235,6 +235,8 @@ FILES = {
     "tools/make_shards.py": "shards make",
     "tools/index_shards.py": "shards index",
     "tools/visualize.py": "picture",
+    "tools/sweep.py": "sweep",
+    "tools/select_runs.py": "select",
     "tools/inspect_data.py": "",
 }
 

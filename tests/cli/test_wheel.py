@@ -179,4 +179,6 @@ def test_the_wheel_alone_makes_shards_and_trains(environment: Path, tmp_path: Pa
     assert used.stdout.startswith("torch.Size([2, 256]) 0 40\n"), used.stderr
     assert "pip install 'lejepa_scale[zero]'" in used.stdout
     assert used.returncode == 2
-    assert used.stderr.endswith("error: a picture needs matplotlib: pip install 'lejepa_scale[report]'.\n")
+    assert used.stderr.endswith(
+        "error: a picture needs matplotlib: pip install 'lejepa_scale[report]'; a page does not: --out NAME.html.\n"
+    )

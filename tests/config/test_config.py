@@ -85,7 +85,8 @@ def test_batch_arithmetic_is_shown() -> None:
 
 
 def test_statistics_of_one_sample_are_refused_before_anything_starts() -> None:
-    for objective in ({"sigreg": {"estimator": "u"}}, {"regularizer": "weak_sigreg"}, {"visreg": {"weight": 0.1}}):
+    others = {"regularizer": "weak_sigreg"}, {"regularizer": "visreg"}, {"visreg": {"weight": 0.1}}
+    for objective in ({"sigreg": {"estimator": "u"}}, *others):
         tree = small_config("r", "s", train={"global_batch": 2, "micro_batch": 1}, objective=objective)
         with pytest.raises(UserError, match="see 1 image at a time"):
             check_world(validate(tree), 1)

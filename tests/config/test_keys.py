@@ -74,13 +74,13 @@ def test_what_a_run_wrote_before_keys_moved_is_read() -> None:
     objective = recorded(tree, "config.yaml").objective
     assert objective.model_dump(by_alias=True) == {
         "regularizer": "sigreg", "lambda": 0.1, "weighting": "additive", "prediction": "sum", "joint": True,
-        "accumulation": "unbiased",
+        "final_lambda": None, "accumulation": "unbiased",
         "sigreg": {
             "num_slices": 33, "knots": 9, "t_max": 4.0, "estimator": "u", "scale": "reference", "reference_n": 64,
             "communication": "sums", "backend": "fused", "tf32": False,
         },
         "weak_sigreg": {"sketch": 64},
-        "visreg": {"weight": 0.2},
+        "visreg": {"weight": 0.2, "num_slices": 4096},
     }  # fmt: skip
     assert tree["objective"] is FLAT  # the tree that came in is left as it was
     assert "num_slices" in FLAT
@@ -90,6 +90,19 @@ def test_what_a_run_wrote_before_keys_moved_is_read() -> None:
         UserError, match=r"from disk: unknown key objective\.num_slides, did you mean objective\.sigreg\.num_s"
     ):
         recorded({**BARE, "objective": {"num_slides": 3}}, "from disk")
+
+
+def test_a_weight_of_visreg_that_means_unset_is_unset() -> None:
+    """Runs wrote `0.0` where they had none. Given with regularizer=visreg, which they did not know, it is refused."""
+    for objective in ({"visreg": {"weight": 0.0}}, {**VISREG["objective"], "visreg": {"weight": 1.0}}):
+        config = recorded({**BARE, "objective": objective}, "config.yaml")
+        assert config.objective.visreg.weight is None
+        assert config == validate({**BARE, "objective": {**objective, "visreg": {}}})
+    with pytest.raises(UserError, match=r"objective.visreg.weight = 0 leaves nothing that holds the embeddings' scale"):
+        validate({**BARE, "objective": {**VISREG["objective"], "visreg": {"weight": 0}}})
+    for weight in (None, 0.5):  # the advice
+        found = validate({**BARE, "objective": {**VISREG["objective"], "visreg": {"weight": weight}}})
+        assert found.objective.visreg.weight == weight
 
 
 def test_what_a_run_wrote_although_it_had_no_effect_is_read_as_the_default() -> None:
@@ -129,8 +142,10 @@ PIPE = {"shards": "pipe: cat s.tar"}
 SINGLE, DDP, FSDP, ZERO1, ZERO2, ZERO3 = ({"engine": {"name": name}} for name in get_args(EngineName))
 NO_JITTER = {"data": {"augment": {"jitter": 0}}}
 WEAK = {"objective": {"regularizer": "weak_sigreg"}}
+VISREG = {"objective": {"regularizer": "visreg"}}
 TO_REFERENCE = {"objective": {"sigreg": {"scale": "reference"}}}
 LOGGED = {"log": {"wandb": {"enabled": True}}}
+HELD_OUT = {"evaluation": {"every": 9, "test": ["h"]}}
 BUDGET = {"engine": {"activation_checkpointing": "budget", "compile": True}}
 IGNORED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     *(("engine.prefetch", 2, engine, ZERO3) for engine in (SINGLE, DDP, ZERO1, ZERO2)),
@@ -147,6 +162,7 @@ IGNORED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     ("data.cache_gb", 1.0, {}, {"data": PIPE}),
     *((f"data.augment.{key}", 0.3, NO_JITTER, {}) for key in ("brightness", "contrast", "saturation", "hue")),
     ("model.drop_path_uniform", True, {}, {"model": {"drop_path": 0.1}}),
+    ("model.patch_drop.local", 0.3, {"data": {"views": {"local": {"count": 0}}}}, {}),
     ("model.projector.hidden", 99, {"model": {"projector": {"layers": 1}}}, {"model": {"projector": {"layers": 2}}}),
     ("model.projector.activation", "relu", {"model": {"projector": {"layers": 1}}}, {}),
     ("objective.sigreg.num_slices", 9, WEAK, {}),
@@ -161,13 +177,26 @@ IGNORED: list[tuple[str, Any, dict[str, Any], dict[str, Any]]] = [
     ("objective.sigreg.reference_n", 9, WEAK, TO_REFERENCE),
     ("objective.sigreg.reference_n", 9, {"objective": {"sigreg": {"scale": "none"}}}, TO_REFERENCE),
     ("objective.weak_sigreg.sketch", 9, {}, WEAK),
+    *(("objective.visreg.num_slices", 9, others, VISREG) for others in ({}, WEAK)),
     *((f"log.wandb.{key}", "x", {}, LOGGED) for key in ("project", "name")),
     ("optim.warmup_start_ratio", 0.01, {}, {"optim": {"warmup_steps": 9}}),
+    ("optim.warmup_start_ratio", 0.01, {}, {"optim": {"warmup_steps": "1 epoch"}}),
     ("optim.decay", "all", {"optim": {"weight_decay": 0.0}}, {}),
+    ("optim.decay", "all", {"optim": {"weight_decay": 0.0}}, {"optim": {"final_weight_decay": 0.1}}),
+    ("optim.muon.momentum", 0.9, {}, {"optim": {"name": "muon"}}),
+    ("optim.muon.adjust_lr", "original", {}, {"optim": {"name": "muon"}}),
+    ("optim.muon.lr_ratio", 40.0, {}, {"optim": {"name": "muon"}}),
+    ("optim.cooldown_steps", 1, {}, {"optim": {"schedule": "wsd"}}),
     ("average.every", 3, {}, {"average": {"kind": "swa"}}),
     ("average.start", 0.5, {}, {"average": {"kind": "ema"}}),
     ("average.decay", 0.99, {"average": {"kind": "swa"}}, {"average": {"kind": "ema"}}),
     ("probe.lr", 0.1, {"probe": {"enabled": False}}, {}),
+    ("evaluation.test", ["h"], {}, {"evaluation": {"every": 9}}),
+    *(
+        (f"evaluation.{key}", value, {}, HELD_OUT)
+        for key, value in (("train", ["t"]), ("images", 9), ("view_images", 9))
+    ),
+    *((f"evaluation.{key}", value, {}, HELD_OUT) for key, value in (("k", 9), ("time_share", 0.2))),
 ]
 
 
@@ -299,7 +328,7 @@ def test_every_key_says_what_it_is_and_every_section_too() -> None:
 
 
 def test_defaults_of_keys_are_those_of_a_configuration_without_them() -> None:
-    values = dict(values_of(validate(BARE)))
+    values = dict(values_of(validate(BARE))) | {"train.steps": None}  # which BARE gives in place of train.epochs
     for key in keys_of(Config):
         if key.path in values and not key.field.is_required() and not isinstance(key.default, BaseModel):
             assert values[key.path] == key.default, key.path
@@ -329,7 +358,7 @@ def test_keys_named_in_the_documentation_exist() -> None:
 
 def test_build_loss_hands_every_key_to_the_objective() -> None:
     from lejepa_scale.model.lejepa import build_loss
-    from lejepa_scale.objective import SIGReg, WeakSIGReg
+    from lejepa_scale.objective import SIGReg, VISReg, WeakSIGReg
 
     loss = build_loss(recorded({**BARE, "objective": {**FLAT, "accumulation": "micro"}}, "c"))
     sigreg = loss.regularizer
@@ -343,6 +372,10 @@ def test_build_loss_hands_every_key_to_the_objective() -> None:
     )
     assert (sigreg.joint, sigreg.seed, loss.scale_centre) == (True, 0, 0.2)
     assert (loss.lambda_, loss.weighting, loss.prediction) == (0.1, "additive", "sum")
+    assert build_loss(validate(BARE)).scale_centre == 0
+    visreg = build_loss(validate(small_config("r", "s", objective={"regularizer": "visreg", "joint": True})))
+    assert isinstance(visreg.regularizer, VISReg)
+    assert (visreg.regularizer.num_slices, visreg.regularizer.joint, visreg.scale_centre) == (32, True, 1)
     weak = small_config("r", "s", objective={"regularizer": "weak_sigreg", "weak_sigreg": {"sketch": 5}})
     regularizer = build_loss(validate(weak)).regularizer
     assert isinstance(regularizer, WeakSIGReg)
@@ -364,3 +397,27 @@ def test_keys_for_blocks_are_refused_for_an_encoder_without_any(tmp_path: Path, 
     ):
         check(load_config(path, [override]))
     check(load_config(path, ["model.encoder=vit_nano", override]))
+
+
+def test_patches_are_left_out_in_one_way_and_by_blocks_alone(tmp_path: Path) -> None:
+    from lejepa_scale.model import check
+
+    path = written(tmp_path, small_config("r", "s"))
+    both = ("model.options.patch_drop_rate=0.1", "model.patch_drop.local=0.3")
+    assert "model.options.patch_drop_rate = 0.1 and model.patch_drop both leave patches out" in error_of(path, *both)
+    assert load_config(path, [both[0]]).model.options["patch_drop_rate"] == 0.1
+    for name, value in (("global", 1.0), ("local", -0.1)):
+        assert f"model.patch_drop.{name}" in error_of(path, f"model.patch_drop.{name}={value}")
+    config = load_config(path, ["model.encoder=resnet10t", "model.options={}", "model.patch_drop.global=0.3"])
+    with pytest.raises(
+        UserError, match=r"model.patch_drop=0.3, 0 leaves patches out .*, and resnet10t has none"
+    ) as caught:
+        check(config)
+    advice = re.findall(r"model\.patch_drop\.\w+=0(?=[ .])", str(caught.value))
+    check(load_config(path, ["model.encoder=resnet10t", "model.options={}", *advice]))
+
+
+def test_what_a_run_wrote_before_patches_could_be_left_out_means_the_same() -> None:
+    tree = yaml.safe_load(dump(validate(BARE)))
+    assert tree["model"].pop("patch_drop") == {"global": 0.0, "local": 0.0}
+    assert recorded(tree, "config.yaml") == validate(BARE)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from steps import start, take_step
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lejepa_scale.checkpoint import Saved, Store, find
+from lejepa_scale.checkpoint import Progress, Saved, Saver, Store, find
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import Config, dump, validate
 from lejepa_scale.conversion import convert_state, open_state
@@ -64,6 +64,29 @@ def test_there_and_back_are_the_same_bits_and_the_run_goes_on(
     loop.train(config_of(tmp_path / "whole", scenes, 5))
     ended = [files(tmp_path / name) for name in ("back", "whole")]
     assert same(*({k: v for k, v in found.items() if k != "probe.safetensors"} for found in ended))
+
+
+def test_muons_state_there_and_back_and_as_torch_names_it(tmp_path: Path) -> None:
+    """And DeepSpeed's format, which has no place for it, is refused."""
+    config = validate(small_config(tmp_path / "run", "s", optim={"name": "muon"}))
+    engine, plan = start(config)
+    take_step(engine, plan, [[torch.randn(2, 16, 3, 32, 32)]])
+    saver = Saver(Store(tmp_path / "run", keep=1), engine)
+    saver.begin(Progress(1, "shards"), {}, dump(config))
+    saver.finish()
+    convert_state(open_state(tmp_path / "run"), tmp_path / "dcp", "dcp")
+    convert_state(open_state(tmp_path / "dcp"), tmp_path / "back", "lejepa")
+    assert same(files(tmp_path / "run"), files(tmp_path / "back"))
+    saved = Saved(find(tmp_path / "back"))
+    name = "encoder.backbone.blocks.0.attn.qkv.weight"
+    assert saved.moments[name] == ("momentum_buffer",)
+    start(config, saved=saved)
+    state = {"optim": {"state": {name: {"momentum_buffer": torch.zeros(saved.shapes[name])}}}}
+    torch_dcp.load(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    assert torch.equal(state["optim"]["state"][name]["momentum_buffer"], saved.whole(name, "momentum_buffer"))
+    with pytest.raises(UserError, match=r"optim\.name=muon, .* convert it --to dcp"):
+        convert_state(open_state(tmp_path / "run"), tmp_path / "zero", "zero")
+    assert not (tmp_path / "zero").exists()
 
 
 def test_torch_reads_what_is_written(run: Path, tmp_path: Path) -> None:
@@ -276,7 +299,7 @@ def test_weights_without_an_optimizer_begin_a_new_one(tmp_path: Path, scenes: Pa
     saved = Saved(find(tmp_path / "back"))
     assert {*saved.buffers} == {name for name, _ in module.named_buffers()}
     assert any("running_mean" in name for name in saved.buffers)
-    assert (saved.progress.step, saved.progress.updates, saved.moments) == (0, 0, False)
+    assert (saved.progress.step, saved.progress.updates, bool(saved.moments)) == (0, 0, False)
     assert all(torch.equal(saved.whole(name), tensor) for name, tensor in state.items())
     loop.train(config)
     assert (Saved(find(tmp_path / "back")).progress.step, Saved(find(tmp_path / "back")).progress.updates) == (2, 2)

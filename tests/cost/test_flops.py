@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lejepa_scale.config import Config
-from lejepa_scale.cost import step_flops
+from lejepa_scale.cost import describe, step_flops
 from lejepa_scale.engine.wrap import prepare_blocks
 from lejepa_scale.model import Replay, build
 
@@ -43,6 +43,25 @@ def test_the_formula_is_what_torch_counts(case: str, drop_path: float) -> None:
     assert (flops.tokens_processed < flops.tokens) == (drop_path > 0)
 
 
+@pytest.mark.parametrize("case", ENCODERS)
+def test_patches_that_are_left_out_are_not_counted(case: str) -> None:
+    """Half of 65 or more tokens a view, and some of a local view's 16; their embedding is counted all the same."""
+    model = {"patch_drop": {"global": 0.5, "local": 0.3}}
+    config, whole = config_of(case, 0.4, model=model), step_flops(config_of(case, 0.4), plan(5))
+    flops = step_flops(config, plan(5))
+    assert flops.total == counted(config, 5)
+    assert flops.patch_embedding == whole.patch_embedding
+    assert flops.mlp < 0.7 * whole.mlp
+
+
+def test_tokens_of_an_image_without_some_patches() -> None:
+    """By hand: 64 patches of a global view and 16 of a local one, int(64 x 0.7) = 44 and int(16 x 0.5) = 8, and a class
+    token each."""
+    model = {"patch_drop": {"global": 0.3, "local": 0.5}}
+    assert describe(config_of("plain", model=model), 1)["tokens per image"] == 2 * 45 + 3 * 9
+    assert describe(config_of("plain"), 1)["tokens per image"] == 2 * 65 + 3 * 17
+
+
 @pytest.mark.parametrize(
     "sections",
     [
@@ -51,8 +70,9 @@ def test_the_formula_is_what_torch_counts(case: str, drop_path: float) -> None:
         {"objective": {"joint": True}},
         {"objective": {"regularizer": "weak_sigreg", "weak_sigreg": {"sketch": 5}}},
         {"objective": {"regularizer": "weak_sigreg", "weak_sigreg": {"sketch": 17}, "joint": True}},
+        {"objective": {"regularizer": "visreg", "visreg": {"num_slices": 150}}},
     ],
-    ids=["predictor", "head", "joint", "weak", "weak joint"],
+    ids=["predictor", "head", "joint", "weak", "weak joint", "visreg"],
 )
 def test_heads_and_regularizers(sections: dict[str, Any]) -> None:
     config = config_of("plain", **sections)

@@ -19,8 +19,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lejepa_scale.config import BatchPlan, Config, check_world, load_config, validate
+from lejepa_scale.config import BatchPlan, Config, Optim, check_world, load_config, validate
 from lejepa_scale.cost import describe, step_memory
+from lejepa_scale.engine.base import MOMENTUM
+from lejepa_scale.engine.optim import matrices
 from lejepa_scale.engine.wrap import prepare_blocks
 from lejepa_scale.model import build, check
 from lejepa_scale.parallel import collectives
@@ -102,6 +104,30 @@ def test_what_a_step_keeps(case: str, precision: str, drop_path: float, kind: st
     assert memory.activations == pytest.approx(kept, rel=0.07 if kind == "full" else 0.02)
 
 
+@pytest.mark.parametrize("case", ["wide", "registers, layer scale, swiglu", "dinov3", "eva"])
+@pytest.mark.parametrize(("precision", "drop_path"), [("fp32", 0.0), ("bf16", 0.4)])
+def test_what_a_step_keeps_without_some_patches(case: str, precision: str, drop_path: float) -> None:
+    """Activations to 2 %, the peak to 8 %. Sequences that share no table of rotary positions keep their own."""
+    engine, sections = {"name": "single", "precision": precision}, {"objective": {"sigreg": {"backend": "fused"}}}
+    whole = step_memory(config_of(case, drop_path, engine=engine, **sections), plan(16), "cpu")
+    config = config_of(case, drop_path, engine=engine, model={"patch_drop": {"global": 0.5}}, **sections)
+    memory, (kept, peak) = step_memory(config, plan(16), "cpu"), measured(config, 16, precision)
+    assert memory.activations == pytest.approx(kept, rel=0.02)
+    assert memory.activations + memory.working == pytest.approx(peak, rel=0.08)
+    assert memory.activations < 0.85 * whole.activations
+
+
+@pytest.mark.parametrize("slices", [32, 2048])
+def test_what_visreg_keeps(slices: int) -> None:
+    """No projections, but their gradient with respect to the embeddings: nothing grows with the directions but the peak."""
+    objective = {"regularizer": "visreg", "visreg": {"num_slices": slices}}
+    config = config_of("plain", objective=objective)
+    memory = step_memory(config, plan(16), "cpu")
+    kept, peak = measured(config, 16, "fp32")
+    assert memory.activations == pytest.approx(kept, rel=0.005)
+    assert memory.activations + memory.working == pytest.approx(peak, rel=0.08)
+
+
 @pytest.mark.parametrize("recipe", ["vitg_lvd", "vitgigantic_lvd"])
 def test_what_the_large_encoders_keep(recipe: str) -> None:
     """The recipes' own encoders and views on tensors without memory, four images in bf16: to 0.5 %."""
@@ -147,9 +173,9 @@ def test_an_exact_objective_holds_the_heads_of_all_micro_batches() -> None:
     assert heads > 3 * 8 * 5 * 4 * (2 * 3 * 65 + 16 * 32)
 
 
-def _states(name: str, precision: str) -> Config:
-    engine = {"name": name, "precision": precision}
-    return validate(small_config("r", "s", engine=engine, model={"options": {"depth": 2}, "drop_path": 0.2}))
+def _states(name: str, precision: str, optimizer: str = "adamw") -> Config:
+    engine, model = {"name": name, "precision": precision}, {"options": {"depth": 2}, "drop_path": 0.2}
+    return validate(small_config("r", "s", engine=engine, model=model, optim={"name": optimizer}))
 
 
 def _storages() -> dict[int, int]:
@@ -160,7 +186,7 @@ def _storages() -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in local}
 
 
-def _held_on_rank(cases: list[tuple[str, str]]) -> list[int]:
+def _held_on_rank(cases: list[tuple[str, ...]]) -> list[int]:
     """Bytes that every engine holds between steps, in new storages."""
     held = []
     collectives.gather_statistics(torch.zeros(1))  # memory that ranks share, made at its first use
@@ -176,8 +202,9 @@ def _held_on_rank(cases: list[tuple[str, str]]) -> list[int]:
 def test_what_engines_hold() -> None:
     """Parameters, moments and what of gradients and buckets stays between steps, per rank of two, to 2 %."""
     cases = [("ddp", "fp32"), *((name, "bf16") for name in ("ddp", "fsdp", "zero1", "zero2", "zero3"))]
+    cases += [("ddp", "fp32", "muon"), ("fsdp", "bf16", "muon")]
     for case, held in zip(cases, run_ranks(_held_on_rank, 2, cases)[0], strict=True):
-        config, (name, precision) = _states(*case), case
+        config, (name, precision, *_) = _states(*case), case
         memory = step_memory(config, check_world(config, 2), "cpu")
         expected = memory.parameters + memory.moments
         if name in ("zero1", "zero3") or precision == "fp32":
@@ -220,6 +247,26 @@ def test_the_peak_of_fsdp() -> None:
     for case, peak in zip(cases, run_ranks(_fsdp_peaks_on_rank, 2, cases)[0], strict=True):
         config = _fsdp(*case)
         assert 0.97 * peak < step_memory(config, check_world(config, 2), "cpu").total < 1.2 * peak, case
+
+
+@pytest.mark.parametrize("name", ["single", "fsdp"])
+def test_what_muon_keeps_and_takes(name: str) -> None:
+    """4 bytes less for every element of its matrices; an update takes no more than is predicted, and most of that."""
+    config = validate(small_config("r", "s", engine={"name": name}, optim={"name": "muon"}))
+    memory, plan = step_memory(config, check_world(config, 1), "cpu"), check_world(config, 1)
+    own = matrices(build(config)).values()
+    plain = step_memory(config.model_copy(update={"optim": Optim()}), plan, "cpu")
+    assert plain.moments - memory.moments == 4 * sum(p.numel() for p in own)
+    assert (plain.update, plain.total < memory.total) == (0, False)
+    engine, _ = start(validate(small_config("r", "s", engine={"name": "single"}, optim={"name": "muon"})))
+    views = [torch.randn(2, 16, 3, 32, 32)]
+    take_step(engine, plan, [views])
+    engine.backward(engine.forward(views, 1)["loss"], True)
+    gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+    muon: Any = engine.muon  # type: ignore[attr-defined]
+    with Live([*engine.module.parameters(), *gradients, *(state[MOMENTUM] for state in muon.state.values())]) as live:
+        muon.step()
+    assert 0.7 * memory.update < live.peak < 1.05 * memory.update
 
 
 def test_gradients_come_as_activations_go() -> None:

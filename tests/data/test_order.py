@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.ports import free_port
 from conftest import small_config
-from ranks import free_port
 
 from lejepa_scale.config import BatchPlan, Config, plan_batches, validate
 from lejepa_scale.data import Loader, open_mixture

@@ -33,9 +33,11 @@ def _config(engine_name: str, accumulation: int, **objective: Any) -> Config:
     )
 
 
-def one_step(engine_name: str, accumulation: int) -> tuple[list[float], dict[str, torch.Tensor] | None]:
+def one_step(
+    engine_name: str, accumulation: int, **objective: Any
+) -> tuple[list[float], dict[str, torch.Tensor] | None]:
     """Losses of each micro-batch and the gradient norm of one exact step, and the gradient of every parameter (rank 0)."""
-    config = _config(engine_name, accumulation)
+    config = _config(engine_name, accumulation, **objective)
     engine, plan = start(config)
     generator = torch.Generator().manual_seed(0)
     groups = [torch.randn(v, GLOBAL, 3, s, s, generator=generator) for v, s in ((2, 32), (3, 16))]
@@ -69,6 +71,22 @@ def test_four_micro_batches_equal_one_batch() -> None:
                 assert difference < 1e-5, (name, key, difference)
 
 
+def _visreg_on_rank(names: list[str]) -> Any:
+    return {name: one_step(name, 4, regularizer="visreg") for name in names}
+
+
+def test_visregs_order_statistics_are_those_of_all_micro_batches_and_ranks() -> None:
+    """Sorted over the 32 images of a step, in one process and on two ranks: the same value and gradients."""
+    torch.set_num_threads(1)
+    (loss, norm), gradients = one_step("single", 1, regularizer="visreg")
+    assert gradients is not None
+    found = {"single": one_step("single", 4, regularizer="visreg"), **run_ranks(_visreg_on_rank, 2, ["ddp", "fsdp"])[0]}
+    for name, (numbers, of_four) in found.items():
+        assert numbers == pytest.approx([loss] * 4 + [norm], rel=1e-5), name
+        for key, gradient in gradients.items():
+            assert float((of_four[key] - gradient).norm()) < 1e-5 * max(norm, float(gradient.norm())), (name, key)
+
+
 def _gradients(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in module.parameters()])
 
@@ -77,9 +95,10 @@ def _views(samples: int) -> list[torch.Tensor]:
     return [torch.randn(2, samples, 3, side, side, dtype=torch.float64) for side in (32, 16)]
 
 
-def test_exact_gradient_in_float64() -> None:
+@pytest.mark.parametrize("regularizer", ["sigreg", "visreg"])
+def test_exact_gradient_in_float64(regularizer: str) -> None:
     """To 1e-7, for timm interpolates position embeddings in fp32."""
-    module = build(_config("single", 2)).double()
+    module = build(_config("single", 2, regularizer=regularizer)).double()
     views = _views(8)
     module(views, 3)["loss"].backward()
     expected = _gradients(module)

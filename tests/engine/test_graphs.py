@@ -22,7 +22,7 @@ DEPTH = 2
 pytestmark = pytest.mark.unchecked  # the compiler would trace the checks too
 
 
-def _graphs(engine: str, kernel: str, recomputation: str, drop_path: float) -> tuple[int, int]:
+def _graphs(engine: str, kernel: str, recomputation: str, drop_path: float, **model: Any) -> tuple[int, int]:
     """Graphs of a first step, and those of the next two."""
     made = list[GraphModule]()
     torch._dynamo.reset()
@@ -34,7 +34,7 @@ def _graphs(engine: str, kernel: str, recomputation: str, drop_path: float) -> t
     compiler = torch.compile
     sections: dict[str, Any] = {
         "engine": {"name": engine, "compile": True, "activation_checkpointing": recomputation},
-        "model": {"options": {"depth": DEPTH}, "drop_path": drop_path, "drop_path_uniform": drop_path > 0},
+        "model": {"options": {"depth": DEPTH}, "drop_path": drop_path, "drop_path_uniform": drop_path > 0, **model},
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda forward, **options: compiler(forward, backend=count, **options))
@@ -49,7 +49,7 @@ def _graphs(engine: str, kernel: str, recomputation: str, drop_path: float) -> t
         for number in range(3):
             generator = torch.Generator().manual_seed(number)
             views = [torch.randn(v, plan.micro_batch, 3, s, s, generator=generator) for v, s in ((2, 32), (2, 16))]
-            take_step(built, plan, [views], number)
+            take_step(built, plan, [views], number, lambda_=0.1 / (number + 1))
             counts.append(len(made))
         built.close()
     return counts[0], counts[2] - counts[0]
@@ -66,6 +66,13 @@ def test_every_block_is_one_graph(engine: str, ranks: int) -> None:
     for found in run_ranks(_all, ranks, engine):
         assert found == dict.fromkeys(found, (1, 0))
         assert len(found) == 6
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+@pytest.mark.parametrize("encoder", ["vit_nano", "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224"])
+def test_so_is_a_block_without_some_patches(encoder: str, drop_path: float) -> None:
+    model = {"encoder": encoder, "patch_size": 8, "patch_drop": {"global": 0.5, "local": 0.5}}
+    assert _graphs("single", "sdpa", "none", drop_path, **model) == (1, 0)
 
 
 def test_what_the_compiler_cannot_see_through_is_counted() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,9 @@ def test_bf16_on_ranks_follows_one_process_and_fp32(oracle: Any) -> None:
     names = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
     for name, history in run_ranks(_bf16_on_rank, 2, names)[0].items():
         found = torch.tensor(history)
-        torch.testing.assert_close(found, single, rtol=0.02, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+        for column, rtol in ((0, 0.01), (1, 0.04)):  # what norms differ by depends on the chip: 0.02 to 0.025 seen
+            same = partial(torch.testing.assert_close, rtol=rtol, atol=0, msg=lambda text, n=name: f"{n}: {text}")
+            same(found[:, column], single[:, column])
 
 
 def _hybrid_on_rank() -> Any:

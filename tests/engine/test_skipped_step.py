@@ -17,6 +17,7 @@ from lejepa_scale.parallel import process_group
 ENGINES = ["ddp", "fsdp", "zero1", "zero2", "zero3"]
 MODELS: dict[str, dict[str, Any]] = {
     "vit_nano": {"encoder": "vit_nano", "options": {"depth": 1}},
+    "muon": {"encoder": "vit_nano", "options": {"depth": 1}},
     # running averages
     "resnet10t": {"encoder": "resnet10t", "options": {"channels": [8, 16, 32, 64]}, "predictor": {"hidden": 9}},
 }
@@ -24,7 +25,8 @@ MODELS: dict[str, dict[str, Any]] = {
 
 def _config(engine: str, model: str, precision: str) -> Config:
     section = {"name": engine, "precision": precision}
-    return validate(small_config("unused", "unused", engine=section, model=MODELS[model], optim={"clip_norm": 1.0}))
+    optim = {"clip_norm": 1.0, "name": "muon" if model == "muon" else "adamw"}
+    return validate(small_config("unused", "unused", engine=section, model=MODELS[model], optim=optim))
 
 
 def _run(engine: str, model: str, precision: str, poison: str | None) -> CanonicalState | None:
@@ -54,13 +56,15 @@ def _both(engines: list[str], model: str, precision: str, poison: str) -> list[A
 @pytest.mark.parametrize(
     ("model", "precision", "poison"),
     [(m, p, "nan") for m in MODELS for p in ("fp32", "bf16")]
-    + [("resnet10t", "fp32", "huge"), ("vit_nano", "bf16", "huge")],
+    + [("resnet10t", "fp32", "huge"), ("vit_nano", "bf16", "huge"), ("muon", "fp32", "huge")],
 )
 def test_it_changes_nothing(model: str, precision: str, poison: str) -> None:
     settings = model, precision, poison
-    found = [*run_ranks(_both, 1, ["single"], *settings)[0], *run_ranks(_both, 2, ENGINES, *settings)[0]]
-    for engine, (with_it, without) in zip(["single", *ENGINES], found, strict=True):
+    engines = [engine for engine in ENGINES if model != "muon" or not engine.startswith("zero")]
+    found = [*run_ranks(_both, 1, ["single"], *settings)[0], *run_ranks(_both, 2, engines, *settings)[0]]
+    for engine, (with_it, without) in zip(["single", *engines], found, strict=True):
         assert with_it.updates == without.updates == 3, engine
+        assert ("momentum_buffer" in without.moments) == (model == "muon")
         assert any("running_var" in name for name in without.model) == (model == "resnet10t")
         for kind, group in {"model": without.model, **without.moments}.items():
             other = with_it.model if kind == "model" else with_it.moments[kind]

@@ -46,7 +46,7 @@ def plain(index: torch.Tensor, rate: float, norm: str, weight_decay: float = 0.0
     head = nn.Sequential(norms[norm](), layer)
     optimizer = torch.optim.SGD(head.parameters(), rate * 96 / 256, momentum=0.9, weight_decay=weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 60)
-    for some in module._batches(index, 96, 60, 0):
+    for some in module.batches(index, 96, 60, 0):
         optimizer.zero_grad()
         nn.functional.cross_entropy(head(rows[some]), labels[some]).backward()
         optimizer.step()
@@ -113,7 +113,7 @@ def test_the_grid_around_the_chosen_rate_does_not_matter() -> None:
 
 def test_batches_are_whole_epochs_in_random_order() -> None:
     index = torch.arange(0, 40, 2)
-    batches = list(module._batches(index, 6, 7, 3))
+    batches = list(module.batches(index, 6, 7, 3))
     assert [len(b) for b in batches] == [6] * 7
     for epoch in (batches[:3], batches[3:6]):
         rows = torch.cat(epoch)

@@ -61,6 +61,16 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(found.weight, expected.weight, atol=1e-5, rtol=0)
 
 
+def test_features_too_large_to_keep_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the bit: scaled anew in each pass, or once."""
+    train, test = blobs(300, seed=0), blobs(50, seed=1)
+    kept = logistic(train, test, strengths=[1e-2, 1.0])
+    monkeypatch.setattr(module, "_KEPT", 0)
+    again = logistic(train, test, strengths=[1e-2, 1.0])
+    assert torch.equal(kept.ranked, again.ranked)
+    assert kept.settings == again.settings
+
+
 def test_the_published_grid() -> None:
     assert len(STRENGTHS) == 45
     assert STRENGTHS[0] == pytest.approx(1e-6)

@@ -1,9 +1,8 @@
-"""evaluate() as a program calls it; the export checked by timm; the picture."""
+"""evaluate() as a program calls it; the export checked by timm."""
 
 from __future__ import annotations
 
 import io
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,7 @@ from lejepa_scale.conversion import compare, open_model
 from lejepa_scale.data import Pixels, evaluation_batches
 from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.errors import UserError
-from lejepa_scale.evaluation import Evaluation, Features, Options, Result, evaluate, knn, measure, suite
-from lejepa_scale.evaluation.picture import draw
+from lejepa_scale.evaluation import Evaluation, Features, Options, Result, evaluate, knn, measure, work
 from lejepa_scale.model import Encoder
 
 
@@ -107,8 +105,8 @@ def test_features_are_read_again_until_something_differs(run_dir: Path, scenes: 
     def scored(**more: Any) -> tuple[Evaluation, int]:
         with pytest.MonkeyPatch.context() as patch:
             made = []
-            extracted = suite.extract
-            patch.setattr(suite, "extract", lambda *a, **k: made.append(k["name"]) or extracted(*a, **k))
+            extracted = work.extract
+            patch.setattr(work, "extract", lambda *a, **k: made.append(k["name"]) or extracted(*a, **k))
             settings = {"options": NEIGHBOURS, "device": "cpu", "beside": False, "cache": cache, **more}
             return evaluate(run_dir, str(scenes), str(scenes), **settings), len(made)
 
@@ -216,20 +214,3 @@ def test_an_encoder_that_timm_builds_otherwise_is_refused_by_name(
         UserError, match=r"2 tensors are on one side alone or of another shape \(cls_token, norm\.bias\)"
     ):
         load_encoder(run_dir)
-
-
-def test_a_picture_shows_every_step_and_image(run_dir: Path, scenes: Path, tmp_path: Path) -> None:
-    from PIL import Image
-
-    draw(run_dir, str(scenes), tmp_path / "new/p.png", images=3, size=32)
-    with Image.open(tmp_path / "new/p.png") as image:
-        assert image.size == (9 * 120, 6 * 120)  # 6 inches of curves and two columns of 1.5, at 120 dots an inch
-        assert len(set(image.convert("RGB").resize((90, 60)).getdata())) > 100
-    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
-        draw(tmp_path, str(scenes), tmp_path / "q.png")
-
-
-def test_a_picture_without_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'lejepa_scale\[report\]'"):
-        draw(tmp_path, "x", tmp_path / "p.png")

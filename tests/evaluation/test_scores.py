@@ -1,4 +1,4 @@
-"""Features, their spectrum and their maps against known answers."""
+"""Features and their spectrum against known answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from lejepa_scale.data.evaluation import labelled_batches
 from lejepa_scale.data.images.pixels import MEAN, STD
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation import Features, extract, raw_pixels
-from lejepa_scale.evaluation.pca import dense_features, pca_maps
 from lejepa_scale.evaluation.spectrum import effective_rank
 from lejepa_scale.evaluation.subjects import of_encoder
 from lejepa_scale.model import Encoder
@@ -49,29 +48,3 @@ def test_images_without_labels_are_refused() -> None:
 def test_features_that_are_no_numbers_are_refused(value: float) -> None:
     with pytest.raises(UserError, match="features of 1 of 2 images are not finite"):
         Features(torch.tensor([[1.0, value], [0.0, 1.0]]), torch.tensor([0, 1]))
-
-
-@pytest.mark.parametrize("name", ["vit_nano", "resnet10t"])
-def test_dense_features_hold_the_encoders_own_grid(name: str) -> None:
-    """With one shift: the plain map. With more: as many finer, and an image moved by a patch moves the map."""
-    encoder = Encoder(name, image_size=64).eval()
-    images = torch.randn(2, 3, 64, 64)
-    plain = encoder.patch_features(images)
-    assert torch.allclose(dense_features(encoder, images, 1), plain, atol=1e-5)
-    finer = dense_features(encoder, images, 4)
-    assert finer.shape == (2, 4 * plain.shape[1], 4 * plain.shape[2], plain.shape[3])
-    assert not torch.allclose(finer[:, ::4, ::4], finer[:, 1::4, ::4])
-    maps = pca_maps(finer)
-    assert maps.shape == (*finer.shape[:3], 3)
-    assert 0 <= float(maps.min()) < 0.05
-    assert 0.95 < float(maps.max()) <= 1
-
-
-def test_pca_finds_the_directions_of_variance() -> None:
-    axes, _ = torch.linalg.qr(torch.randn(16, 16))
-    strengths = torch.tensor([9.0, 5.0, 3.0] + [0.01] * 13)
-    latent = torch.randn(2, 20, 20, 16) * strengths
-    maps = pca_maps(latent @ axes.T).flatten(0, 2)
-    for i in range(3):
-        inside = latent.flatten(0, 2)[:, i]
-        assert abs(torch.corrcoef(torch.stack([maps[:, i], inside]))[0, 1]) > 0.95

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_a_gpu
+from conftest import ROOT, on_a_gpu
 from timm.layers import LayerNorm
 from torch import Tensor, nn
 
@@ -108,7 +108,7 @@ def test_in_the_interpreter(tmp_path: Path) -> None:
     script.write_text(
         "import os, sys\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
-        f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+        f"sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / 'tests'), str(ROOT / 'tools')]!r}\n"
         "from test_branch import CASES, compare\n"
         "for case in CASES:\n"
         "    compare(48, *case)\n"

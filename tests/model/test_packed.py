@@ -79,7 +79,7 @@ def test_a_subset_equals_whole_branches_masked(name: str) -> None:
     x = torch.randn(packing.tokens, encoder.embed_dim, dtype=torch.float64, requires_grad=True)
     found = block(x, row)
 
-    everything = PackedRow(packing, packing, offsets(packing, x.device), None, None, "sdpa")
+    everything = PackedRow(packing, packing, offsets(packing, x.device), None, None, None, "sdpa")
     half = _branch(block, x, everything, "attn", "norm1", ("ls1", "gamma_1"))
     y = x + half * _mask(row, 0)
     expected = y + _branch(block, y, everything, "mlp", "norm2", ("ls2", "gamma_2")) * _mask(row, 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import on_a_gpu
+from conftest import ROOT, on_a_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lejepa_scale.cpu import compiler
@@ -96,7 +96,7 @@ def test_triton_kernels_equal_the_textbook_form_in_the_interpreter(tmp_path: Pat
     script.write_text(
         "import os, sys\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
-        f"sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n"
+        f"sys.path[:0] = {[str(Path(__file__).parent), str(ROOT / 'tests'), str(ROOT / 'tools')]!r}\n"
         "import torch\n"
         "from test_characteristic import KNOTS, errors\n"
         "for knots in KNOTS:\n"

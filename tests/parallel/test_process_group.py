@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from benchmarks.ports import free_port
 from conftest import ROOT
 from processes import Forks, eventually, forks, session
-from ranks import free_port
 
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import process_group
@@ -27,7 +27,7 @@ SECONDS = 120.0  # on a machine that does much else; a rank that hangs does so f
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Forks]:
-    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tests", ROOT / "tests/parallel"))
+    paths = os.pathsep.join(str(path) for path in (ROOT, ROOT / "tools", ROOT / "tests", ROOT / "tests/parallel"))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     with forks("import leaving; from pathlib import Path", environment) as running:
         yield running
@@ -116,9 +116,10 @@ def test_nccl_is_told_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: given.update(current=device))
     monkeypatch.setattr(dist, "init_process_group", lambda **options: given.update(options))
+    monkeypatch.setattr(process_group, "store_of_this_start", lambda timeout: ("a store", 2, 4))
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("LOCAL_RANK", "2")
     assert process_group.join(timedelta(seconds=60)) == torch.device("cuda", 2)
     assert given["device_id"] == given["current"] == torch.device("cuda", 2)
     assert given["backend"] == "cpu:gloo,cuda:nccl"
-    assert "store" not in given
+    assert (given["store"], given["rank"], given["world_size"]) == ("a store", 2, 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import random
+import subprocess
 import time
 from pathlib import Path
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from lejepa_scale.parallel import collectives, process_group, shared_memory
-from lejepa_scale.parallel.shared_memory import SharedMemoryGather
+from lejepa_scale.parallel import collectives, living, process_group, shared_memory
+from lejepa_scale.parallel.shared_memory import RankLost, SharedMemoryGather
 
 
 def _many() -> list[str]:
@@ -56,3 +57,25 @@ def test_a_lost_rank_is_named() -> None:
     board = SharedMemoryGather(mmap.mmap(-1, 2 * (64 + 2 * (1 << 16))), rank=0, world=2, timeout=0.01)
     with pytest.raises(RuntimeError, match="waited 0 s for rank 1"):
         board.gather(torch.ones(3))
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_a_rank_that_has_ended_is_not_waited_for(monkeypatch: pytest.MonkeyPatch, reaped: bool) -> None:
+    """Also where its launcher has not looked yet; one that lives, or cannot be seen from here, is."""
+    monkeypatch.setattr(shared_memory, "_LOOK", 0.01)
+    process = subprocess.Popen(["sleep", "60"])
+    peer = living.Process(process.pid, living.begun(process.pid), living.namespace())
+    memory = mmap.mmap(-1, 2 * (64 + 2 * (1 << 16)))
+    for alive in (peer, peer._replace(pid=1 << 30, namespace="of another container")):
+        board = SharedMemoryGather(memory, rank=0, world=2, timeout=0.2, peers=[living.myself(), alive])
+        with pytest.raises(RankLost, match="waited 0 s for rank 1"):
+            board.gather(torch.ones(3))
+    process.kill()
+    if reaped:
+        process.wait()
+    board = SharedMemoryGather(memory, rank=0, world=2, timeout=60, peers=[living.myself(), peer])
+    began = time.monotonic()
+    with pytest.raises(RankLost, match=rf"rank 1 \(process {process.pid} of this host\) is gone"):
+        board.gather(torch.ones(3))
+    assert time.monotonic() - began < 10
+    process.wait()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import math
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +16,11 @@ import torch
 from conftest import small_config
 
 from lejepa_scale.checkpoint import Progress
+from lejepa_scale.checkpoint.saver import NotSaved
 from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.data.faults import Fault
-from lejepa_scale.errors import UserError
 from lejepa_scale.training import actions, loop
+from lejepa_scale.training.guard import Guard
 from lejepa_scale.training.probe import OnlineProbe
 from lejepa_scale.training.run import Run
 from lejepa_scale.training.step import StepResult
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.unchecked  # engines, feeds and reporters are made up
 
 def make_run(folder: Path, step: int = 0, **sections: dict[str, Any]) -> Run:
     config = validate(small_config(folder, "s", **sections))
-    feed: Any = SimpleNamespace(keys=[f"key{i}" for i in range(10)], labels=[], faults=[], waited=lambda: 0.25)
+    feed: Any = SimpleNamespace(samples=[f"a.tar/{i}" for i in range(4)], labels=[], faults=[], waited=lambda: 0.25)
     plan = BatchPlan(micro_batch=16, ranks=1, accumulation=1)
     return Run(config, plan, CPU, SimpleNamespace(), feed, Progress(step, "shards"))  # type: ignore[arg-type]
 
@@ -59,31 +62,11 @@ def test_replaced_samples_are_named_counted_and_listed(tmp_path: Path, caplog: p
     assert [(line["step"], line["shard"], line["key"]) for line in lines] == [(7, "a.tar", "x"), (7, "b.tar", "y")]
 
 
-def test_steps_that_are_not_finite_are_counted_and_too_many_in_a_row_stop_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    run, guard = make_run(tmp_path, step=5, train={"max_nonfinite": 3}), actions.Guard()
-    caplog.set_level(logging.INFO)
-    for step, finite in enumerate((False, False, True, False, False), start=5):
-        run.progress.step = step
-        guard(run, a_result(finite=finite))
-    assert run.progress.nonfinite == 3  # of all but the last step, which nobody waits for
-    assert "step 8: the gradient is not finite" in caplog.text
-    assert "Samples here: key0, key1, key2, key3, key4, key5, key6, key7, ..." in caplog.text
-    run.progress.step = 10
-    guard(run, a_result(finite=False))
-    with pytest.raises(
-        UserError, match=r"3 non-finite steps in a row up to step 10 \(train.max_nonfinite = 3\)"
-    ) as error:
-        guard(run, a_result())
-    assert error.value.everywhere
-
-
 def test_what_came_of_a_step_is_known_before_it_is_saved(tmp_path: Path) -> None:
     run = make_run(tmp_path, step=5, checkpoint={"every": 5})
     logged: list[dict[str, float]] = []
     reporter: Any = SimpleNamespace(advance=lambda: None, log=lambda record: logged.append(record) or record)
-    guard, report = actions.Guard(), actions.Report(run, reporter)
+    guard, report = Guard(), actions.Report(run, reporter)
     for action in (guard, report):
         action(run, a_result(finite=False))
     assert run.progress.nonfinite == 1
@@ -92,7 +75,7 @@ def test_what_came_of_a_step_is_known_before_it_is_saved(tmp_path: Path) -> None
     for action in (guard, report):
         action(run, a_result(finite=False))
     assert (run.progress.nonfinite, len(logged)) == (1, 1)
-    run.progress.step, run.stopping = 7, True
+    run.progress.step, run.stopping = 7, "SIGTERM"
     for action in (guard, report):
         action(run, a_result())
     assert (run.progress.nonfinite, len(logged)) == (2, 3)
@@ -162,28 +145,117 @@ def test_the_last_step_is_reported_and_saved_whenever_it_comes(tmp_path: Path, m
 
 def test_a_signal_ends_the_loop_after_the_step_and_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the order in which `train` hands actions to the loop; a signal in the last step stops nothing that is not over."""
-    taken: list[int] = []
+    taken, met = list[int](), list[int]()
     monkeypatch.setattr(loop, "train_step", lambda *_, number, **__: taken.append(number) or a_result())
-    saved: list[tuple[int, bool]] = []
+    saved: list[tuple[int, str]] = []
     monkeypatch.setattr(actions.Save, "_begin", lambda self, run: saved.append((run.progress.step, run.stopping)))
     run = make_run(tmp_path, train={"steps": 5}, checkpoint={"every": 100})
     run.feed.of_step = lambda number, more: iter(())  # type: ignore[method-assign]
-    signal: Any = SimpleNamespace(asked=False)
+    why = ""
+    request: Any = SimpleNamespace(reason=lambda: why, met=lambda: met.append(run.progress.step))
 
     def ask(run: Run, result: StepResult) -> None:
-        signal.asked = run.progress.step >= 2
+        nonlocal why
+        why = "SIGUSR1" if run.progress.step >= 2 else ""
 
     save = actions.Save(run, SimpleNamespace())  # type: ignore[arg-type]
-    loop.loop(run, [ask, actions.Stop(signal), save])
+    loop.loop(run, [ask, actions.Stop(request), save])
     assert taken == [0, 1]
-    assert saved == [(2, True)]
-    signal.asked = False
-    run.stopping = False
-    loop.loop(run, [actions.Stop(signal), save])
+    assert saved == [(2, "SIGUSR1")]
+    assert met == [2]
+    why = run.stopping = ""
+    loop.loop(run, [actions.Stop(request), save])
     assert taken == [0, 1, 2, 3, 4]
-    signal.asked = True
-    actions.Stop(signal)(run, a_result())
+    why = "SIGTERM"
+    actions.Stop(request)(run, a_result())
     assert not run.stopping
+    assert met == [2]
+
+
+class _Disk:
+    """In place of a Saver. Each of `asks` is the step whose save a stop comes in; failing: steps that cannot be saved."""
+
+    def __init__(self, run: Run, asks: Sequence[int] = (), failing: Sequence[int] = (), seconds: float = 0.0) -> None:
+        self.run, self.asks, self.failing, self.seconds = run, asks, failing, seconds
+        self.why, self.saved, self.step = "", list[int](), 0
+
+    def poll(self) -> None:
+        pass
+
+    def begin(self, progress: Progress, *_: Any) -> None:
+        self.step = progress.step
+
+    def finish(self) -> Path | None:
+        step, self.step = self.step, 0
+        if step in self.failing:
+            raise NotSaved(f"step {step} is not saved: no room.")
+        if step:
+            self.saved.append(step)
+            self.why = "SIGTERM" if step in self.asks else ""
+            time.sleep(self.seconds)
+        return self.run.config.run.dir / f"step_{step}" if step else None
+
+    def save(self) -> actions.Save:
+        save = actions.Save(self.run, SimpleNamespace(), asked=lambda: self.why)  # type: ignore[arg-type]
+        save.saver = self  # type: ignore[assignment]
+        return save
+
+
+def _steps(run: Run, *after: Any) -> list[int]:
+    taken = []
+    while run.progress.step < run.config.train.steps and not run.stopping:
+        run.progress.step += 1
+        taken.append(run.progress.step)
+        for action in after:
+            action(run, a_result())
+    return taken
+
+
+def test_a_stop_while_a_save_is_waited_for_saves_no_second_time(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    run = make_run(tmp_path, train={"steps": 9}, checkpoint={"every": 2, "mode": "sync"})
+    disk = _Disk(run, asks=[4])
+    assert _steps(run, disk.save()) == [1, 2, 3, 4]
+    assert disk.saved == [2, 4]
+    assert "stopped after step 4 (SIGTERM); saved" in caplog.text
+
+
+def test_a_save_before_a_stop_that_fails_is_an_error_in_any_case(tmp_path: Path) -> None:
+    """What is not saved is not "stopped, and saved", though a run that goes on would only be told of it."""
+    run = make_run(tmp_path, train={"steps": 9}, checkpoint={"every": 2, "mode": "sync", "on_error": "continue"})
+    disk = _Disk(run, failing=[2, 5])
+    stop = actions.Stop(SimpleNamespace(reason=lambda: "SIGHUP" if run.progress.step == 5 else "", met=lambda: None))  # type: ignore[arg-type]
+    with pytest.raises(NotSaved, match="step 5"):
+        _steps(run, stop, disk.save())
+    assert disk.saved == [4]
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({}, ""),
+        ({"TORCHELASTIC_RUN_ID": "x"}, ""),
+        ({"TORCHELASTIC_RUN_ID": "x", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "0.1"}, "0 s"),
+    ],
+)
+def test_a_save_that_the_launcher_would_not_wait_for_is_told_of_once(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    environment: dict[str, str],
+    told: str,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run = make_run(tmp_path, train={"steps": 5}, checkpoint={"every": 2, "mode": "sync"})
+    _steps(run, _Disk(run, seconds=0.12).save())
+    notices = [record.message for record in caplog.records if "a checkpoint takes" in record.message]
+    assert len(notices) == bool(told)
+    for notice in notices:
+        assert f"torchrun kills its ranks {told} after it was told to stop, unless --shutdown-timeout says" in notice
+        assert f"touch {tmp_path / 'stop'}" in notice
 
 
 def test_the_probe_learns_from_every_micro_batch_and_is_read_once(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT, Command, small_config
 
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel import living
 from lejepa_scale.training import lock
 from lejepa_scale.training.lock import locked
 
@@ -78,7 +79,7 @@ def test_the_lock_of_a_killed_process_is_taken_over(
     if reaped:
         process.join(20)
     else:
-        while lock._begun(process.pid) is not None:
+        while living.begun(process.pid) is not None:
             time.sleep(0.01)
     with locked(tmp_path):
         assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()

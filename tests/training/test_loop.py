@@ -18,10 +18,11 @@ from lejepa_scale.training import actions, loop, resume
 def test_mfu_is_what_the_step_needs_at_the_peak_over_what_it_took(
     monkeypatch: pytest.MonkeyPatch, scenes: Path, tmp_path: Path
 ) -> None:
-    """With stochastic depth and two micro-batches, on a chip of 1 TFLOP/s."""
+    """With stochastic depth, without some patches and in two micro-batches, on a chip of 1 TFLOP/s."""
     monkeypatch.setattr(actions, "peak_flops", lambda device: 1e12)
     sections = {"train": {"steps": 2, "global_batch": 16, "micro_batch": 8}}
-    config = validate(small_config(tmp_path, scenes, **sections, model={"drop_path": 0.5, "options": {"depth": 3}}))
+    model = {"drop_path": 0.5, "patch_drop": {"global": 0.5}, "options": {"depth": 3}}
+    config = validate(small_config(tmp_path, scenes, **sections, model=model))
     loop.train(config)
     needed = step_flops(config, BatchPlan(micro_batch=8, ranks=1, accumulation=2)).total / 1e12
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():

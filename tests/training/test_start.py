@@ -15,6 +15,7 @@ import torch
 from conftest import small_config
 from ranks import run_ranks
 
+from lejepa_scale.checkpoint.metrics import read_metrics
 from lejepa_scale.config import check_world, validate
 from lejepa_scale.data import open_mixture
 from lejepa_scale.errors import UserError
@@ -46,7 +47,7 @@ def _counted(engine: str, shards: Path, run: Path) -> Counter[str]:
     logging.getLogger("lejepa_scale").addHandler(Words())
     logging.getLogger("lejepa_scale").setLevel(logging.INFO)
     Encoder.__init__, Encoder.forward = build, forward  # type: ignore[method-assign]
-    loop.loop = lambda run, actions: None
+    loop.loop = lambda run, actions, watchdog: None
     process_group.joined = lambda timeout: nullcontext(torch.device("cpu"))  # type: ignore[assignment]
     loop.train(validate(small_config(run, shards, engine={"name": engine}, checkpoint={"every": 1000})))
     return counts
@@ -132,7 +133,8 @@ def test_few_images_at_once_are_pointed_out_with_what_helps(tmp_path: Path) -> N
         {"train": {"global_batch": 32, "micro_batch": 2}, "objective": {"accumulation": "exact"}},
     ):
         assert not notices(tmp_path, 2, **{"train": few, "engine": {"name": "ddp"}, **advice})
-    assert not notices(tmp_path, 2, train=few, engine={"name": "ddp"}, objective={"regularizer": "weak_sigreg"})
+    for other in ("weak_sigreg", "visreg"):
+        assert not notices(tmp_path, 2, train=few, engine={"name": "ddp"}, objective={"regularizer": other})
     assert "sees 16 embeddings" in notices(tmp_path, 2, train=few, engine={"name": "ddp"}, objective={"joint": True})
 
 
@@ -150,3 +152,24 @@ def test_one_image_at_a_time_is_refused(tmp_path: Path) -> None:
     assert check_world(validate(small_config(tmp_path, "s", train=one, engine={"name": "ddp"})), 2).accumulation == 2
     exact = validate(small_config(tmp_path, "s", train=one, objective={"accumulation": "exact"}))
     assert check_world(exact, 1).accumulation == 4
+
+
+def test_a_wsd_run_is_made_longer_from_a_checkpoint_before_its_cooldown(
+    scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the start of the run advises: the longer run goes on as if it had been so long from the start."""
+    caplog.set_level(logging.INFO)
+    optim = {"schedule": "wsd", "warmup_steps": 2, "cooldown_steps": 2}
+    kept = {"every": 2, "keep_every": 4, "keep": 1}
+    settings: dict[str, Any] = {"optim": optim, "checkpoint": kept}
+    loop.train(validate(small_config(tmp_path / "short", scenes, train={"steps": 6}, **settings)))
+    assert "falls from step 4 on (optim.schedule=wsd)" in caplog.text
+    loop.train(validate(small_config(tmp_path / "whole", scenes, train={"steps": 8}, **settings)))
+    tree = small_config(tmp_path / "longer", scenes, train={"steps": 8}, **settings)
+    tree["run"]["resume"] = str(tmp_path / "short/checkpoints/step_00000004")
+    loop.train(validate(tree))
+    whole, longer = (
+        {r["step"]: (r["loss"], r["lr"]) for r in read_metrics(tmp_path / name / "metrics.jsonl")}
+        for name in ("whole", "longer")
+    )
+    assert longer == {step: whole[step] for step in range(5, 9)}

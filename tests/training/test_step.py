@@ -32,7 +32,7 @@ class Recorder:
         self.calls.append(("encode", views[0].item()))
         return torch.rand(1)
 
-    def forward(self, views: list[Tensor], step: int, replay: Any) -> dict[str, Tensor]:
+    def forward(self, views: list[Tensor], step: int, replay: Any, lambda_: float | None) -> dict[str, Tensor]:
         self.calls.append(("forward", views[0].item(), step))
         drawn = torch.rand(1)
         if replay is not None:

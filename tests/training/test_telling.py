@@ -16,6 +16,7 @@ from ranks import run_ranks
 from lejepa_scale.checkpoint import Progress
 from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.data import Batch
+from lejepa_scale.data.audit.keylog import Record
 from lejepa_scale.data.faults import Fault
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, process_group
@@ -45,12 +46,14 @@ def _steps_until_stopped(folder: str) -> list[int]:
     config = validate(small_config(folder, "s", train={"steps": 6}))
     plan = BatchPlan(micro_batch=8, ranks=process_group.world_size(), accumulation=1)
     run = Run(config, plan, CPU, SimpleNamespace(), SimpleNamespace(), Progress(0, "s"))  # type: ignore[arg-type]
-    signal: Any = SimpleNamespace(asked=False)
-    stop, taken = actions.Stop(signal), []
+    why = ""
+    request: Any = SimpleNamespace(reason=lambda: why, met=lambda: None)
+    stop, taken = actions.Stop(request), []
     for step in range(1, 7):
         run.progress.step = step
         taken.append(step)
-        signal.asked |= step == 2 and process_group.rank() == process_group.world_size() - 1
+        if step == 2 and process_group.rank() == process_group.world_size() - 1:
+            why = "SIGUSR2"
         stop(run, SimpleNamespace())  # type: ignore[arg-type]
         if run.stopping:
             break
@@ -68,7 +71,9 @@ def _batches(fails_at: int | None, events: list[str]) -> Iterator[Batch]:
             raise UserError("a.tar cannot be read.")
         events.append(f"read {number}")
         faults = [Fault("a.tar", "x", 512, "no image")] if number == 1 and process_group.rank() == 0 else []
-        yield Batch([], [], torch.tensor([number]), [str(number)], faults, [])
+        yield Batch(
+            [], [], torch.tensor([number]), [str(number)], faults, [Record(number, 0, 0, 0, number, f"a.tar/{number}")]
+        )
 
 
 def _fed(steps: int, fails_at: int | None) -> tuple[list[str], list[int], str]:
@@ -82,7 +87,7 @@ def _fed(steps: int, fails_at: int | None) -> tuple[list[str], list[int], str]:
             for _ in feed.of_step(step, more=step + 1 < steps):
                 events.append("backward")
             replaced.append(len(feed.faults))
-            events.append(f"step {step} of {' '.join(feed.keys)}")
+            events.append(f"step {step} of {' '.join(feed.samples)}")
         feed.close()
     except UserError as error:
         return events, replaced, str(error) if error.everywhere else "known to one rank"
@@ -101,7 +106,7 @@ def _collectives(folder: str) -> list[bool]:
     plan = BatchPlan(micro_batch=8, ranks=process_group.world_size(), accumulation=1)
     feed = Feed(_batches(None, []), plan, CPU)
     run = Run(config, plan, CPU, SimpleNamespace(), feed, Progress(0, "s"))  # type: ignore[arg-type]
-    stop = actions.Stop(SimpleNamespace(asked=False))  # type: ignore[arg-type]
+    stop = actions.Stop(SimpleNamespace(reason=str))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_reduce", recorded)
         for step in range(6):
@@ -121,8 +126,8 @@ def test_no_sum_between_hosts_is_waited_for_where_it_is_begun(tmp_path: Path) ->
 def test_the_next_batch_is_asked_for_behind_the_backward_pass(ranks: int) -> None:
     for events, replaced, error in run_ranks(_fed, ranks, 2, None):
         assert events == [
-            "read 0", "backward", "read 1", "backward", "read 2", "step 0 of 0 1",
-            "backward", "read 3", "backward", "step 1 of 2 3",
+            "read 0", "backward", "read 1", "backward", "read 2", "step 0 of a.tar/0 a.tar/1",
+            "backward", "read 3", "backward", "step 1 of a.tar/2 a.tar/3",
         ]  # fmt: skip
         assert replaced == [1, 0]
         assert not error
@@ -131,6 +136,9 @@ def test_the_next_batch_is_asked_for_behind_the_backward_pass(ranks: int) -> Non
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_a_read_that_fails_on_one_rank_ends_all_after_the_step_before(ranks: int) -> None:
     for events, replaced, error in run_ranks(_fed, ranks, 5, 4):
-        assert [event for event in events if event.startswith("step")] == ["step 0 of 0 1", "step 1 of 2 3"]
+        assert [event for event in events if event.startswith("step")] == [
+            "step 0 of a.tar/0 a.tar/1",
+            "step 1 of a.tar/2 a.tar/3",
+        ]
         assert len(replaced) == 2
         assert error == "a.tar cannot be read."

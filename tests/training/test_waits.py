@@ -19,6 +19,16 @@ pytestmark = pytest.mark.unchecked
 CASES: dict[str, dict[str, Any]] = {
     "ViT": {},
     "stochastic depth": {"model": {"drop_path": 0.3, "drop_path_uniform": True}, "optim": {"clip_norm": 1.0}},
+    "patches left out": {
+        "model": {
+            "encoder": "vit_small_patch16_dinov3",
+            "options": {"depth": 1},
+            "patch_size": 8,
+            "drop_path": 0.3,
+            "drop_path_uniform": True,
+            "patch_drop": {"global": 0.5, "local": 0.5},
+        }
+    },
     "ResNet": {"model": {"encoder": "resnet10t", "options": {}}},
     "rotary positions": {"model": {"encoder": "vit_small_patch16_dinov3", "options": {"depth": 1}}},
     "other statistics": {"objective": {"sigreg": {"estimator": "u"}, "visreg": {"weight": 0.1}}},
@@ -26,7 +36,9 @@ CASES: dict[str, dict[str, Any]] = {
         "train": {"steps": 6, "global_batch": 16, "micro_batch": 8},
         "model": {"predictor": {"hidden": 8}},
     },
+    "Muon, layers apart": {"optim": {"name": "muon", "layer_decay": 0.5, "clip_norm": 1.0}},
     "weak": {"objective": {"regularizer": "weak_sigreg"}},
+    "visreg": {"objective": {"regularizer": "visreg"}},
 }
 
 

@@ -4,6 +4,7 @@ these agrees with something outside it."""
 from __future__ import annotations
 
 import numpy as np
+from scipy import stats
 
 
 def quadrature(knots: int, t_max: float) -> tuple[np.ndarray, np.ndarray]:
@@ -44,20 +45,51 @@ def weak_sigreg(z: np.ndarray) -> float:
 
 
 def scale_and_centre(z: np.ndarray) -> float:
-    """Mean over views and dimensions of (1 - sigma)^2 + mu^2, z [V, N, D]."""
-    return float(np.mean((1 - z.std(1, ddof=1)) ** 2 + z.mean(1) ** 2))
+    """Mean over views and dimensions of (1 - sigma)^2 + mu^2, z [V, N, D]; sigma as in VISReg's published code, biased and
+    plus 1e-6."""
+    return float(np.mean((1 - (z.std(1) + 1e-6)) ** 2 + z.mean(1) ** 2))
 
 
 def scale_and_centre_gradient(z: np.ndarray) -> np.ndarray:
-    """Its gradient: d sigma / dz = (z - mu) / ((N - 1) sigma) and d mu / dz = 1 / N."""
+    """Its gradient: d sigma / dz = (z - mu) / (N std) and d mu / dz = 1 / N."""
     views, n, width = z.shape
-    mu, sigma = z.mean(1, keepdims=True), z.std(1, ddof=1, keepdims=True)
-    return (-2 * (1 - sigma) * (z - mu) / ((n - 1) * sigma) + 2 * mu / n) / (views * width)
+    mu, std = z.mean(1, keepdims=True), z.std(1, keepdims=True)
+    return (-2 * (1 - std - 1e-6) * (z - mu) / (n * std) + 2 * mu / n) / (views * width)
+
+
+def shape(z: np.ndarray, directions: np.ndarray) -> float:
+    """VISReg's: mean over views, directions and order statistics of their squared distance from normal quantiles, of
+    embeddings [V, N, D] whose every dimension is standardized."""
+    x = (z - z.mean(1, keepdims=True)) / (z.std(1, keepdims=True) + 1e-6)
+    target = stats.norm.ppf(np.arange(1, z.shape[1] + 1) / (z.shape[1] + 1))
+    return float(np.mean([(np.sort(view @ a) - target) ** 2 for view in x for a in directions]))
 
 
 def prediction(z: np.ndarray, num_global: int) -> np.ndarray:
     """Squared distance of every embedding from its sample's target, the mean of the global views: [V, N, D]."""
     return (z - z[:num_global].mean(0)) ** 2
+
+
+def newton_schulz(matrix: np.ndarray) -> np.ndarray:
+    """Five steps of X <- a X + b X X^T X + c X X^T X X^T X from X / ||X||, with K. Jordan's constants (Muon, 2024)."""
+    x = matrix / np.linalg.norm(matrix)
+    for _ in range(5):
+        square = x @ x.T
+        x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
+    return x
+
+
+def muon(
+    weight: np.ndarray, gradients: list[np.ndarray], *, lr: float, momentum: float, weight_decay: float, factor: float
+) -> np.ndarray:
+    """The weight after one update per gradient (torch.optim.Muon's documentation, with an average of gradients for its sum).
+    factor: of the learning rate, for the matrix's sides."""
+    average = np.zeros_like(weight)
+    for gradient in gradients:
+        average = momentum * average + (1 - momentum) * gradient
+        ahead = momentum * average + (1 - momentum) * gradient  # Nesterov's
+        weight = weight * (1 - lr * weight_decay) - lr * factor * newton_schulz(ahead)
+    return weight
 
 
 def adamw(

@@ -60,6 +60,8 @@ DEFAULTS: dict[str, Any] = {
     "model.head_dim": None,
     "model.predictor": None,
     "model.drop_path": 0.0,
+    "model.patch_drop.global_": 0.0,
+    "model.patch_drop.local": 0.0,
     "checkpoint.every": 1000,
     "checkpoint.keep": 2,
     "log.every": 10,

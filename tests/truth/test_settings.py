@@ -76,6 +76,18 @@ def test_joint_statistics() -> None:
     assert float(terms.sigreg) == pytest.approx(formulas.weak_sigreg(pooled), rel=1e-10)
 
 
+def test_visreg_is_its_three_terms() -> None:
+    """Shape alone is of `num_slices` directions and of run.seed; scale and centre have weight 1, or that which is given."""
+    for weight, seed in ((None, 0), (0.25, 6)):
+        section = {"num_slices": 7} | ({} if weight is None else {"weight": weight})
+        config = configured({"regularizer": "visreg", "visreg": section, "lambda": 0.6}, seed=seed)
+        terms = build_loss(config)(Z, 2, step=5)
+        beside = (1 if weight is None else weight) * formulas.scale_and_centre(Z.numpy())
+        expected = formulas.shape(Z.numpy(), directions(7, seed)) + beside
+        assert float(terms.sigreg) == pytest.approx(expected, rel=1e-10)
+        assert float(terms.loss) == pytest.approx(0.4 * float(terms.prediction) + 0.6 * expected, rel=1e-10)
+
+
 def test_relatives() -> None:
     weak = build_loss(configured(OBJECTIVE["weak"](None)))(Z, 2, step=5)
     assert float(weak.sigreg) == pytest.approx(formulas.weak_sigreg(Z.numpy()), rel=1e-10)

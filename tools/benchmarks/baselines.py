@@ -33,10 +33,15 @@ def _split_forward(engine: Engine, cut: Callable[[Sequence[Tensor]], list[Sequen
         raise UserError(f"{encoder.name} runs once per view size already: there is no packed forward to compare with.")
     if getattr(engine, "stage", 0) == 3:
         raise UserError("DeepSpeed's ZeRO-3 expects one gradient of a parameter a step: a block cannot run twice.")
-    whole = encoder.forward
+    whole, shares = encoder.forward, encoder.patch_drop
 
     def forward(images: Sequence[Float[Tensor, "b c h w"]]) -> list[Float[Tensor, "b e"]]:
-        return [torch.cat([whole([part])[0] for part in parts]) for parts in cut(images)]
+        features = []
+        for group, parts in enumerate(cut(images)):
+            encoder.patch_drop = shares[group : group + 1]  # of the one input that it is given
+            features.append(torch.cat([whole([part])[0] for part in parts]))
+        encoder.patch_drop = shares
+        return features
 
     encoder.forward = forward  # type: ignore[method-assign]
 

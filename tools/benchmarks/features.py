@@ -36,11 +36,12 @@ def forms(feature: str, config: Config) -> tuple[str, list[Form]]:
 
 
 def _packed(config: Config) -> tuple[str, list[Form]]:
+    whole = not _left_out(config)
     equal = not config.model.drop_path  # other calls, other random numbers
     counts = [g.count for g in (config.data.views.global_, config.data.views.local) if g.count]
     return "one forward of all views", [
         Form("one forward per view group", alter=baselines.forward_per_group, equal=equal),
-        Form("one forward per view", alter=partial(baselines.forward_per_view, counts=counts), equal=equal),
+        Form("one forward per view", alter=partial(baselines.forward_per_view, counts=counts), equal=equal and whole),
     ]
 
 
@@ -56,6 +57,23 @@ def _stochastic_depth(config: Config) -> tuple[str, list[Form]]:
         Form("masked: all computed, some zeroed", alter=baselines.masked_depth, equal=False),
         Form("nothing dropped", ("model.drop_path=0", "model.drop_path_uniform=false"), equal=False),
     ]
+
+
+def _patch_drop(config: Config) -> tuple[str, list[Form]]:
+    if not _left_out(config):
+        raise UserError(
+            "--compare patch-drop: no patches are left out at model.patch_drop.global=0 model.patch_drop.local=0; add "
+            "model.patch_drop.global=0.3."
+        )
+    drop = config.model.patch_drop
+    return f"patches left out, global {drop.global_:g} local {drop.local:g}", [
+        Form("all patches", ("model.patch_drop.global=0", "model.patch_drop.local=0"), equal=False),
+    ]
+
+
+def _left_out(config: Config) -> bool:
+    drop = config.model.patch_drop
+    return bool(drop.global_ or drop.local)
 
 
 def _checkpointing(config: Config) -> tuple[str, list[Form]]:
@@ -127,6 +145,7 @@ FEATURES: dict[str, Callable[[Config], tuple[str, list[Form]]]] = {
     "packed": _packed,
     "attention": _attention,
     "stochastic-depth": _stochastic_depth,
+    "patch-drop": _patch_drop,
     "checkpointing": _checkpointing,
     "compile": _compile,
     "optimizer": _optimizer,

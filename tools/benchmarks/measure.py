@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import socket
 import tempfile
 import time
 import traceback
@@ -156,10 +155,3 @@ def matmul_flops(device: torch.device, dtype: torch.dtype, repeats: int = 7) -> 
     """FLOP/s of the best matrix product, a median."""
     work, flops = matrix_product(device, dtype)
     return 1e3 * flops / milliseconds(work, device, repeats)
-
-
-def free_port() -> int:
-    """A TCP port of this machine that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])

@@ -16,8 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.measure import Results, Row, Work, free_port, interleaved, milliseconds, peak_bytes, run_sections
-from lejepa_scale.objective import SIGReg, cpu_kernels
+from benchmarks.measure import Results, Row, Work, interleaved, milliseconds, peak_bytes, run_sections
+from benchmarks.ports import free_port
+from lejepa_scale.objective import Regularizer, SIGReg, VISReg, cpu_kernels
 from lejepa_scale.objective.characteristic import has_triton
 from lejepa_scale.objective.comm_cost import MODES
 from lejepa_scale.parallel import collectives, launch, process_group
@@ -41,6 +42,8 @@ class Sizes:
     shapes: tuple[Shape, ...]
     samples: tuple[int, ...]  # at the first shape's D, M and K
     widths: tuple[int, ...]
+    sorted: tuple[Shape, ...]  # of VISReg, which has no knots; of each view
+    views: int
     ranks: tuple[int, ...]  # gloo processes
     simulated: tuple[int, ...]
     rank_samples: tuple[int, ...]
@@ -53,6 +56,7 @@ CPU = Sizes(
         Shape(2048, 256, 4096), Shape(2048, 256, 1024, 9), Shape(2048, 256, 1024, 33),
     ),
     samples=(512, 1024, 2048, 4096, 8192), widths=(64, 128, 256, 512, 1024),
+    sorted=(Shape(512, 256, 1024), Shape(512, 256, 4096)), views=8,
     ranks=(2, 4), simulated=(8, 64, 512), rank_samples=(128, 8192), repeats=9,
 )  # fmt: skip
 CUDA = Sizes(
@@ -61,10 +65,12 @@ CUDA = Sizes(
         Shape(8192, 256, 8192), Shape(32768, 64, 8192),
     ),
     samples=(512, 2048, 8192, 32768), widths=(64, 256, 1024),
+    sorted=(Shape(512, 256, 4096), Shape(8192, 256, 4096)), views=8,
     ranks=(), simulated=(), rank_samples=(), repeats=20,
 )  # fmt: skip
 TOY = Sizes(
     shapes=(Shape(128, 16, 32),), samples=(64, 128), widths=(8, 16),
+    sorted=(Shape(32, 8, 16),), views=2,
     ranks=(2,), simulated=(8,), rank_samples=(16, 32), repeats=1,
 )  # fmt: skip
 
@@ -72,6 +78,7 @@ TOY = Sizes(
 def measure(sizes: Sizes, device: torch.device) -> Results:
     sections = {
         "arithmetic": (compare(shape, device, sizes.repeats) for shape in sizes.shapes),
+        "VISReg": (sort(shape, sizes.views, device, sizes.repeats) for shape in sizes.sorted),
         "growth": growth(sizes, device),
         "building": building(sizes.shapes[0], device),
         "ranks": ranks(sizes),
@@ -118,6 +125,32 @@ def compare(shape: Shape, device: torch.device, repeats: int) -> Row:
     for name in works.keys() - {"GEMMs"}:
         row[f"{name} memory / NM floats"] = peak_bytes(works[name], device) / floats
     return row
+
+
+def sort(shape: Shape, views: int, device: torch.device, repeats: int) -> Row:
+    """Forward and backward of VISReg's shape term and of its textbook form, in turns; memory of each; agreement."""
+    z = _embeddings(Shape(views * shape.samples, shape.width, shape.slices), device).unflatten(0, (views, -1))
+    visreg = VISReg(shape.slices)
+    a = visreg.directions(0, shape.width, device, z.dtype)
+    works: dict[str, Work] = {"blocks": partial(_evaluate, visreg, z), "textbook": partial(_sorted_textbook, z, a)}
+    (value, gradient), truth = _evaluate(visreg, z), _sorted_textbook(z, a)
+    found = interleaved(works | {"GEMMs": lambda: (z @ a.T) @ a}, device, repeats)
+    row = Row(case=f"V={views} N={shape.samples} D={shape.width} M={shape.slices}")
+    row["ok"] = bool(abs(value / truth[0] - 1) < 1e-4 and (gradient - truth[1]).norm() < 1e-2 * truth[1].norm())
+    row |= {f"{name} ms": spent for name, spent in found.items()}
+    row["times faster"] = found["textbook"] / found["blocks"]
+    return row | {f"{name} MB": peak_bytes(work, device) / 1e6 for name, work in works.items()}
+
+
+def _sorted_textbook(z: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    """Projections [V, N, M], sorted over samples, with autograd."""
+    x = z.detach().requires_grad_()
+    centred = x - x.mean(1, keepdim=True)
+    sigma = centred.square().mean(1, keepdim=True).sqrt() + 1e-6
+    p = ((centred / sigma.detach()) @ a.T).sort(dim=1).values
+    i = torch.arange(1, z.shape[1] + 1, device=z.device, dtype=torch.float64)
+    value = (p - torch.special.ndtri(i / (z.shape[1] + 1)).to(p)[:, None]).square().mean()
+    return value.detach(), torch.autograd.grad(value, x)[0]
 
 
 def growth(sizes: Sizes, device: torch.device) -> Iterator[Row]:
@@ -244,7 +277,7 @@ def _embeddings(shape: Shape, device: torch.device) -> Tensor:
     return torch.randn(shape.samples, shape.width, generator=generator, device=device)
 
 
-def _evaluate(sigreg: SIGReg, z: Tensor, counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
+def _evaluate(regularizer: Regularizer, z: Tensor, counts: list[int] | None = None) -> tuple[Tensor, Tensor]:
     x = z.detach().requires_grad_()
-    value = sigreg(x, step=0, counts=counts)
+    value = regularizer(x, step=0, counts=counts)
     return value.detach(), torch.autograd.grad(value, x)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import race
+from benchmarks import against_minimal
 from benchmarks.compare import compare
 from benchmarks.features import forms
 from benchmarks.fed import end_to_end, loader_rates
@@ -64,8 +64,12 @@ def measure(recipe: Recipe, options: Options) -> Results:
     for feature in options.compare:
         sections[feature] = compare(recipe, feature, device, options.steps, apart=options.apart)
     if options.minimal:
-        target = race.TARGET if recipe.path.stem == "quickstart" else None  # what was promised of that recipe alone
-        sections["against minimal"] = race.against(recipe.path, recipe.overrides, options.steps, target=target)
+        target = (
+            against_minimal.TARGET if recipe.path.stem == "quickstart" else None
+        )  # what was promised of that recipe alone
+        sections["against minimal"] = against_minimal.against(
+            recipe.path, recipe.overrides, options.steps, target=target
+        )
     try:
         return run_sections(sections, device, minutes=1e6)  # ranks must not disagree on what the time reaches
     finally:

@@ -139,7 +139,9 @@ def synthetic_views(config: Config, images: int, device: torch.device) -> list[T
 
 def _initial(config: Config) -> CanonicalState:
     """First weights, which engines and switches share; drawn once, since that takes long for large models."""
-    model = config.model.model_copy(update={"drop_path": 0.0, "drop_path_uniform": False, "attention": "auto"})
+    plain: dict[str, Any] = {"drop_path": 0.0, "drop_path_uniform": False, "attention": "auto"}
+    plain["patch_drop"] = type(config.model.patch_drop)()
+    model = config.model.model_copy(update=plain)
     train = config.train.model_copy(update={"micro_batch": 1, "global_batch": 1})
     same = {"engine": type(config.engine)(), "model": model, "train": train}
     return _drawn(dump(config.model_copy(update=same)))

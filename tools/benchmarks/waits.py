@@ -24,12 +24,14 @@ from benchmarks.trial import Recipe
 from lejepa_scale.checkpoint import Progress
 from lejepa_scale.config import BatchPlan, Config, check_world
 from lejepa_scale.data import Batch
+from lejepa_scale.data.audit.keylog import Record
 from lejepa_scale.data.images import photometric, photometric_triton
 from lejepa_scale.data.images.pixels import Pixels
 from lejepa_scale.engine import Engine, build_engine, fsdp
 from lejepa_scale.model import build
 from lejepa_scale.training import actions, loop
 from lejepa_scale.training.feed import Feed
+from lejepa_scale.training.guard import Guard
 from lejepa_scale.training.probe import OnlineProbe
 from lejepa_scale.training.run import Run
 from lejepa_scale.training.start import start_engine
@@ -68,7 +70,7 @@ class _Batches:
         ]
         parameters = [torch.zeros(g.count, n, photometric.WIDTH) for g in self.groups]
         labels = torch.zeros(n, dtype=torch.long).pin_memory()
-        return Batch(views, parameters, labels, ["key"] * n, [], [])
+        return Batch(views, parameters, labels, ["key"] * n, [], [Record(0, 0, 0, 0, 0, "shard/key")] * n)
 
 
 def steps(config: Config) -> list[Step]:
@@ -162,10 +164,10 @@ def _run(config: Config, plan: BatchPlan, engine: Engine) -> tuple[Run, list[Any
     probe = OnlineProbe(engine.module.encoder.embed_dim, 10, 1e-3, 0, device)
     run = Run(config, plan, device, engine, feed, Progress(0, "shards"), probe)
     reporter: Any = SimpleNamespace(advance=lambda: None, log=lambda record: record)
-    signal: Any = SimpleNamespace(asked=False)
+    request: Any = SimpleNamespace(reason=str)
     of_probe = actions.Probe(device)
     report = actions.Report(run, reporter, gauges=[of_probe.reading])
-    return run, [actions.quarantine, actions.Stop(signal), of_probe, actions.Guard(), report]
+    return run, [actions.quarantine, actions.Stop(request), of_probe, Guard(), report]
 
 
 def _drawn(config: Config, plan: BatchPlan) -> dict[int, Any]:

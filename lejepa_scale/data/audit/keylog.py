@@ -42,6 +42,11 @@ class Record(NamedTuple):
     replacement: str = ""
 
     @property
+    def said(self) -> str:
+        """For people."""
+        return f"{self.name}, replaced by {self.replacement}" if self.replacement else self.name
+
+    @property
     def sample(self) -> tuple[int, int, int]:
         """(source, shard, member): the same in every epoch."""
         return self.source, self.shard, self.member

@@ -19,8 +19,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.fed import Fed
-from benchmarks.measure import Row, free_port
+from benchmarks.measure import Row
 from benchmarks.minimal import Arrangement, Minimal
+from benchmarks.ports import free_port
 from lejepa_scale.addresses import is_remote
 from lejepa_scale.config import Config, check_world, load_config
 from lejepa_scale.cpu.allocator import keep_memory

@@ -1,0 +1,125 @@
+"""Muon (K. Jordan and others, 2024; arXiv 2502.16982), as torch.optim.Muon computes it, also for matrices that FSDP has cut,
+and with a step that can be left out without the host's knowing. Weights are its caller's choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from lejepa_scale.engine.base import MOMENTUM
+
+_STEPS, _QUINTIC = 5, (3.4445, -4.7750, 2.0315)  # K. Jordan's: a x + b x^3 + c x^5 on every singular value
+_SMALLEST = 1e-7  # norm that is divided by
+_PRECISION, _ON_CPU = (
+    torch.bfloat16,
+    torch.float32,
+)  # of the iteration: CPUs without bf16 products take 16 times as long
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps along the orthogonal factor of each matrix's Nesterov momentum. Every rank makes that of the whole matrix, which
+    FSDP's ranks gather for it in the iteration's own precision: the numbers are those of one process.
+
+    momentum: share that the average of gradients keeps of itself in a step. adjust_lr: factor of the learning rate for a
+    matrix [A, B]: 0.2 sqrt(max(A, B)), at which updates have the root mean square of AdamW's (arXiv 2502.16982, section
+    2.2), or sqrt(max(1, A / B)), K. Jordan's. Raises ValueError for a parameter that is no matrix.
+    """
+
+    found_inf: Tensor  # as torch's gradient scaler tells it: where it is not 0, the next step changes nothing
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        *,
+        lr: float,
+        weight_decay: float = 0.0,
+        momentum: float = 0.95,
+        adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._adjust = {"match_rms_adamw": _as_adamw, "original": _by_sides}[adjust_lr]
+        self.found_inf = torch.zeros(())
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim != 2:
+                    raise ValueError(f"Muon updates matrices, not a parameter of shape {tuple(parameter.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update of all weights that have a gradient. Every rank calls."""
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, group)
+
+    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+        gradient, weight = _local(parameter.grad), _local(parameter.detach())
+        bad = self.found_inf.to(weight.device) != 0
+        average = _local(self._moment(parameter))
+        gradient = torch.where(bad, average, gradient)  # towards which the average does not move
+        average.lerp_(gradient, 1 - group["momentum"])
+        direction = _of_the_whole(orthogonal, gradient.lerp(average, group["momentum"]), parameter)
+        weight.mul_(torch.where(bad, 1.0, 1 - group["lr"] * group["weight_decay"]))
+        weight.add_(direction.masked_fill(bad, 0.0), alpha=-group["lr"] * self._adjust(*parameter.shape))
+
+    def prepare_moments(self) -> None:
+        """Zeros, for a checkpoint's to be put there."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self._moment(parameter)
+
+    def _moment(self, parameter: nn.Parameter) -> Tensor:
+        state = self.state[parameter]
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(parameter)
+        return state[MOMENTUM]
+
+
+def orthogonal(matrix: Float[Tensor, "a b"]) -> Float[Tensor, "a b"]:
+    """Roughly U V^T of matrix = U S V^T: five steps of a Newton-Schulz iteration, which bring singular values to between 0.7
+    and 1.2, but for those that are far below the largest. In bf16 as torch's; on a CPU in fp32."""
+    a, b, c = _QUINTIC
+    x = matrix.to(_precision(matrix.device.type))
+    tall = x.shape[0] > x.shape[1]
+    x = x.mT if tall else x
+    x = x / x.norm().clamp_min(_SMALLEST)
+    for _ in range(_STEPS):
+        gram = x @ x.mT
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def _of_the_whole(function: Callable[[Tensor], Tensor], part: Tensor, like: Tensor) -> Tensor:
+    """The rows that this rank holds of `function` of the matrix of which `part` are its rows; computed where the ranks meet,
+    also for weights that wait in host memory."""
+    if not isinstance(like, DTensor):
+        return function(part)
+    mesh, cut = like.device_mesh, like.placements
+    there = part.to(mesh.device_type, _precision(mesh.device_type))
+    shape, stride = like.shape, (like.shape[1], 1)
+    whole = DTensor.from_local(there, mesh, cut, run_check=False, shape=shape, stride=stride).full_tensor()
+    found = DTensor.from_local(function(whole).contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return found.redistribute(placements=cut).to_local().to(part.device)
+
+
+def _precision(device: str) -> torch.dtype:
+    return _ON_CPU if device == "cpu" else _PRECISION
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _as_adamw(rows: int, columns: int) -> float:
+    return 0.2 * math.sqrt(max(rows, columns))
+
+
+def _by_sides(rows: int, columns: int) -> float:
+    return math.sqrt(max(1, rows / columns))

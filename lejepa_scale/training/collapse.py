@@ -1,0 +1,65 @@
+"""Whether embeddings have collapsed: told of once, with what to do, and once more when it is over. Refuses to stop a run."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+from lejepa_scale.config import Config
+from lejepa_scale.parallel import process_group
+
+logger = logging.getLogger(__name__)
+_IN_A_ROW = 2  # records, before anything is said
+_OVER = 2.0  # times the floors: what it takes to be out of a collapse
+
+
+class CollapseWatch:
+    """Looks at every record after the warm-up. samples: embeddings that a record's numbers are of."""
+
+    def __init__(self, config: Config, samples: int) -> None:
+        self.config, self.most = config, min(config.model.projector.dim, samples - 1)
+        self.collapsed, self._in_a_row = False, 0
+
+    def look(self, step: int, rank: float, std: float) -> None:
+        """rank, std: effective rank and standard deviation of the embeddings; NaN says nothing."""
+        settings = self.config.evaluation
+        if step <= self.config.optim.warmup_steps or math.isnan(rank) or math.isnan(std):
+            return
+        lowest = (
+            1 + settings.rank_floor * (self.most - 1) if settings.rank_floor else 0.0
+        )  # one direction: total collapse
+        factor = _OVER if self.collapsed else 1.0
+        low = rank < factor * lowest or std < factor * settings.std_floor
+        self._in_a_row = self._in_a_row + 1 if low is not self.collapsed else 0
+        if self._in_a_row < _IN_A_ROW:
+            return
+        self.collapsed, self._in_a_row = low, 0
+        if low:
+            _tell(self._said(step, rank, std, lowest))
+        else:
+            _tell(
+                f"step {step}: the embeddings are no longer collapsed: effective rank {rank:.1f}, deviation {std:.2f}."
+            )
+
+    def _said(self, step: int, rank: float, std: float, lowest: float) -> str:
+        objective, optim = self.config.objective, self.config.optim
+        weights = f"objective.lambda (now {objective.lambda_:g})"
+        if objective.final_lambda is not None:
+            weights += f" and objective.final_lambda (now {objective.final_lambda:g})"
+        advice = [f"raise {weights}", f"lower optim.lr (now {optim.lr:g})"]
+        if self.config.train.global_batch < 128:
+            advice.append(
+                f"use a larger batch (now {self.config.train.global_batch} images; the paper's is 128 or more)"
+            )
+        return (
+            f"step {step}: the embeddings have collapsed: effective rank {rank:.1f} of {self.most} that it could be (floor "
+            f"{lowest:.1f}: evaluation.rank_floor), standard deviation {std:.2g} (floor "
+            f"{self.config.evaluation.std_floor:g}: evaluation.std_floor; SIGReg's target is 1). The encoder learns next to "
+            f"nothing from here on. What helps: {'; '.join(advice)}. The run goes on."
+        )
+
+
+def _tell(message: str) -> None:
+    """Once, of what every rank knows."""
+    if process_group.rank() == 0:
+        logger.warning("%s", message)

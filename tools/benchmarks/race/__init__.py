@@ -1,0 +1,1 @@
+"""Methods of learning without labels, against one another in accuracy at equal time."""

@@ -1,0 +1,8 @@
+"""`lejepa select` from a checkout."""
+
+import sys
+
+from lejepa_scale.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main(["select", *sys.argv[1:]]))
