@@ -15,6 +15,7 @@ from lejepa_scale.cli import (
     make,
     order,
     picture,
+    plan,
     runs,
     select,
     statistics,
@@ -37,6 +38,7 @@ LEJEPA = Group(
     (
         SHARDS,
         train.COMMAND,
+        plan.COMMAND,
         runs.COMMAND,
         evaluate.COMMAND,
         embed.COMMAND,

@@ -3,7 +3,7 @@ anything starts."""
 
 from lejepa_scale.config.batches import BatchPlan, check_world, plan_batches
 from lejepa_scale.config.durations import in_steps
-from lejepa_scale.config.files import dump, load_config, migrate, recorded, validate
+from lejepa_scale.config.files import changed, dump, load_config, migrate, recorded, validate
 from lejepa_scale.config.schema import Augment, Config, Data, Objective, Optim, Source, ViewGroup, Views
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Source",
     "ViewGroup",
     "Views",
+    "changed",
     "check_world",
     "dump",
     "in_steps",

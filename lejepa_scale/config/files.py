@@ -4,6 +4,7 @@ that have moved, but reads what a run wrote before they did."""
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,18 @@ def recorded(tree: Tree, origin: str) -> Config:
         if section is not None:
             del section[name]
     return validate(tree, origin)
+
+
+def changed(config: Config, values: Mapping[str, Any]) -> Config:
+    """`config` with other values of the keys at these paths, checked anew. Raises UserError."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    for path, value in values.items():
+        *parents, last = path.split(".")
+        node = tree
+        for part in parents:
+            node = node[part]
+        node[last] = value
+    return validate(tree)
 
 
 def dump(config: Config) -> str:

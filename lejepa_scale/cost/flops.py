@@ -23,6 +23,8 @@ from lejepa_scale.model.packed import PackedBlock
 from lejepa_scale.objective import Regularizer, SIGReg, VISReg, WeakSIGReg
 
 _FORWARD_AND_BACKWARD = 3
+_KEPT_MODULES = 4  # a plan asks for few over and over again
+_built: dict[str, LeJEPA] = {}
 
 
 @dataclass(frozen=True)
@@ -88,9 +90,15 @@ def step_flops(config: Config, plan: BatchPlan) -> StepFlops:
 
 
 def meta_model(config: Config) -> LeJEPA:
-    """The configured module without memory: names and shapes."""
-    with torch.device("meta"):
-        return build(config)
+    """The configured module without memory: names and shapes. One of the last few is given again, for nobody to change."""
+    data = config.data
+    key = repr((config.model, config.objective, config.image_size, data.channels, data.views, config.run.seed))
+    if key not in _built:
+        while len(_built) >= _KEPT_MODULES:
+            del _built[next(iter(_built))]
+        with torch.device("meta"):
+            _built[key] = build(config)
+    return _built[key]
 
 
 def views_of(config: Config, images: int) -> list[tuple[int, int]]:

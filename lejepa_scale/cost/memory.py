@@ -87,7 +87,7 @@ def _states(
 
 def _replica(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool) -> StepMemory:
     """In fp32 DDP's buckets are the gradients themselves, and stay. In bf16 replicas are FSDP's, whose casts stay."""
-    count = _numel(model)
+    count = numel(model)
     if size == _FP32:
         waits = plan.accumulation > 1 or plan.ranks > 1
         moments, update = _moments(config, model, 1, cuda)
@@ -103,8 +103,8 @@ def _fsdp(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool)
 def _sharded(config: Config, plan: BatchPlan, model: LeJEPA, size: int, ranks: int, cuda: bool) -> StepMemory:
     """Parameters are cut along their first dimension, and padded. What is in no block is gathered for the whole step."""
     ahead = config.engine.prefetch
-    shard = _cut(model, ranks)
-    units = [_cut(unit, ranks) * ranks for unit in sharding_units(model)]
+    shard = cut(model, ranks)
+    units = [cut(unit, ranks) * ranks for unit in sharding_units(model)]
     unit, root = max(units, default=0), shard * ranks - sum(units)
     gathered: float = size * (root + (_GATHERED_AND_COPIED + ahead) * unit)
     buckets = (size + _FP32) * unit + _FP32 * unit / ranks  # as computed, as reduced, and the rank's part of it
@@ -125,8 +125,8 @@ def _sharded(config: Config, plan: BatchPlan, model: LeJEPA, size: int, ranks: i
 
 def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool) -> StepMemory:
     """DeepSpeed's parameters in the compute precision, beside fp32 masters of a rank's part, in every precision."""
-    count, part = _numel(model), -(-_numel(model) // plan.ranks)
-    unit = max((_numel(unit) for unit in sharding_units(model)), default=count)
+    count, part = numel(model), -(-numel(model) // plan.ranks)
+    unit = max((numel(unit) for unit in sharding_units(model)), default=count)
     settings = deepspeed_config(config, plan, model)["zero_optimization"]
     stage, offload = settings["stage"], config.engine.cpu_offload
     bucket = _FP32 * settings["reduce_bucket_size"]  # allocated whole
@@ -156,7 +156,7 @@ def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool)
 def _moments(config: Config, model: LeJEPA, ranks: int, cuda: bool) -> tuple[float, float]:
     """Bytes of a rank's moments, and what Muon takes at once beside them: the largest matrix in the iteration's precision,
     as gathered, iterated and sent back, its Gram matrices, and a rank's part of it as gradient and momentum ahead."""
-    both = float(_MOMENTS * _cut(model, ranks))
+    both = float(_MOMENTS * cut(model, ranks))
     if config.optim.name != "muon":
         return both, 0.0
     own = matrices(model).values()
@@ -166,10 +166,10 @@ def _moments(config: Config, model: LeJEPA, ranks: int, cuda: bool) -> tuple[flo
     return one, 3 * size * largest + 2 * size * sides**2 + 2 * _FP32 * largest / ranks
 
 
-def _numel(module: nn.Module) -> int:
+def numel(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _cut(module: nn.Module, ranks: int) -> int:
+def cut(module: nn.Module, ranks: int) -> int:
     """Elements of one rank's shards."""
     return sum(-(-p.shape[0] // ranks) * prod(p.shape[1:]) for p in module.parameters())

@@ -13,7 +13,8 @@ import stat
 import subprocess
 import tempfile
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from lejepa_scale.config.paths import user_cache
 
 _FLAGS = ("-O3", "-std=gnu++17", "-shared", "-fPIC")
 _BEST = ("-march=native", "-fopenmp")  # some compilers know one or neither
+_unwanted = False
 
 
 _REALS = {torch.float32: ("float", ctypes.c_float), torch.float64: ("double", ctypes.c_double)}
@@ -45,7 +47,9 @@ class Kernels:
     _loaded: dict[torch.dtype, ctypes.CDLL | None] = field(default_factory=dict)
 
     def library(self, dtype: torch.dtype) -> ctypes.CDLL | None:
-        """The functions for a precision, built and loaded at the first call; None where that is not possible."""
+        """The functions for a precision, built and loaded at the first call; None where that is not possible or wanted."""
+        if _unwanted:
+            return None
         if dtype not in self._loaded:
             self._loaded[dtype] = self._load(*_REALS[dtype]) if dtype in _REALS else None
         return self._loaded[dtype]
@@ -65,6 +69,17 @@ class Kernels:
             function.argtypes = [ctype if kind == "r" else _TYPES[kind] for kind in arguments] + [ctypes.c_int]
             function.restype = None
         return library
+
+
+@contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, no library is found: for tensors that have no memory to point to."""
+    global _unwanted
+    before, _unwanted = _unwanted, True
+    try:
+        yield
+    finally:
+        _unwanted = before
 
 
 def build(source: Path, real: str) -> Path:

@@ -26,16 +26,23 @@ class FSDPEngine(TorchEngine):
     Gradients are reduce-scattered in fp32 after every micro-batch: accumulation never holds whole gradients. Between
     replicas they are summed after the last one.
 
-    shard_degree: ranks that a parameter is sharded over, a divisor of all; None: all.
+    shard_degree: ranks that a parameter is sharded over, a divisor of all; None: all. mesh: that of `mesh_of`, where it is
+    made already.
     """
 
     def __init__(
-        self, factory: Factory, config: Config, device: torch.device, *, shard_degree: int | None = None
+        self,
+        factory: Factory,
+        config: Config,
+        device: torch.device,
+        *,
+        shard_degree: int | None = None,
+        mesh: DeviceMesh | None = None,
     ) -> None:
         module = without_weights(factory)
         prepare_blocks(module, config)
         low = torch.bfloat16 if config.engine.precision == "bf16" else None
-        settings: dict[str, Any] = {"mesh": _mesh(device, shard_degree)}
+        settings: dict[str, Any] = {"mesh": mesh or mesh_of(device, shard_degree)}
         offload = config.engine.cpu_offload
         settings["offload_policy"] = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
         if shard_degree == 1:  # casts are kept for the backward pass: there is little to save
@@ -68,7 +75,8 @@ class FSDPEngine(TorchEngine):
         loss.backward()
 
 
-def _mesh(device: torch.device, shard_degree: int | None) -> DeviceMesh:
+def mesh_of(device: torch.device, shard_degree: int | None) -> DeviceMesh:
+    """All ranks, or replicas of shards. Every rank calls."""
     join_alone()
     world = world_size()
     if shard_degree is None or shard_degree == world:

@@ -86,7 +86,7 @@ def orthogonal(matrix: Float[Tensor, "a b"]) -> Float[Tensor, "a b"]:
     """Roughly U V^T of matrix = U S V^T: five steps of a Newton-Schulz iteration, which bring singular values to between 0.7
     and 1.2, but for those that are far below the largest. In bf16 as torch's; on a CPU in fp32."""
     a, b, c = _QUINTIC
-    x = matrix.to(_precision(matrix.device.type))
+    x = matrix.to(precision_on(matrix.device.type))
     tall = x.shape[0] > x.shape[1]
     x = x.mT if tall else x
     x = x / x.norm().clamp_min(_SMALLEST)
@@ -102,14 +102,14 @@ def _of_the_whole(function: Callable[[Tensor], Tensor], part: Tensor, like: Tens
     if not isinstance(like, DTensor):
         return function(part)
     mesh, cut = like.device_mesh, like.placements
-    there = part.to(mesh.device_type, _precision(mesh.device_type))
+    there = part.to(mesh.device_type, precision_on(mesh.device_type))
     shape, stride = like.shape, (like.shape[1], 1)
     whole = DTensor.from_local(there, mesh, cut, run_check=False, shape=shape, stride=stride).full_tensor()
     found = DTensor.from_local(function(whole).contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
     return found.redistribute(placements=cut).to_local().to(part.device)
 
 
-def _precision(device: str) -> torch.dtype:
+def precision_on(device: str) -> torch.dtype:
     return _ON_CPU if device == "cpu" else _PRECISION
 
 

@@ -68,7 +68,7 @@ def adamw(module: LeJEPA, config: Optim) -> torch.optim.AdamW:
     """Over all that Muon does not update. A group for each rule of decay and each layer's rate: `decayed` and `lr_scale`,
     which the engine reads at every step."""
     return torch.optim.AdamW(
-        _groups(module, config, muons=False),
+        groups(module, config, muons=False),
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
@@ -83,7 +83,7 @@ def muon(module: LeJEPA, config: Optim) -> Muon | None:
         return None
     expect_matrices(module)
     return Muon(
-        _groups(module, config, muons=True),
+        groups(module, config, muons=True),
         lr=config.lr,
         momentum=config.muon.momentum,
         adjust_lr=config.muon.adjust_lr,
@@ -99,7 +99,7 @@ def expect_matrices(module: LeJEPA) -> None:
         )
 
 
-def _groups(module: LeJEPA, config: Optim, *, muons: bool) -> list[dict[str, Any]]:
+def groups(module: LeJEPA, config: Optim, *, muons: bool) -> list[dict[str, Any]]:
     """Of the parameters that are Muon's, or of the others."""
     own = matrices(module) if config.name == "muon" else {}
     scales = {} if config.layer_decay in (None, 1) else layer_scales(module.encoder, config.layer_decay)

@@ -35,7 +35,7 @@ class BatchNorm(nn.Module):
         drop: nn.Module | None = None, act: nn.Module | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.eps, self.momentum, self.track = eps, momentum, track
+        self.width, self.eps, self.momentum, self.track = width, eps, momentum, track
         self.weight = nn.Parameter(torch.ones(width)) if affine else None
         self.bias = nn.Parameter(torch.zeros(width)) if affine else None
         if track:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +76,17 @@ def gather_statistics(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " ranks *sh
         _shared = dist.group.WORLD, shared_memory.shared(process_group.timeout().total_seconds())
         process_group.before_leaving(_forget_shared)
     return all_gather(x) if _shared[1] is None else _shared[1].gather(x)
+
+
+@contextmanager
+def without_shared_memory() -> Iterator[None]:
+    """Inside, `gather_statistics` is an `all_gather`: for ranks that are not there, and share nothing."""
+    global _shared
+    before, _shared = _shared, (dist.group.WORLD, None)
+    try:
+        yield
+    finally:
+        _shared = before
 
 
 def _forget_shared() -> None:
@@ -163,8 +175,16 @@ def gather_objects(value: T, group: Group = None) -> list[T]:
     return values
 
 
+_FUNCTIONAL = {
+    "all_reduce": "allreduce",
+    "all_gather_into_tensor": "allgather_base",
+    "reduce_scatter_tensor": "reduce_scatter_base",
+}
+
+
 class CountBytes(TorchDispatchMode):
-    """Inside, the bytes that this rank hands to each kind of collective: counted, not derived."""
+    """Inside, the bytes that this rank hands to each kind of collective: counted, not derived. DTensor's collectives have
+    names of their own, and are counted as what they are."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,6 +196,11 @@ class CountBytes(TorchDispatchMode):
             sent = args[1] if name.startswith(("allgather", "reduce_scatter")) else args[0]
             tensors = [t for t in tree_leaves(sent) if isinstance(t, Tensor)]
             self.calls.append((name, sum(t.numel() * t.element_size() for t in tensors)))
+        elif (
+            func.namespace == "_c10d_functional"
+            and (name := func._schema.name.split("::")[1].strip("_")) in _FUNCTIONAL
+        ):
+            self.calls.append((_FUNCTIONAL[name], args[0].numel() * args[0].element_size()))
         return func(*args, **(kwargs or {}))
 
 

@@ -1,11 +1,14 @@
-"""The store by which the ranks of one start meet. torchrun keeps one store for all its attempts (torch 2.13), and what a
-dead attempt wrote there would be read by the next: addresses that nobody answers at. Its count of restarts does not help,
-since the hosts' agents count apart. So rank 0 names each start, and tells those that ask: a dead rank 0 tells nobody."""
+"""The store by which the ranks of one start meet. torchrun keeps one for all its attempts (torch 2.13), and what a dead
+attempt wrote there would be read by the next: addresses that nobody answers at. Its count of restarts does not help, since
+the hosts' agents count apart. So rank 0 names each start, and tells those that ask: a dead rank 0 tells nobody. And
+torchrun's store dies with torchrun: ranks that outlive it, to save, need one of their own, which rank 0 keeps."""
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
+import socket
 import time
 from datetime import timedelta
 
@@ -22,8 +25,28 @@ def store_of_this_start(timeout: timedelta) -> tuple[dist.Store, int, int]:
     UserError where ranks have not come within `timeout`."""
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     if world > 1 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = dist.PrefixStore(named(store, rank, world, timeout), store)
+        store = kept_by_rank_zero(store, named(store, rank, world, timeout), rank, world, timeout)
     return store, rank, world
+
+
+def kept_by_rank_zero(store: dist.Store, name: str, rank: int, world: int, timeout: timedelta) -> dist.TCPStore:
+    """A store that lives in rank 0, whose address the others read in `store`."""
+    key = f"{name}/store"
+    if rank == 0:
+        host = _host_of_this_rank()
+        own = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        store.set(key, f"{host} {own.port}")
+        return own
+    host, port = store.get(key).decode().split()
+    return dist.TCPStore(host, int(port), world, is_master=False, timeout=timeout)
+
+
+def _host_of_this_rank() -> str:
+    """By what other hosts reach this one: MASTER_ADDR where that is here, else the address that this one reaches it from."""
+    master = os.environ["MASTER_ADDR"]
+    with socket.create_connection((master, int(os.environ["MASTER_PORT"])), timeout=10) as connection:
+        own, of_master = connection.getsockname()[0], connection.getpeername()[0]
+    return master if own == of_master or ipaddress.ip_address(own.partition("%")[0]).is_loopback else own
 
 
 def named(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:

@@ -1,0 +1,57 @@
+"""A step of the real model on tensors without memory against the formulas: FLOPs and bytes exactly, memory to 10 %."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+from conftest import small_config
+from cost_cases import config_of
+
+from lejepa_scale.config import Config, check_world, validate
+from lejepa_scale.errors import UserError
+from lejepa_scale.operations.tracing import trace
+
+CASES = {
+    "fsdp": {"engine": {"name": "fsdp"}},
+    "fsdp bf16": {"engine": {"name": "fsdp", "precision": "bf16"}},
+    "replicas of shards": {"engine": {"name": "fsdp", "shard_degree": 4}},
+    "bf16 replicas": {"engine": {"name": "ddp", "precision": "bf16"}},
+    "recomputing": {"engine": {"name": "fsdp", "activation_checkpointing": "full"}},
+    "exact": {"engine": {"name": "fsdp"}, "objective": {"accumulation": "exact"}},
+    "visreg": {"engine": {"name": "fsdp"}, "objective": {"regularizer": "visreg"}},
+}
+
+
+def configured(name: str, ranks: int) -> Config:
+    accumulation = 2 if name == "exact" else 1
+    train = {"micro_batch": 8, "global_batch": 8 * ranks * accumulation}
+    return config_of("wide", 0.25, train=train, **CASES[name])
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_the_formulas_are_what_a_traced_step_does(name: str) -> None:
+    config = configured(name, 16)
+    rows = {row["of a step and a rank"]: row for row in trace(config, check_world(config, 16))}
+    assert float(rows["TFLOP"]["ratio"]) == pytest.approx(1, abs=0.005)
+    assert float(rows["GiB"]["ratio"]) == pytest.approx(1, abs=0.1)
+    sent = [row for what, row in rows.items() if what.startswith("GB handed to")]
+    assert sent
+    for row in sent:
+        assert float(row["formula"]) == pytest.approx(float(row["traced"]), rel=1e-3, abs=COUNTERS)
+    assert not dist.is_initialized()
+
+
+COUNTERS = 1e-7  # GB of norms and flags
+
+
+def test_one_process_has_no_ranks() -> None:
+    config = validate(small_config("r", "s", engine={"name": "single"}))
+    rows = trace(config, check_world(config, 1))
+    assert [row["of a step and a rank"] for row in rows] == ["TFLOP", "GiB"]
+
+
+def test_what_cannot_be_traced_says_so() -> None:
+    for engine, said in (("zero2", "DeepSpeed looks at numbers"), ("ddp", "DDP's buckets are memory")):
+        config = validate(small_config("r", "s", engine={"name": engine}))
+        with pytest.raises(UserError, match=said):
+            trace(config, check_world(config, 2))
