@@ -117,18 +117,25 @@ def _step(config: Config, plan: BatchPlan, engine: TorchEngine) -> dict[str, Any
         groups = [group for group in (views.global_, views.local) if group.count]
         return [torch.empty(g.count, plan.micro_batch, config.data.channels, g.size, g.size) for g in groups]
 
+    tracker = MemTracker()
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        if name != "backward":  # the tracker's figures of modules are those of one pass
+            tracker.reset_mod_stats()
+        yield
+
     def step(number: int) -> None:
         held = [batch() for _ in range(plan.accumulation)]
         train_step(
             engine, plan, [partial(list, one) for one in held], number=number, seed=0, lr=1e-3, weight_decay=0.05,
-            exact=config.objective.accumulation == "exact",
+            exact=config.objective.accumulation == "exact", phase=phase,
         )  # fmt: skip
 
     for number in range(_WARM):
         step(number)
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as flops, collectives.CountBytes() as sent:
         step(_WARM)
-    tracker = MemTracker()
     tracker.track_external(engine.module, engine.optimizer)
     with tracker:
         step(_WARM + 1)

@@ -24,15 +24,14 @@ KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allredu
 Case = tuple[dict[str, Any], int]  # sections, micro-batches
 
 
-def case(engine: str, accumulation: int = 1, **sections: dict[str, Any]) -> Case:
-    return sections | {"engine": {"name": engine} | sections.get("engine", {})}, accumulation
+def case(name: str, accumulation: int = 1, **sections: dict[str, Any]) -> Case:
+    return sections | {"engine": {"name": name} | sections.get("engine", {})}, accumulation
 
 
 OF_ENGINES = {
-    f"{engine} {precision} x {accumulation}": case(engine, accumulation, engine={"precision": precision})
+    f"{engine} {precision}": case(engine, 2, engine={"precision": precision})
     for engine in ("ddp", "fsdp", "zero1", "zero2", "zero3")
     for precision in ("fp32", "bf16")
-    for accumulation in (1, 2)
 }
 OTHERS = {
     "zero3 without prefetching": case("zero3", engine={"prefetch": 0}),
