@@ -81,6 +81,11 @@ class Train(Section):
         None, description="images per rank and forward pass; unset: global_batch / ranks"
     )
     max_nonfinite: Positive = Field(20, description="stop after this many non-finite steps in a row")
+    skip_samples: list[str] = Field(
+        [],
+        description="samples to leave out, SHARD.tar/KEY as nonfinite.jsonl names them: the next one of the shard comes in "
+        "the place of each; the order of all others stays",
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:

@@ -4,7 +4,7 @@ number of the next step, advanced by the trainer."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from functools import partial
 from multiprocessing.util import Finalize
@@ -23,7 +23,7 @@ from lejepa_scale.data.faults import Fault, SampleFault, printable
 from lejepa_scale.data.images import photometric, pixels, views
 from lejepa_scale.data.images.decode import decode
 from lejepa_scale.data.index.scan import ShardIndex
-from lejepa_scale.data.mixture import Mixture, reader_of
+from lejepa_scale.data.mixture import Mixture, name_of, reader_of
 from lejepa_scale.data.order import Location, Order, positions
 from lejepa_scale.data.samples import read_ahead, read_image
 from lejepa_scale.errors import UserError
@@ -32,8 +32,8 @@ _SHOWN = 5  # shards that an error lists
 
 
 class _Samples(Dataset[Batch]):
-    def __init__(self, mixture: Mixture, data: Data, seed: int) -> None:
-        self.mixture, self.seed = mixture, seed
+    def __init__(self, mixture: Mixture, data: Data, seed: int, skip: Collection[str]) -> None:
+        self.mixture, self.seed, self.skip = mixture, seed, frozenset(skip)
         self.reader, self.max_faults, self.max_pixels = reader_of(data), data.max_faults, data.max_pixels
         self.order = Order(mixture.counts, mixture.weights, seed, data.shuffle_block)
         self.groups = [group for group in (data.views.global_, data.views.local) if group.count]
@@ -85,6 +85,8 @@ class _Samples(Dataset[Batch]):
         for attempt in range(attempts):
             member = (location.member + attempt) % len(shard)
             try:
+                if self.skip and name_of(shard, member) in self.skip:
+                    raise SampleFault("train.skip_samples leaves it out")
                 data = read_image(self.reader, shard, member, ahead)
                 return decode(data, self.enough, self.max_pixels, self.pixels[location.source]), shard, member
             except SampleFault as error:
@@ -110,7 +112,8 @@ class _Names(_Samples):
 
 class Loader:
     """This rank's micro-batches from `first_step` on, for ever, `plan.accumulation` of them per step: a pure function of the
-    arguments. `mixture` is what `open_mixture(data)` found. `decode=False`: batches name their samples and hold no views.
+    arguments. `mixture` is what `open_mixture(data)` found. `skip`: names of
+    samples that others take the place of. `decode=False`: batches name their samples and hold no views.
     `timeout`: seconds that a batch is waited for while its worker lives; one that is killed, or shows no sign of life for
     data.read_timeout and 5 s, is waited for no longer.
 
@@ -130,6 +133,7 @@ class Loader:
         pin_memory: bool = False,
         decode: bool = True,
         timeout: float = 600.0,
+        skip: Collection[str] = (),
     ) -> None:
         if not 0 <= rank < plan.ranks:
             raise UserError(
@@ -138,7 +142,7 @@ class Loader:
         self.plan, self.rank, self.first_step, self.timeout = plan, rank, first_step, timeout
         self._workers, self._prefetch, self._pin_memory = data.workers, data.prefetch, pin_memory
         self._read_timeout = data.read_timeout
-        self._samples = (_Samples if decode else _Names)(mixture, data, seed)
+        self._samples = (_Samples if decode else _Names)(mixture, data, seed, skip)
         self._running: list[Finalize] = []
         cv2.setNumThreads(1)  # workers and ranks are the parallelism
 

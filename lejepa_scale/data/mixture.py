@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,11 +15,18 @@ from lejepa_scale.data.audit.keylog import Header, Record
 from lejepa_scale.data.folders import shards_of
 from lejepa_scale.data.index.classes import ClassNumbers, class_numbers
 from lejepa_scale.data.index.keys import SampleKeys
+from lejepa_scale.data.index.scan import ShardIndex
 from lejepa_scale.data.index.shards import Shards, index_shards
 from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.order import Location
+from lejepa_scale.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def name_of(shard: ShardIndex, member: int) -> str:
+    """Of a sample, for people: SHARD.tar/KEY."""
+    return f"{shard.name}/{shard.key(member)}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,22 @@ class Mixture:
         """What was drawn at a position, where the sample called `key` came of it."""
         shard = self.shards[location.source][location.shard]
         drawn = shard.key(location.member)
-        return Record(position, *location, f"{shard.name}/{drawn}", "" if key == drawn else key)
+        return Record(position, *location, name_of(shard, location.member), "" if key == drawn else key)
+
+    def expect(self, names: Collection[str]) -> None:
+        """Raises UserError where a sample of such a name is in no shard."""
+        wanted: dict[str, set[str]] = {}
+        for name in names:
+            shard, _, key = name.partition(".tar/")
+            wanted.setdefault(f"{shard}.tar", set()).add(key)
+        for found in (one for source in self.shards for one in source if one.name in wanted):
+            wanted[found.name] -= {found.key(member) for member in range(len(found))}
+        if missing := [f"{shard}/{key}" for shard, keys in wanted.items() for key in sorted(keys)]:
+            raise UserError(
+                f"train.skip_samples: no shard of data.shards has a sample {missing[0]!r}"
+                f"{f' (nor {len(missing) - 1} more of these)' if len(missing) > 1 else ''}. A name is SHARD.tar/KEY, as "
+                "nonfinite.jsonl has it."
+            )
 
     def key_log_header(self, data: Data, *, seed: int, global_batch: int, decoded: bool) -> Header:
         """All that the order depends on, how many samples an epoch of each source has, and whether images were read."""

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, process_group
 from lejepa_scale.training.late import Late
@@ -19,6 +20,7 @@ from lejepa_scale.training.step import StepResult
 logger = logging.getLogger(__name__)
 
 FILE = "nonfinite.jsonl"  # in run.dir
+FOLDER = "nonfinite"  # likewise: a file for each such step, which `lejepa replay` takes again
 _SHOWN = 8  # samples in a message
 
 
@@ -63,6 +65,9 @@ class Guard:
         if process_group.rank() == 0:
             logger.info("step %d: the gradient is not finite; skipped on every rank. %s", step, causes(found))
             write(run.config.run.dir / FILE, step, found)
+            file = write_replay(run, step, found)
+            if self.in_a_row == 1:
+                logger.info("To look for the cause: lejepa replay %s", file)
 
 
 def finite_samples(result: StepResult) -> Bool[Tensor, " b"]:
@@ -90,6 +95,24 @@ def causes(found: list[tuple[list[str], int]]) -> str:
         + (f" and {bad - _SHOWN:,} more ({FILE})" if bad > _SHOWN else "")
         + "."
     )
+
+
+def write_replay(run: Run, step: int, found: list[tuple[list[str], int]]) -> Path:
+    """What it takes to take the step again: the step, the ranks, what everything random follows from, and the samples that
+    could be the cause. The weights are those of a checkpoint before it, and of the steps since."""
+    path = run.config.run.dir / FOLDER / f"step_{step:08d}.json"
+    path.parent.mkdir(exist_ok=True)
+    plan = run.plan
+    record = {
+        "step": step,
+        "seed": run.config.run.seed,
+        "ranks": plan.ranks,
+        "micro_batch": plan.micro_batch,
+        "accumulation": plan.accumulation,
+        "of_ranks": {rank: names for rank, (names, _) in enumerate(found) if names},
+    }
+    write_text(path, json.dumps(record, indent=1) + "\n")
+    return path
 
 
 def write(path: Path, step: int, found: list[tuple[list[str], int]]) -> None:

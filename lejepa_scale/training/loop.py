@@ -35,7 +35,7 @@ from lejepa_scale.training.start import (
     start_probe,
     started,
 )
-from lejepa_scale.training.step import train_step
+from lejepa_scale.training.step import Phase, StepResult, train_step
 from lejepa_scale.training.stopping import StopRequest
 from lejepa_scale.training.summary import summary
 from lejepa_scale.training.watchdog import Watchdog, in_words
@@ -162,6 +162,26 @@ def _reporting(config: Config, step: int) -> Iterator[Reporter]:
     collectives.everywhere(reporter.close, "closing the log")
 
 
+def next_step(run: Run, phase: Phase, *, more: bool = True) -> StepResult:
+    """Take the step that the run stands before. more: another one follows, if the run has one."""
+    config, number = run.config, run.progress.step
+    run.lr = learning_rate(number, config.train.steps, config.optim)
+    result = train_step(
+        run.engine,
+        run.plan,
+        run.feed.of_step(number, more=more and number + 1 < config.train.steps),
+        number=number,
+        seed=config.run.seed,
+        lr=run.lr,
+        weight_decay=weight_decay(number, config.train.steps, config.optim),
+        lambda_=lambda_at(number, config.train.steps, config.objective),
+        exact=config.objective.accumulation == "exact",
+        phase=phase,
+    )
+    run.progress.step = number + 1
+    return result
+
+
 def _unwatched(name: str, *, unlimited: bool = False) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -176,20 +196,7 @@ def loop(run: Run, after_step: Sequence[Action], watchdog: Watchdog | None = Non
     for number in range(run.progress.step, config.train.steps):
         if watchdog is not None:
             watchdog.step(number)
-        run.lr = learning_rate(number, config.train.steps, config.optim)
-        result = train_step(
-            run.engine,
-            run.plan,
-            run.feed.of_step(number, more=number + 1 < config.train.steps),
-            number=number,
-            seed=config.run.seed,
-            lr=run.lr,
-            weight_decay=weight_decay(number, config.train.steps, config.optim),
-            lambda_=lambda_at(number, config.train.steps, config.objective),
-            exact=config.objective.accumulation == "exact",
-            phase=doing,
-        )
-        run.progress.step = number + 1
+        result = next_step(run, doing)
         for action in after_step:
             name = getattr(action, "doing", "")
             with doing(name, unlimited=True) if name else nullcontext():

@@ -45,8 +45,9 @@ def check_everything(config: Config) -> tuple[BatchPlan, LeJEPA]:
 
 
 def open_together(config: Config) -> Mixture:
-    """The indexed sources: rank 0 indexes what has no index, the others read it. Raises UserError."""
-    collectives.on_rank_zero(lambda: open_mixture(config.data).num_samples, "indexing the shards")
+    """The indexed sources: rank 0 indexes what has no index, the others read it. Raises UserError, also for names in
+    train.skip_samples that are no samples."""
+    collectives.on_rank_zero(lambda: open_mixture(config.data).expect(config.train.skip_samples), "indexing the shards")
     return collectives.everywhere(lambda: open_mixture(config.data, build=False), "reading the index")
 
 
@@ -161,6 +162,7 @@ def started(
         first_step=progress.step,
         pin_memory=pin,
         timeout=50.0 * config.engine.timeout_minutes,  # an error of ours, before the other ranks give up on this one
+        skip=config.train.skip_samples,
     )
     with closing(engine), loader:
         feed = Feed(iter(loader), plan, device, key_log, beside=views_ahead(config, plan))

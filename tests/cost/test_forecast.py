@@ -94,4 +94,7 @@ def test_more_work_takes_longer() -> None:
     assert none < seconds("engine.activation_checkpointing=selective") < seconds("engine.activation_checkpointing=full")
     assert seconds("engine.activation_checkpointing=none", "engine.compile=true") < none
     assert seconds("engine.activation_checkpointing=none", "engine.fp8=true") < none
-    assert seconds("engine.activation_checkpointing=none", "model.drop_path=0", "model.drop_path_uniform=false") > 1.4 * none
+    assert (
+        seconds("engine.activation_checkpointing=none", "model.drop_path=0", "model.drop_path_uniform=false")
+        > 1.4 * none
+    )

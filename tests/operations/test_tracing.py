@@ -1,5 +1,5 @@
-"""A step of the real model on tensors without memory against the formulas: FLOPs and bytes exactly, memory to 10 %, where there are
-more blocks than are gathered at once."""
+"""A step of the real model on tensors without memory against the formulas: FLOPs and bytes exactly, memory to 10 %, where
+there are more blocks than are gathered at once."""
 
 from __future__ import annotations
 
