@@ -45,6 +45,23 @@ def begin_sum(x: Shaped[Tensor, "*shape"]) -> Callable[[], Shaped[Tensor, "*shap
     return end
 
 
+def begin_gather(x: Shaped[Tensor, " n"]) -> Callable[[], Shaped[Tensor, " ranks n"]]:
+    """`all_gather` over all ranks of a CPU tensor, begun: what is returned gives a row per rank, and waits where they are
+    not there yet. Every rank begins, and ends what it has begun before the group is left (on errors it need not)."""
+    x = x.detach().clone()
+    if world_size() == 1:
+        return lambda: x[None]
+    out = x.new_empty(world_size() * x.numel())
+    work = _gather_into(out, x, async_op=True)
+
+    def end() -> Tensor:
+        assert work is not None
+        work.wait()
+        return out.view(world_size(), -1)
+
+    return end
+
+
 def mean_of_rows(x: Float[Tensor, "v n d"], group: Group = None) -> Float[Tensor, "v 1 d"]:
     """Mean over the rows of all ranks, which may hold unequal numbers of them; no gradient."""
     sums = all_reduce_sum(torch.cat([x.detach().sum(1).flatten(), x.new_full((1,), x.shape[1])]), group)

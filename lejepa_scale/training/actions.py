@@ -28,6 +28,7 @@ from lejepa_scale.parallel.launch import Launcher
 from lejepa_scale.training.collapse import CollapseWatch
 from lejepa_scale.training.evaluating import PREFIX
 from lejepa_scale.training.late import Late
+from lejepa_scale.training.monitor import Monitor
 from lejepa_scale.training.reporting import Means, Reporter
 from lejepa_scale.training.run import Run
 from lejepa_scale.training.step import StepResult
@@ -71,12 +72,12 @@ class Probe:
 
 
 class Report:
-    """Means since the last record over steps that were not skipped (NaN where all were), rates, and what the gauges say,
-    as one record every `log.every` steps. A record's numbers are read, and it is written, after the next step, when they
-    are there."""
+    """Means since the last record over steps that were not skipped (NaN where all were), rates, and what the monitor and the
+    gauges say, as one record every `log.every` steps. A record's numbers are read, and it is written, after the next step,
+    when they are there."""
 
-    def __init__(self, run: Run, reporter: Reporter, gauges: Sequence[Gauge] = ()) -> None:
-        self.reporter, self.gauges, self.means = reporter, gauges, Means()
+    def __init__(self, run: Run, reporter: Reporter, monitor: Monitor, gauges: Sequence[Gauge] = ()) -> None:
+        self.reporter, self.monitor, self.gauges, self.means = reporter, monitor, gauges, Means()
         self.since, self.steps = time.monotonic(), 0
         self.last: Record = {}
         self._unread: tuple[Late, dict[str, float]] | None = None
@@ -107,10 +108,10 @@ class Report:
 
     def _known(self, run: Run) -> dict[str, float]:
         progress, seconds = run.progress, time.monotonic() - self.since - run.beside
+        self.monitor.begin(progress.step, self.steps, seconds)
         batch = run.config.train.global_batch
         known = {"step": progress.step, "lr": run.lr, "lambda": run.lambda_, "samples": progress.step * batch}
         known["images_per_second"] = self.steps * batch / seconds
-        known["data_wait_fraction"] = run.feed.waited() / seconds
         known["skipped_images"] = progress.skipped_images
         if self.seconds_at_peak is not None:
             known["mfu"] = self.steps * self.seconds_at_peak / seconds
@@ -125,7 +126,7 @@ class Report:
         known["effective_rank"] = effective_rank_of(spread)
         known["embedding_std"] = math.sqrt(float(spread.trace()) / (len(spread) * self.samples))
         self.collapse.look(int(known["step"]), known["effective_rank"], known["embedding_std"])
-        record = known | {name: float(value) for name, value in read.items()}
+        record = known | self.monitor.read() | {name: float(value) for name, value in read.items()}
         record["loss_normalized"] = record["loss"] / record["lambda"] ** 0.4
         record["nonfinite_steps"] = run.progress.nonfinite
         self.last = self.reporter.log(record)

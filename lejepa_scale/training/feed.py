@@ -3,7 +3,6 @@ words. Notes what the step was made of; never looks at the model."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -45,7 +44,6 @@ class Feed:
         self.labels: list[Tensor] = []
         self.faults: list[Fault] = []
         self._ahead: _Asked | None = None
-        self._waited = 0.0
 
     def of_step(self, number: int, *, more: bool = True) -> Iterator[Callable[[], list[Tensor]]]:
         """The micro-batches of step `number`, each as what makes its views on the device. more: another step follows.
@@ -61,11 +59,6 @@ class Feed:
             if more or micro + 1 < self.plan.accumulation:
                 self._ahead = self._ask()
 
-    def waited(self) -> float:
-        """Seconds that this rank has waited for images since this was last asked."""
-        waited, self._waited = self._waited, 0.0
-        return waited
-
     def close(self) -> None:
         """Nothing is under way afterwards. Every rank calls, unless the run has failed."""
         if self._ahead is not None:
@@ -80,12 +73,10 @@ class Feed:
         """For the next batch of this rank, and begin to tell the others what came."""
         batch, failure = None, None
         with self.phase("data wait"):
-            asked = time.monotonic()
             try:
                 batch = next(self.batches)
             except UserError as error:
                 failure = error
-            self._waited += time.monotonic() - asked
         flags = collectives.begin_sum(torch.tensor([len(batch.skipped) if batch else 0, int(failure is not None)]))
         if batch is not None and self.beside is not None:
             with self.phase("colours"):

@@ -14,16 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-_UNWRITTEN = (
-    "empty",
-    "new_empty",
-    "resize",
-    "set_",
-    "detach",
-    "view",
-    "_to_copy",
-    "alias",
-)  # give what is there already
+_UNWRITTEN = ("empty", "new_empty", "resize", "set_")  # give memory as it is, whatever was there
 _MODULE = "module of lejepa_scale"  # among a node's metadata
 
 
@@ -96,7 +87,7 @@ class Hunt(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         name = func._schema.name.split("::")[1]
-        if self.found is None and not name.startswith(_UNWRITTEN):
+        if self.found is None and not func.is_view and not name.startswith(_UNWRITTEN):
             self._look(func, out, [args, kwargs or {}])
         return out
 

@@ -4,7 +4,7 @@ between steps is in actions.py."""
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -21,6 +21,7 @@ from lejepa_scale.training.evaluating import Evaluate
 from lejepa_scale.training.guard import Guard
 from lejepa_scale.training.held_out import open_held_out
 from lejepa_scale.training.lock import locked
+from lejepa_scale.training.monitor import Monitor, Phases
 from lejepa_scale.training.reporting import Reporter
 from lejepa_scale.training.resume import begin_anew, resume, write_config
 from lejepa_scale.training.run import Action, Run
@@ -43,6 +44,7 @@ from lejepa_scale.training.watchdog import Watchdog, in_words
 logger = logging.getLogger(__name__)
 
 EXIT_STATUS = "exit_status"  # a file in run.dir
+Doing = Callable[..., AbstractContextManager[None]]
 
 
 def train(config: Config) -> bool:
@@ -98,7 +100,9 @@ def train(config: Config) -> bool:
             in_words(watchdog),
         ):
             of_probe = actions.Probe(device)
-            report = actions.Report(run, reporter, gauges=[of_probe.reading] if probe is not None else [])
+            phases = Phases(watchdog.doing)
+            monitor = Monitor(config.run.dir, phases, device)
+            report = actions.Report(run, reporter, monitor, [of_probe.reading] if probe is not None else [])
             averaging = [actions.Averaging(run, average)] if average is not None else []
             evaluating = [Evaluate(run, reporter, held)] if held is not None else []
 
@@ -110,7 +114,8 @@ def train(config: Config) -> bool:
             loop(
                 run,
                 [actions.quarantine, stop, of_probe, Guard(), *averaging, report, *evaluating, save],
-                watchdog,
+                phases,
+                watchdog.step,
             )
             collectives.barrier()
         return _leaving(config, Exit.STOPPED if run.stopping else Exit.DONE)
@@ -182,20 +187,17 @@ def next_step(run: Run, phase: Phase, *, more: bool = True) -> StepResult:
     return result
 
 
-def _unwatched(name: str, *, unlimited: bool = False) -> AbstractContextManager[None]:
-    return nullcontext()
-
-
-def loop(run: Run, after_step: Sequence[Action], watchdog: Watchdog | None = None) -> None:
+def loop(
+    run: Run,
+    after_step: Sequence[Action],
+    doing: Doing = lambda name, *, unlimited=False: nullcontext(),
+    begins: Callable[[int], None] = lambda number: None,
+) -> None:
     """Step after step until the last one, or until an action lets the run stop. An action with a name of what it is `doing`
-    may take as long as it likes."""
-    config = run.config
-    doing = watchdog.doing if watchdog is not None else _unwatched
-    if watchdog is not None:
-        run.feed.phase = watchdog.doing
-    for number in range(run.progress.step, config.train.steps):
-        if watchdog is not None:
-            watchdog.step(number)
+    may take as long as it likes. doing: wraps the parts of a step and such actions, by name. begins: is told each step."""
+    run.feed.phase = doing
+    for number in range(run.progress.step, run.config.train.steps):
+        begins(number)
         result = next_step(run, doing)
         for action in after_step:
             name = getattr(action, "doing", "")

@@ -7,6 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from lejepa_scale.config import BatchPlan, validate
 from lejepa_scale.data.faults import Fault
 from lejepa_scale.training import actions, loop
 from lejepa_scale.training.guard import Guard
+from lejepa_scale.training.monitor import Monitor, Phases
 from lejepa_scale.training.probe import OnlineProbe
 from lejepa_scale.training.run import Run
 from lejepa_scale.training.step import StepResult
@@ -31,7 +33,7 @@ pytestmark = pytest.mark.unchecked  # engines, feeds and reporters are made up
 
 def make_run(folder: Path, step: int = 0, **sections: dict[str, Any]) -> Run:
     config = validate(small_config(folder, "s", **sections))
-    feed: Any = SimpleNamespace(samples=[f"a.tar/{i}" for i in range(4)], labels=[], faults=[], waited=lambda: 0.25)
+    feed: Any = SimpleNamespace(samples=[f"a.tar/{i}" for i in range(4)], labels=[], faults=[])
     plan = BatchPlan(micro_batch=16, ranks=1, accumulation=1)
     return Run(config, plan, CPU, SimpleNamespace(), feed, Progress(step, "shards"))  # type: ignore[arg-type]
 
@@ -46,6 +48,10 @@ def a_result(loss: float = 1.0, finite: bool = True, batches: int = 1) -> StepRe
     }
     norm = torch.tensor(3.0 if finite else torch.nan)
     return StepResult([out] * batches, norm, torch.tensor(finite))
+
+
+def monitor_of(run: Run) -> Monitor:
+    return Monitor(run.config.run.dir, Phases(lambda name, *, unlimited: nullcontext()), CPU)
 
 
 def test_replaced_samples_are_named_counted_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -66,7 +72,7 @@ def test_what_came_of_a_step_is_known_before_it_is_saved(tmp_path: Path) -> None
     run = make_run(tmp_path, step=5, checkpoint={"every": 5})
     logged: list[dict[str, float]] = []
     reporter: Any = SimpleNamespace(advance=lambda: None, log=lambda record: logged.append(record) or record)
-    guard, report = Guard(), actions.Report(run, reporter)
+    guard, report = Guard(), actions.Report(run, reporter, monitor_of(run))
     for action in (guard, report):
         action(run, a_result(finite=False))
     assert run.progress.nonfinite == 1
@@ -88,7 +94,9 @@ def test_a_record_holds_means_since_the_last_one(tmp_path: Path, monkeypatch: py
     run = make_run(tmp_path, log={"every": 2}, objective={"lambda": 0.05})
     logged: list[dict[str, float]] = []
     reporter: Any = SimpleNamespace(advance=lambda: None, log=logged.append)
-    report = actions.Report(run, reporter, gauges=[lambda: {"extra": torch.tensor(9.0)}])
+    monitor = monitor_of(run)
+    monitor.phases._seconds["data wait"] = 0.25
+    report = actions.Report(run, reporter, monitor, [lambda: {"extra": torch.tensor(9.0)}])
     run.lr = 0.125
     for step, loss in enumerate((1.0, 3.0, 5.0, 7.0, 9.0), start=1):
         run.progress.step = step
@@ -108,7 +116,7 @@ def test_a_skipped_step_is_in_no_mean(tmp_path: Path) -> None:
     run = make_run(tmp_path, log={"every": 2})
     logged: list[dict[str, float]] = []
     reporter: Any = SimpleNamespace(advance=lambda: None, log=logged.append)
-    report = actions.Report(run, reporter)
+    report = actions.Report(run, reporter, monitor_of(run))
     for step, loss in enumerate((math.nan, 3.0, math.nan, math.nan, 1.0), start=1):
         run.progress.step = step
         report(run, a_result(loss, finite=math.isfinite(loss)))

@@ -85,7 +85,7 @@ def test_two_ranks_find_the_sample_and_the_module(engine: str, shards: tuple[Pat
     assert found[0].of_ranks[rank][1] == [name]
     first = found[0].of_ranks[rank][0]
     assert first is not None
-    assert first.module == "encoder.backbone.patch_embed"
+    assert first.module == "encoder.backbone.patch_embed", first
     assert first.operation == "aten.log.default"
     assert first.phase == "forward"
     assert first.alone

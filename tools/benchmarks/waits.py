@@ -7,7 +7,7 @@ import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from lejepa_scale.model import build
 from lejepa_scale.training import actions, loop
 from lejepa_scale.training.feed import Feed
 from lejepa_scale.training.guard import Guard
+from lejepa_scale.training.monitor import Monitor, Phases
 from lejepa_scale.training.probe import OnlineProbe
 from lejepa_scale.training.run import Run
 from lejepa_scale.training.start import start_engine
@@ -90,7 +91,7 @@ def steps(config: Config) -> list[Step]:
     with ExitStack() as stack:
         stack.enter_context(patch.object(photometric, "apply", colours))
         mesh = group_of_nobody()
-        stack.enter_context(patch.object(fsdp, "_mesh", lambda *_: mesh))
+        stack.enter_context(patch.object(fsdp, "mesh_of", lambda *_: mesh))
         watch = stack.enter_context(pretended())
         engine = build_engine(config, plan, lambda: build(config), CUDA)
         for block, rate in zip(engine.module.encoder.blocks, rates, strict=True):
@@ -166,7 +167,8 @@ def _run(config: Config, plan: BatchPlan, engine: Engine) -> tuple[Run, list[Any
     reporter: Any = SimpleNamespace(advance=lambda: None, log=lambda record: record)
     request: Any = SimpleNamespace(reason=str)
     of_probe = actions.Probe(device)
-    report = actions.Report(run, reporter, gauges=[of_probe.reading])
+    monitor = Monitor(config.run.dir, Phases(lambda name, *, unlimited: nullcontext()), device)
+    report = actions.Report(run, reporter, monitor, [of_probe.reading])
     return run, [actions.quarantine, actions.Stop(request), of_probe, Guard(), report]
 
 
