@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import logging
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from lejepa_scale.addresses import redacted
+from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import launch
 
 
@@ -48,6 +51,44 @@ def outlive_terminal() -> None:
     run that is told so by SIGHUP still has to save."""
     if not isinstance(sys.stderr, _Outliving):
         sys.stderr = _Outliving(sys.stderr)  # type: ignore[assignment]
+
+
+class _RunLog(logging.Handler):
+    """Lines in a run's directory, with time and level. Held back until the run has a configuration there: a start that is
+    refused leaves nothing behind. What cannot be written is let go."""
+
+    def __init__(self, path: Path, begun: Path) -> None:
+        super().__init__()
+        self._path, self._begun, self._held = path, begun, list[str]()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError, ValueError):
+            self._held.append(redacted(self.format(record)) + "\n")
+            if self._begun.exists():
+                with self._path.open("a") as file:
+                    file.writelines(self._held)
+                self._held = []
+
+
+@contextmanager
+def kept(run_dir: Path) -> Iterator[None]:
+    """Inside, the package's messages are kept in a run's train.log too, with what ends it: on rank 0, and, from warnings
+    upwards, in train_rank3.log on another rank that has any."""
+    rank, logger = launch.rank(), logging.getLogger("lejepa_scale")
+    name = f"train_rank{rank}.log" if rank else "train.log"
+    handler = _RunLog(run_dir / name, run_dir / "config.yaml")
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        words = None if isinstance(error, UserError | SystemExit) else (type(error), error, error.__traceback__)
+        said = str(error) if isinstance(error, UserError) else f"ended by {type(error).__name__}"
+        if not (isinstance(error, UserError) and error.everywhere and rank):
+            handler.handle(logging.LogRecord("lejepa_scale", logging.ERROR, __file__, 0, said, None, words))
+        raise
+    finally:
+        logger.removeHandler(handler)
 
 
 def to_stderr() -> None:

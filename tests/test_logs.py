@@ -6,6 +6,7 @@ import ast
 import logging
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from shutil import copytree
 
@@ -62,6 +63,50 @@ def test_a_progress_bar_is_not_torn(shown: None, capsys: pytest.CaptureFixture[s
     lines = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
     assert lines[0] == "a line between two updates"
     assert lines[1].startswith("indexing:  50%")
+
+
+def test_a_run_keeps_its_messages_and_what_ended_it(tmp_path: Path, shown: None) -> None:
+    logs.to_stderr()
+    with logs.kept(tmp_path):
+        PACKAGE.info("before there is a run")
+        assert not list(tmp_path.iterdir())
+        (tmp_path / "config.yaml").touch()
+        PACKAGE.warning("key=s3cret at http://user:word@host/a.tar")
+    PACKAGE.warning("after it")
+    with pytest.raises(UserError), logs.kept(tmp_path):
+        raise UserError("a shard is lost.")
+    with pytest.raises(ZeroDivisionError), logs.kept(tmp_path):
+        1 / 0  # noqa: B018
+    text = (tmp_path / "train.log").read_text()
+    assert "INFO before there is a run" in text
+    assert "word@" not in text
+    assert "after it" not in text
+    assert "ERROR a shard is lost." in text
+    assert "ended by ZeroDivisionError" in text
+    assert "1 / 0" in text
+    assert all(line[:2] == "20" for line in text.splitlines()[:3])  # a time
+
+
+def _fail(run: Path, error: UserError) -> None:
+    with suppress(UserError), logs.kept(run):
+        PACKAGE.warning("what this rank met")
+        raise error
+
+
+def test_a_refused_start_leaves_no_log(tmp_path: Path, shown: None) -> None:
+    _fail(tmp_path / "run", UserError("refused."))
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_ranks_have_a_log_where_they_have_something_to_say(tmp_path: Path, shown: pytest.MonkeyPatch) -> None:
+    shown.setenv("RANK", "3")
+    (tmp_path / "config.yaml").touch()
+    everywhere = UserError("the same on every rank.")
+    everywhere.everywhere = True
+    _fail(tmp_path, everywhere)
+    (found,) = tmp_path.glob("*.log")
+    assert found.name == "train_rank3.log"
+    assert len(found.read_text().splitlines()) == 1
 
 
 def test_importing_configures_nothing() -> None:

@@ -30,6 +30,7 @@ MAY_IMPORT["training"] = {*MAY_IMPORT, "evaluation", "cost"} - {"conversion"}
 MAY_IMPORT["operations"] = {*MAY_IMPORT, "training"}
 MAY_IMPORT["logs"] = {
     "addresses",
+    "errors",
     "parallel",
 }  # after those that may not import it: who shows messages is a program's business
 MAY_IMPORT["cli"] = {*MAY_IMPORT, "operations"}

@@ -23,6 +23,7 @@ from lejepa_scale.cli import (
     statistics,
     sweep,
     train,
+    watch,
 )
 from lejepa_scale.cli.command import Group, start
 from lejepa_scale.cli.versions import versions
@@ -41,6 +42,7 @@ LEJEPA = Group(
         SHARDS,
         train.COMMAND,
         plan.COMMAND,
+        watch.COMMAND,
         runs.COMMAND,
         replay.COMMAND,
         rollback.COMMAND,

@@ -57,7 +57,8 @@ def _run(arguments: argparse.Namespace) -> int:
     keep_memory()
     logs.outlive_terminal()
     try:
-        finished = train(config)
+        with logs.kept(config.run.dir):
+            finished = train(config)
     except UserError as error:
         os._exit(refuse(error))  # other ranks may wait in a collective: leave without waiting for them
     if finished or launch.starts_again():  # else a run that was asked to stop would be started once more

@@ -94,7 +94,7 @@ def as_table(found: Sequence[Standing]) -> str:
     rows = [
         (
             one.run, one.state, str(one.step), one.steps, _number(one.images_per_second, ".0f"),
-            "" if one.age is None else f"{_spoken(one.age)} ago", _number(one.loss, ".4g"),
+            "" if one.age is None else f"{spoken(one.age)} ago", _number(one.loss, ".4g"),
             f"{one.metric.removeprefix('eval_')} {one.score:.3f}" if one.score is not None else "",
         )
         for one in found
@@ -112,7 +112,8 @@ def _number(value: float | None, how: str) -> str:
     return "" if value is None else format(value, how)
 
 
-def _spoken(seconds: float) -> str:
+def spoken(seconds: float) -> str:
+    """A time in its largest unit."""
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"

@@ -38,6 +38,7 @@ _OF_A_RUN = (
     "nonfinite",
     "hang",
     "ranks.json",
+    "train.log",
     "evaluation.json",
     "evaluation.html",
     "picture.html",
