@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from lejepa_scale.cli import (
     audit,
     convert,
+    doctor,
     embed,
     evaluate,
     index,
@@ -26,7 +27,7 @@ from lejepa_scale.cli import (
     watch,
 )
 from lejepa_scale.cli.command import Group, start
-from lejepa_scale.cli.versions import versions
+from lejepa_scale.operations.versions import versions
 
 SHARDS = Group(
     "shards",
@@ -42,6 +43,7 @@ LEJEPA = Group(
         SHARDS,
         train.COMMAND,
         plan.COMMAND,
+        doctor.COMMAND,
         watch.COMMAND,
         runs.COMMAND,
         replay.COMMAND,

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.engine.base import VALUE, Engine, Factory, Shard, Update, full_shape
+from lejepa_scale.engine.extensions import release_stale_locks
 from lejepa_scale.engine.optim import adamw, moments, set_hyperparameters
 from lejepa_scale.engine.wrap import prepare_blocks, sharding_units, without_weights
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import LeJEPA, Replay
 from lejepa_scale.model.packed import PackedBlock
+from lejepa_scale.parallel import launch
 from lejepa_scale.parallel.process_group import rank
 
 _MINIMUM = (0, 19, 5)
@@ -76,6 +78,8 @@ class ZeROEngine(Engine):
     def __init__(
         self, factory: Factory, config: Config, plan: BatchPlan, device: torch.device, shapes: LeJEPA | None = None
     ) -> None:
+        if launch.local_rank() == 0:
+            release_stale_locks()
         deepspeed = _import()
         if shapes is None:
             with torch.device("meta"):

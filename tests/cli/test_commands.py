@@ -16,8 +16,8 @@ from conftest import ROOT, Command, small_config
 from lejepa_scale.cli.command import Command as Definition
 from lejepa_scale.cli.command import Group, refuse
 from lejepa_scale.cli.main import LEJEPA, main
-from lejepa_scale.cli.versions import TORCH_TRIED
 from lejepa_scale.errors import UserError
+from lejepa_scale.operations.versions import TORCH_TRIED
 
 
 def every(group: Group) -> list[tuple[str, ...]]:
@@ -132,7 +132,7 @@ def test_version_says_what_is_in_use(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_version_says_what_is_absent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("lejepa_scale.cli.versions._LIBRARIES", ("torch", "no-such-library"))
+    monkeypatch.setattr("lejepa_scale.operations.versions._LIBRARIES", ("torch", "no-such-library"))
     assert main(["--version"]) == 0
     assert re.search(r"^no-such-library\s*absent$", capsys.readouterr().out, re.MULTILINE)
 
