@@ -20,6 +20,7 @@
                                                  a step's time and MFU on paper, operator by operator: no GPU needed
   python tools/bench.py rounding                 what TF32 changes of SIGReg, and float8 of a linear layer: no GPU needed
   python tools/bench.py faults                   what becomes of a run under each signal and broken part, and of the next one
+  python tools/bench.py hosts                    a run across two hosts (Linux namespaces), and what a cut link makes of it
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
 --smoke runs the same code at toy sizes on whatever is here: it checks the benchmark itself. Results go to
@@ -46,6 +47,7 @@ from benchmarks import (
     evaluation,
     faults,
     gpu,
+    hosts,
     input,
     order,
     reach,
@@ -186,6 +188,10 @@ def main() -> int:
     kind.add_argument("--launchers", nargs="+", choices=faults.LAUNCHERS, default=list(faults.LAUNCHERS))
     kind.add_argument("--only", nargs="+", metavar="PART", default=[], help="faults in whose names one of these occurs")
     kind.add_argument("--ranks", type=int, default=2, help="under a launcher that starts several; %(default)s")
+    kind = kinds.add_parser(
+        "hosts", parents=[options], help="a run across two hosts, whose link or one of which goes; as root"
+    )
+    kind.add_argument("--only", nargs="+", metavar="PART", default=[], help="cases in whose names one of these occurs")
     kinds.add_parser("rounding", parents=[options], help="what TF32 changes of SIGReg, and float8 of a linear layer")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
@@ -208,6 +214,7 @@ def main() -> int:
             "evaluation": _evaluation,
             "race": _race,
             "faults": _faults,
+            "hosts": _hosts,
             "isotropy": _isotropy,
             "order": _order,
             "encoders": _encoders,
@@ -409,6 +416,14 @@ def _faults(arguments: argparse.Namespace) -> Results:
     launchers, only = (["python"], ["SIGUSR1"]) if arguments.smoke else (arguments.launchers, arguments.only)
     rows = faults.inject(launchers, only, arguments.ranks)
     results = run_sections({"faults": rows}, torch.device("cpu"), minutes=1e6)
+    print(faults.as_table(results["rows"]))
+    return results
+
+
+def _hosts(arguments: argparse.Namespace) -> Results:
+    """Rows, and the table."""
+    only = ["finishes torchrun"] if arguments.smoke else arguments.only
+    results = run_sections({"hosts": hosts.measure(only)}, torch.device("cpu"), minutes=1e6)
     print(faults.as_table(results["rows"]))
     return results
 
