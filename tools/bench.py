@@ -20,6 +20,7 @@
                                                  a step's time and MFU on paper, operator by operator: no GPU needed
   python tools/bench.py rounding                 what TF32 changes of SIGReg, and float8 of a linear layer: no GPU needed
   python tools/bench.py faults                   what becomes of a run under each signal and broken part, and of the next one
+  python tools/bench.py plan                     plans beside measured memory and published runs; a table to 4,096 GPUs
   python tools/bench.py hosts                    a run across two hosts (Linux namespaces), and what a cut link makes of it
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
 
@@ -50,6 +51,7 @@ from benchmarks import (
     hosts,
     input,
     order,
+    plans,
     reach,
     roofline,
     rounding,
@@ -192,6 +194,11 @@ def main() -> int:
         "hosts", parents=[options], help="a run across two hosts, whose link or one of which goes; as root"
     )
     kind.add_argument("--only", nargs="+", metavar="PART", default=[], help="cases in whose names one of these occurs")
+    kinds.add_parser(
+        "plan",
+        parents=[options],
+        help="plans beside measured memory, published runs, and a table of the largest recipes",
+    )
     kinds.add_parser("rounding", parents=[options], help="what TF32 changes of SIGReg, and float8 of a linear layer")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
@@ -215,6 +222,7 @@ def main() -> int:
             "race": _race,
             "faults": _faults,
             "hosts": _hosts,
+            "plan": _plan,
             "isotropy": _isotropy,
             "order": _order,
             "encoders": _encoders,
@@ -426,6 +434,16 @@ def _hosts(arguments: argparse.Namespace) -> Results:
     results = run_sections({"hosts": hosts.measure(only)}, torch.device("cpu"), minutes=1e6)
     print(faults.as_table(results["rows"]))
     return results
+
+
+def _plan(arguments: argparse.Namespace) -> Results:
+    models, ranks = (["quickstart"], [1]) if arguments.smoke else (list(plans.MODELS), plans.RANKS)
+    sections = {
+        "memory": plans.memory(models, ranks),
+        "published runs": plans.published(),
+        "scaling": plans.scaling(["vitg_lvd", "vitgigantic_lvd"], ["h100"]),
+    }
+    return run_sections(sections, torch.device("cpu"), minutes=1e6)
 
 
 def _isotropy(arguments: argparse.Namespace) -> Results:

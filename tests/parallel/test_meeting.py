@@ -93,3 +93,56 @@ def test_torchrun_starts_again_by_itself_after_a_rank_was_killed(
     steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, 61))
     assert "resuming from" in said
+
+
+def test_ranks_keep_a_store_that_outlives_the_launchers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun's store is gone with torchrun; what ranks put into theirs is still there."""
+    launchers = [dist.TCPStore("127.0.0.1", free_port(), is_master=True, timeout=20 * SECOND)]
+    port = launchers[0].port
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    seconds = 20 * SECOND
+
+    def one(rank: int) -> dist.TCPStore:
+        own = client(launchers[0])
+        name = meeting.named(own, rank, 3, seconds)
+        return meeting.kept_by_rank_zero(own, name, rank, 3, seconds)
+
+    with ThreadPoolExecutor(3) as threads:
+        stores = list(threads.map(one, range(3)))
+    assert {store.port for store in stores} == {stores[0].port} != {port}
+    launchers.clear()
+    with pytest.raises(dist.DistError):
+        dist.TCPStore("127.0.0.1", port, is_master=False, timeout=SECOND)
+    stores[1].set("saved", "by rank 1")
+    assert stores[2].get("saved") == b"by rank 1"
+    assert stores[0].add("count", 1) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "of_master", "told"),
+    [
+        ("10.0.0.7", "10.0.0.7", "head"),  # the launcher's store is on this host, which others know by that name
+        ("127.0.0.1", "127.0.1.1", "head"),  # likewise, where the host's own name is an address of its own
+        ("10.0.0.7", "10.0.0.1", "10.0.0.7"),  # rank 0 has moved to another host since
+        ("fe80::7%eth0", "fe80::1", "fe80::7%eth0"),
+    ],
+)
+def test_the_address_that_others_reach(own: str, of_master: str, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Connection:
+        def __enter__(self) -> Connection:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def getsockname(self) -> tuple[str, int]:
+            return own, 1
+
+        def getpeername(self) -> tuple[str, int]:
+            return of_master, 2
+
+    monkeypatch.setenv("MASTER_ADDR", "head")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.setattr(meeting.socket, "create_connection", lambda *_, **__: Connection())
+    assert meeting._host_of_this_rank() == told
