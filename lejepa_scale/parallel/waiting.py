@@ -7,8 +7,10 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
+from typing import TypeVar
 
 import torch.distributed as dist
 
@@ -16,10 +18,33 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import process_group
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _BEAT_SECONDS = 10.0  # between two signs of life, or a fifth of the timeout where that is less
 _LOOK_SECONDS = 0.002, 1.0  # between two looks at the others: at first, at last
 _number = itertools.count()  # of a piece of work, the same on every rank
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` gives. A store that lives on a host whose link is cut answers nothing, for ever: raises TimeoutError after
+    `seconds`, and leaves the thread that asks behind."""
+    found: list[T] = []
+    failed: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            found.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return found[0]
 
 
 class Told:
@@ -53,9 +78,12 @@ def awaited(doing: str) -> Iterator[None]:
         yield
     finally:
         over.set()
-    store.add(f"{key}/done", 1)
-    store.add(f"{key}/done/{process_group.rank()}", 1)
-    _wait(store, key, limit, told)
+    try:
+        within(limit, partial(store.add, f"{key}/done", 1))
+        within(limit, partial(store.add, f"{key}/done/{process_group.rank()}", 1))
+        _wait(store, key, limit, told)
+    except (dist.DistError, TimeoutError) as error:
+        raise UserError(f"rank 0 was lost while the ranks waited ({told.doing}): {error}") from error
 
 
 def _beat(store: dist.Store, key: str, over: threading.Event, every: float, told: Told) -> None:
@@ -68,16 +96,13 @@ def _beat(store: dist.Store, key: str, over: threading.Event, every: float, told
 def _wait(store: dist.Store, key: str, limit: float, told: Told) -> None:
     began = heard = time.monotonic()
     beats = -1
-    try:
-        while store.add(f"{key}/done", 0) < process_group.world_size():
-            if (now := store.add(f"{key}/beats", 0)) != beats:
-                beats, heard = now, time.monotonic()
-            elif time.monotonic() - heard > limit:
-                raise _lost(_unfinished(store, key), limit, told.doing)
-            told.look()
-            time.sleep(min(_LOOK_SECONDS[1], max(_LOOK_SECONDS[0], 0.05 * (time.monotonic() - began))))
-    except dist.DistError as error:
-        raise UserError(f"rank 0 was lost while the ranks waited ({told.doing}): {error}") from error
+    while within(limit, partial(store.add, f"{key}/done", 0)) < process_group.world_size():
+        if (now := within(limit, partial(store.add, f"{key}/beats", 0))) != beats:
+            beats, heard = now, time.monotonic()
+        elif time.monotonic() - heard > limit:
+            raise _lost(within(limit, partial(_unfinished, store, key)), limit, told.doing)
+        told.look()
+        time.sleep(min(_LOOK_SECONDS[1], max(_LOOK_SECONDS[0], 0.05 * (time.monotonic() - began))))
 
 
 def _unfinished(store: dist.Store, key: str) -> list[int]:

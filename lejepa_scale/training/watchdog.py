@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lejepa_scale.errors import Exit, UserError
-from lejepa_scale.parallel import living, process_group
+from lejepa_scale.parallel import living, process_group, waiting
 from lejepa_scale.parallel.shared_memory import RankLost
 
 logger = logging.getLogger(__name__)
@@ -101,12 +101,12 @@ class Watchdog:
         if self._store is None:
             return []
         try:
-            before = self._signs()
+            before = self._asked()
             if gone := [rank for rank, sign in before.items() if sign.process.gone()]:
                 return gone
             time.sleep(1.5 * self._every)
-            now = self._signs()
-        except dist.DistError:
+            now = self._asked()
+        except (dist.DistError, TimeoutError):
             return [0]
         return [rank for rank in range(self._ranks) if rank not in now or before.get(rank) == now[rank]]
 
@@ -147,23 +147,33 @@ class Watchdog:
     def _mine(self) -> list[object]:
         return [self._signed, self._number, self._doing, round(time.monotonic() - self._since, 1), self._process]
 
-    def _signs(self) -> dict[int, Sign]:
+    def _signs(self, store: dist.Store | None) -> dict[int, Sign]:
         """Of the ranks that have told anything."""
-        if self._store is None:
+        if store is None:
             return {self._rank: Sign(*self._mine())}  # type: ignore[arg-type]
         found = {}
         for rank in range(self._ranks):
-            if self._store.check([key := f"watchdog/{rank}"]):
-                number, step, doing, seconds, process = json.loads(self._store.get(key))
+            if store.check([key := f"watchdog/{rank}"]):
+                number, step, doing, seconds, process = json.loads(store.get(key))
                 found[rank] = Sign(number, step, doing, seconds, living.Process(*process))
         return found
+
+    def _asked(self) -> dict[int, Sign]:
+        """`_signs`, by a connection of its own: one that waits for an answer keeps others waiting. Raises TimeoutError where
+        the store does not answer."""
+        store = self._store
+
+        def ask() -> dict[int, Sign]:
+            return self._signs(store.clone() if store is not None else None)  # type: ignore[attr-defined]
+
+        return waiting.within(2 * self._every, ask)
 
     def _situation(self, quiet: float) -> str:
         usual = f", where steps took {statistics.median(self._durations):.3g} s" if self._durations else ""
         silent = self.silent()
         try:
-            who = described(self._signs(), silent)
-        except dist.DistError:
+            who = described(self._asked(), silent)
+        except (dist.DistError, TimeoutError):
             who = "rank 0, whose store the ranks meet by, does not answer"
         return f"step {self._number + 1} has not moved for {quiet:.0f} s{usual}: {who}."
 

@@ -118,3 +118,45 @@ def test_alone_nobody_is_waited_for() -> None:
     assert collectives.on_rank_zero(lambda: 3, "counting") == 3
     with waiting.awaited("counting"):
         pass
+
+
+class Deaf:
+    """A store whose host does not answer: its link is cut."""
+
+    def __init__(self, after: int = 0) -> None:
+        self.left = after
+
+    def _asked(self, *_: object) -> int:
+        if self.left <= 0:
+            time.sleep(60)
+        self.left -= 1
+        return 1
+
+    add = check = get = set = _asked
+
+    def clone(self) -> Deaf:
+        return self
+
+
+@pytest.mark.unchecked
+def test_no_answer_is_waited_for_no_longer_than_said() -> None:
+    began = time.monotonic()
+    with pytest.raises(TimeoutError, match="no answer in 0 s"):
+        waiting.within(0.2, Deaf().add)
+    assert time.monotonic() - began < 5
+    assert waiting.within(5, lambda: 7) == 7
+    with pytest.raises(ZeroDivisionError):
+        waiting.within(5, lambda: 1 // 0)
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("after", [0, 2, 3, 6])
+def test_a_store_that_does_not_answer_ends_the_wait(after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the link is cut: before this rank has told that it is done, or while it waits for the others."""
+    monkeypatch.setattr(process_group, "world_size", lambda: 4)
+    monkeypatch.setattr(process_group, "store", lambda: Deaf(after))
+    monkeypatch.setattr(process_group, "timeout", lambda: timedelta(seconds=0.4))
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"\(saving\)"), waiting.awaited("saving"):
+        pass
+    assert time.monotonic() - began < 10

@@ -17,7 +17,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from benchmarks.measure import Row
 from benchmarks.ports import free_port
-from lejepa_scale.config import BatchPlan, Config, check_world, load_config
+from lejepa_scale.config import BatchPlan, Config, changed, check_world, load_config
 from lejepa_scale.cost import step_memory
 from lejepa_scale.cost.forecast import forecast
 from lejepa_scale.cost.machines import machine
@@ -28,7 +28,14 @@ from lejepa_scale.training.step import train_step
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 _FEW = ("data.views.global.count=2", "data.views.local.count=2", "engine.compile=false", "engine.precision=fp32")
-_VIT = ("train.micro_batch=2", *_FEW, "engine.activation_checkpointing=none", "model.drop_path=0", "model.options={}")
+_VIT = (
+    "data.views.local.size=96",
+    "train.micro_batch=2",
+    *_FEW,
+    "engine.activation_checkpointing=none",
+    "model.drop_path=0",
+    "model.options={}",
+)
 # (name, recipe, keys): small batches of few views, which two cores can take
 MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "quickstart": ("quickstart", ()),
@@ -37,7 +44,7 @@ MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
     "ViT-L/16": ("vitl_in1k", ("model.encoder=vit_large_patch16_224", *_VIT)),
 }
 RANKS = (1, 2, 4)
-_GPUS = tuple(2**n for n in range(3, 13))
+_GPUS, _AT_LEAST = tuple(2**n for n in range(3, 13)), 2
 
 
 def memory(models: Sequence[str], ranks: Sequence[int]) -> Iterator[Row]:
@@ -162,12 +169,19 @@ def published() -> Iterator[Row]:
 
 
 def scaling(recipes: Sequence[str], chips: Sequence[str]) -> Iterator[Row]:
-    """The recipes on 8 to 4,096 GPUs."""
+    """The recipes on 8 to 4,096 GPUs; with a larger batch where theirs is less than two images a GPU."""
     for recipe in recipes:
         config = load_config(CONFIGS / f"{recipe}.yaml")
         for chip in chips:
-            for row in planning.table(config, planning.Assumptions(machine(chip)), _GPUS):
-                yield {"case": f"{recipe}, {chip}"} | row
+            for gpus in _GPUS:
+                batch = max(config.train.global_batch, _AT_LEAST * gpus)
+                given = (
+                    config
+                    if batch == config.train.global_batch
+                    else changed(config, {"train.global_batch": batch, "train.micro_batch": None})
+                )
+                for row in planning.table(given, planning.Assumptions(machine(chip)), [gpus]):
+                    yield {"case": f"{recipe}, {chip}", "batch": batch} | row
 
 
 if __name__ == "__main__":
