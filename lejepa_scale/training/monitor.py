@@ -13,14 +13,13 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.parallel import collectives, process_group
 
 logger = logging.getLogger(__name__)
@@ -114,7 +113,10 @@ class Monitor:
         if now - self._written >= _WRITE_SECONDS:
             self._written = now
             told = {"step": self._step, "time": time.time(), "ranks": [asdict(one) for one in times]}
-            write_text(self._file, json.dumps(told) + "\n")
+            with suppress(OSError):  # a full disk ends a save, not a look
+                unfinished = self._file.with_suffix(".partial")
+                unfinished.write_text(json.dumps(told) + "\n")
+                unfinished.replace(self._file)
         slow = {one.host: one for one in stragglers(times)}
         self._slow = Counter({host: self._slow[host] + 1 for host in slow})
         for host, one in slow.items():

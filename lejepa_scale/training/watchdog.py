@@ -60,13 +60,16 @@ class Watchdog:
         self._since = self._stepped = time.monotonic()
         self._durations: deque[float] = deque(maxlen=_STEPS)
         self._told_of, self._over = -1, threading.Event()
+        # one to tell by and one to ask by: who waits for an answer keeps others waiting on the same connection
         self._store: dist.Store | None = None
+        self._answers: dist.Store | None = None
+        self._asking, self._deaf = threading.Lock(), False
         self._process = living.myself()
         self._every = min(_BEAT_SECONDS, self._timeout / 10)
 
     def __enter__(self) -> Watchdog:
         if self._ranks > 1:
-            self._store = process_group.store().clone()  # type: ignore[attr-defined]  # the main thread's may be waiting for an answer
+            self._store, self._answers = (process_group.store().clone() for _ in range(2))  # type: ignore[attr-defined]
         self.step(self._number)
         self._durations.clear()
         # signs come from a thread of their own: who looks after the others, and waits for theirs, still gives his
@@ -98,7 +101,7 @@ class Watchdog:
     def silent(self) -> list[int]:
         """Ranks whose processes are gone, as far as they can be seen from here, else those that give no sign of life, by two
         looks that are further apart than signs are; rank 0 where the store that the ranks meet by does not answer."""
-        if self._store is None:
+        if self._answers is None:
             return []
         try:
             before = self._asked()
@@ -107,7 +110,7 @@ class Watchdog:
             time.sleep(1.5 * self._every)
             now = self._asked()
         except (dist.DistError, TimeoutError):
-            return [0]
+            return [] if self._rank == 0 else [0]
         return [rank for rank in range(self._ranks) if rank not in now or before.get(rank) == now[rank]]
 
     def usual(self) -> float:
@@ -147,8 +150,9 @@ class Watchdog:
     def _mine(self) -> list[object]:
         return [self._signed, self._number, self._doing, round(time.monotonic() - self._since, 1), self._process]
 
-    def _signs(self, store: dist.Store | None) -> dict[int, Sign]:
+    def _signs(self) -> dict[int, Sign]:
         """Of the ranks that have told anything."""
+        store = self._answers
         if store is None:
             return {self._rank: Sign(*self._mine())}  # type: ignore[arg-type]
         found = {}
@@ -159,14 +163,15 @@ class Watchdog:
         return found
 
     def _asked(self) -> dict[int, Sign]:
-        """`_signs`, by a connection of its own: one that waits for an answer keeps others waiting. Raises TimeoutError where
-        the store does not answer."""
-        store = self._store
-
-        def ask() -> dict[int, Sign]:
-            return self._signs(store.clone() if store is not None else None)  # type: ignore[attr-defined]
-
-        return waiting.within(2 * self._every, ask)
+        """`_signs`, within a time. Raises TimeoutError where the store does not answer, from then on at once."""
+        if self._deaf:
+            raise TimeoutError("no answer before")
+        try:
+            with self._asking:  # two threads may want to know
+                return waiting.within(2 * self._every, self._signs)
+        except TimeoutError:
+            self._deaf = True
+            raise
 
     def _situation(self, quiet: float) -> str:
         usual = f", where steps took {statistics.median(self._durations):.3g} s" if self._durations else ""
@@ -247,5 +252,5 @@ def in_words(watchdog: Watchdog) -> Iterator[None]:
 def _of_a_collective(error: RuntimeError) -> bool:
     text = str(error)
     return isinstance(error, dist.DistError | RankLost) or any(
-        word in text for word in ("gloo", "NCCL", "onnection closed by peer")
+        word in text for word in ("gloo", "NCCL", "onnection closed by peer", "pair closure", "Timed out waiting")
     )

@@ -219,13 +219,12 @@ def test_errors_that_are_no_collective_s_stay_as_they_are(tmp_path: Path) -> Non
         raise RuntimeError("gloo, in a world of one")
     assert not watchdog._of_a_collective(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     assert watchdog._of_a_collective(dist.DistBackendError("NCCL communicator was aborted"))
+    for said in ("Application timeout caused pair closure", "Timed out waiting 15000ms for recv operation to complete"):
+        assert watchdog._of_a_collective(RuntimeError(said)), said  # gloo's words, without its name
 
 
 class _Deaf:
     """The store of a rank 0 whose link is cut."""
-
-    def clone(self) -> _Deaf:
-        return self
 
     def check(self, keys: list[str]) -> bool:
         time.sleep(60)
@@ -235,7 +234,7 @@ class _Deaf:
 def test_a_cut_link_does_not_hold_up_the_end(tmp_path: Path) -> None:
     """Nothing that the paragraph wants to know can be asked; the run ends all the same."""
     watch = Watchdog(tmp_path, timedelta(seconds=2))
-    watch._store, watch._ranks = _Deaf(), 2  # type: ignore[assignment]
+    watch._answers, watch._ranks = _Deaf(), 2  # type: ignore[assignment]
     began = time.monotonic()
     said = watch._paragraph(9.0)
     assert time.monotonic() - began < 8

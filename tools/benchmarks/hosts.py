@@ -32,6 +32,7 @@ class Host:
     keeper: subprocess.Popen[bytes]
     init: int  # the process that is the first of its host
     logs: list[Path] = field(default_factory=list)
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     @property
     def address(self) -> str:
@@ -48,17 +49,19 @@ class Host:
         self.do("ip", "link", "set", _DEVICE, state)
 
     def start(self, words: Sequence[str], log: Path, environment: dict[str, str]) -> subprocess.Popen[bytes]:
-        self.logs.append(log)
-        return subprocess.Popen(
+        process = subprocess.Popen(
             self.inside(words), stdout=log.open("wb"), stderr=subprocess.STDOUT, env=environment, start_new_session=True
         )
+        self.logs.append(log)
+        self.started.append(process)
+        return process
 
-    def trainers(self) -> list[psutil.Process]:
-        """The processes that train here."""
+    def processes(self) -> list[psutil.Process]:
+        """What was started here, and what that has started."""
         found = []
-        with suppress(psutil.Error):
-            for process in psutil.Process(self.init).parent().children(recursive=True):  # type: ignore[union-attr]
-                found.append(process)
+        for started in self.started:
+            with suppress(psutil.Error):
+                found += psutil.Process(started.pid).children(recursive=True)
         return found
 
     def lose(self) -> None:
@@ -83,9 +86,15 @@ def two_hosts() -> Iterator[list[Host]]:
 
 
 def _host(number: int, stack: ExitStack) -> Host:
-    first = (
-        f"hostname host{number} && mount -t tmpfs tmpfs /dev/shm && ip link set lo up && echo ready && exec sleep 3600"
-    )
+    names = stack.enter_context(tempfile.NamedTemporaryFile("w", prefix="hosts-"))
+    names.write("127.0.0.1 localhost\n" + "".join(f"{_NETWORK}.{i + 1} host{i}\n" for i in range(2)))
+    names.flush()
+    first = " && ".join(
+        [
+            f"hostname host{number}", "mount -t tmpfs tmpfs /dev/shm", f"mount --bind {names.name} /etc/hosts",
+            "ip link set lo up", "echo ready", "exec sleep 3600",
+        ]
+    )  # fmt: skip
     words = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--mount", "--uts", "bash", "-c", first]
     keeper = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     assert keeper.stdout is not None
@@ -159,12 +168,13 @@ def _lost(hosts: list[Host]) -> None:
 
 def _rank_killed(hosts: list[Host]) -> None:
     """The trainer on the second host, not its launcher."""
-    for process in hosts[1].trainers():
+    for process in hosts[1].processes():
         with suppress(psutil.Error):
             words = process.cmdline()
             if "lejepa_scale" in words and "torch.distributed.run" not in words and process.environ().get("RANK"):
                 process.kill()
                 return
+    raise UserError("no trainer was found on the second host.")
 
 
 CASES = (
