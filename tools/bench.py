@@ -20,6 +20,7 @@
                                                  a step's time and MFU on paper, operator by operator: no GPU needed
   python tools/bench.py rounding                 what TF32 changes of SIGReg, and float8 of a linear layer: no GPU needed
   python tools/bench.py faults                   what becomes of a run under each signal and broken part, and of the next one
+  python tools/bench.py monitoring               what looking after a run costs a step
   python tools/bench.py plan                     plans beside measured memory and published runs; a table to 4,096 GPUs
   python tools/bench.py hosts                    a run across two hosts (Linux namespaces), and what a cut link makes of it
   python tools/bench.py order                    the order of a simulated billion of samples: start, look-up, memory, mixing
@@ -50,6 +51,7 @@ from benchmarks import (
     gpu,
     hosts,
     input,
+    monitoring,
     order,
     plans,
     reach,
@@ -199,6 +201,8 @@ def main() -> int:
         parents=[options],
         help="plans beside measured memory, published runs, and a table of the largest recipes",
     )
+    kind = kinds.add_parser("monitoring", parents=[options], help="what looking after a run costs a step")
+    kind.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
     kinds.add_parser("rounding", parents=[options], help="what TF32 changes of SIGReg, and float8 of a linear layer")
     kinds.add_parser("order", parents=[options], help="start, look-up and memory of a billion samples; on the CPU")
     arguments, overrides = parser.parse_known_args()  # overrides may stand anywhere among the options
@@ -223,6 +227,9 @@ def main() -> int:
             "faults": _faults,
             "hosts": _hosts,
             "plan": _plan,
+            "monitoring": lambda a: run_sections(
+                {"monitoring": monitoring.costs(a.config)}, torch.device("cpu"), minutes=1e6
+            ),
             "isotropy": _isotropy,
             "order": _order,
             "encoders": _encoders,

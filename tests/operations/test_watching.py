@@ -26,19 +26,12 @@ def made_up(run: Path) -> None:
         for step in range(10, 510, 10)
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    ranks = [
-        {
-            "rank": rank,
-            "host": f"node{rank // 2}",
-            "parts": dict.fromkeys(PARTS, 0.01)
-            | {"other ranks": 0.2 * (rank < 4), "data wait": 0.3 * (rank == 5)},
-            "step": 0.5,
-            "memory": 40.0 + rank,
-            "host_memory": 2.0,
-        }
-        for rank in range(6)
-    ]  # fmt: skip
-    (run / FILE).write_text(json.dumps({"step": 500, "time": time.time() - 7, "ranks": ranks}))
+    hosts, ranks = [f"node{rank // 2}" for rank in range(6)], []
+    for rank in range(6):
+        parts = dict.fromkeys(PARTS, 0.01) | {"other ranks": 0.2 * (rank < 4), "data wait": 0.3 * (rank == 5)}
+        ranks.append([*parts.values(), 0.5, 40.0 + rank, 2.0])
+    told = {"step": 500, "time": time.time() - 7, "hosts": hosts, "of_ranks": ranks}
+    (run / FILE).write_text(json.dumps(told))
     (run / "train.log").write_text("".join(f"line {i}\n" for i in range(100)))
 
 

@@ -34,6 +34,10 @@ def of(rank: int, host: str, others: float, data: float = 0.0, step: float = 1.0
     return RankTimes(rank, host, {**NOTHING, "other ranks": others, "data wait": data}, step, 0.0, 1.0)
 
 
+def rows(*times: RankTimes) -> torch.Tensor:
+    return torch.tensor([[*one.parts.values(), one.step, one.memory, one.host_memory] for one in times])
+
+
 def test_parts_are_added_up_until_they_are_taken() -> None:
     told: list[tuple[str, bool]] = []
     timed = Phases(lambda name, *, unlimited: told.append((name, unlimited)) or nullcontext())  # type: ignore[func-returns-value]
@@ -75,6 +79,17 @@ def test_hosts_that_others_wait_for() -> None:
     assert stragglers(times[:1]) == []
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_the_quick_look_finds_what_the_long_one_finds(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    count = 2 + seed % 7
+    waits = torch.rand(count, generator=generator) * (0.05 if seed % 3 else 1.0)
+    times = [of(rank, f"h{rank // 2}", float(wait)) for rank, wait in enumerate(waits)]
+    late = {rank for one in stragglers(times) for rank in one.ranks}
+    found = {int(rank) for rank in monitor._late(rows(*times)).nonzero()}
+    assert found == late
+
+
 def test_two_hosts_have_a_slower_one() -> None:
     """Half of all ranks wait: their median says nothing, their mean does."""
     (found,) = stragglers([of(0, "a", 0.4), of(1, "a", 0.4), of(2, "b", 0.0), of(3, "b", 0.0)])
@@ -85,13 +100,14 @@ def test_two_hosts_have_a_slower_one() -> None:
 def test_a_slow_host_is_told_of_once_in_a_while(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch, slow = Monitor(tmp_path, phases(), CPU), [of(0, "a", 0.4), of(1, "b", 0.0, data=0.4)]
+    watch, slow = Monitor(tmp_path, phases(), CPU), rows(of(0, "a", 0.4), of(1, "b", 0.0, data=0.4))
+    watch._hosts = ["a", "b"]
     clock = [1000.0]
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: clock[0])
     caplog.set_level(logging.WARNING)
     for _ in range(2):
         watch._tell(slow)
-    watch._tell([of(0, "a", 0.0), of(1, "b", 0.0)])  # it was passing
+    watch._tell(rows(of(0, "a", 0.0), of(1, "b", 0.0)))  # it was passing
     for _ in range(2):
         watch._tell(slow)
     assert caplog.messages == []
