@@ -33,9 +33,9 @@ def kept_by_rank_zero(store: dist.Store, name: str, rank: int, world: int, timeo
     """A store that lives in rank 0, whose address the others read in `store`."""
     key = f"{name}/store"
     if rank == 0:
-        host = _host_of_this_rank()
-        own = dist.TCPStore(host, 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
-        store.set(key, f"{host} {own.port}")
+        # rank 0 asks it by an address that stays when a network goes
+        own = dist.TCPStore("127.0.0.1", 0, world, is_master=True, timeout=timeout, wait_for_workers=False)
+        store.set(key, f"{_host_of_this_rank()} {own.port}")
         return own
     host, port = store.get(key).decode().split()
     return dist.TCPStore(host, int(port), world, is_master=False, timeout=timeout)

@@ -3,6 +3,7 @@ link that can be cut, and one file system. A run across both, and what becomes o
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,7 @@ def _host(number: int, stack: ExitStack) -> Host:
     first = " && ".join(
         [
             f"hostname host{number}", "mount -t tmpfs tmpfs /dev/shm", f"mount --bind {names.name} /etc/hosts",
+            "mount --bind /dev/null /etc/resolv.conf",  # a server that answers nothing would hold up torch's store
             "ip link set lo up", "echo ready", "exec sleep 3600",
         ]
     )  # fmt: skip
@@ -102,6 +104,8 @@ def _host(number: int, stack: ExitStack) -> Host:
     if not keeper.stdout.readline():
         raise UserError(f"no host can be made here (unshare, ip; as root): {keeper.stderr.read().decode().strip()}")
     (init,) = psutil.Process(keeper.pid).children()
+    # the network outlives the host, so that the other end of its link does
+    stack.callback(os.close, os.open(f"/proc/{init.pid}/ns/net", os.O_RDONLY))
     stack.callback(_end, init)
     return Host(number, keeper, init.pid)
 
@@ -163,6 +167,8 @@ def _cut(hosts: list[Host]) -> None:
 
 
 def _lost(hosts: list[Host]) -> None:
+    """As without power: nothing says goodbye."""
+    hosts[1].link("down")
     hosts[1].lose()
 
 
