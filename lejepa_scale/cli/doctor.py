@@ -29,7 +29,7 @@ def _run(a: argparse.Namespace) -> int:
     from datetime import timedelta
 
     from lejepa_scale.config import load_config
-    from lejepa_scale.operations import doctor
+    from lejepa_scale.operations import doctor, doctor_ranks
     from lejepa_scale.parallel import collectives, launch, process_group
 
     config = load_config(a.config, a.overrides) if a.config is not None else None
@@ -39,7 +39,7 @@ def _run(a: argparse.Namespace) -> int:
     if launch.launched():
         minutes = 2.0 if config is None else config.engine.timeout_minutes
         with process_group.joined(timedelta(minutes=minutes)):
-            for one in doctor.of_all_ranks(config):
+            for one in doctor_ranks.of_all_ranks(config):
                 findings.append(one)
                 if launch.rank() == 0:
                     print(one, flush=True)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lejepa_scale.cli.command import Command, positive
-from lejepa_scale.errors import Exit
+from lejepa_scale.cli.command import Command, positive, shown_again
 
 _DESCRIPTION = """  lejepa runs                            those below runs/
   lejepa runs runs sweeps/a              of these folders, or run directories
@@ -29,22 +28,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(a: argparse.Namespace) -> int:
     import json
-    import sys
-    import time
 
     from lejepa_scale.operations import runs
 
-    while True:
+    def text() -> str:
         found = [runs.standing(run) for run in runs.runs_in(a.folders or [Path("runs")])]
-        if a.watch and sys.stdout.isatty():
-            print("\x1b[2J\x1b[H", end="")  # an empty screen
-        print(json.dumps(runs.as_json(found), indent=1) if a.json else runs.as_table(found), flush=True)
-        if not a.watch:
-            return Exit.DONE
-        try:
-            time.sleep(a.every)
-        except KeyboardInterrupt:
-            return Exit.DONE
+        return json.dumps(runs.as_json(found), indent=1) if a.json else runs.as_table(found)
+
+    return shown_again(text, a.every, once=not a.watch)
 
 
 COMMAND = Command(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lejepa_scale.cli.command import Command, positive
-from lejepa_scale.errors import Exit
+from lejepa_scale.cli.command import Command, positive, shown_again
 
 _DESCRIPTION = """\
   lejepa watch runs/a                     again and again, until Ctrl-C: over ssh, in tmux
@@ -23,22 +22,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(a: argparse.Namespace) -> int:
-    import sys
-    import time
-
     from lejepa_scale.operations.watching import screen
 
-    while True:
-        text = screen(a.run)
-        if not a.once and sys.stdout.isatty():
-            print("\x1b[2J\x1b[H", end="")  # an empty screen
-        print(text, flush=True)
-        if a.once:
-            return Exit.DONE
-        try:
-            time.sleep(a.every)
-        except KeyboardInterrupt:
-            return Exit.DONE
+    return shown_again(lambda: screen(a.run), a.every, once=a.once)
 
 
 COMMAND = Command(

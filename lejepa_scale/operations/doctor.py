@@ -1,12 +1,10 @@
-"""Whether a machine can train, before it tries: what is installed, what the system allows, where things lie, and, under a
-launcher, whether the ranks agree and reach one another. Changes nothing but a file that it removes again."""
+"""Whether a machine can train, before it tries: what is installed, what the system allows, where things lie. Changes nothing
+but a file that it removes again. What ranks have to tell one another is in doctor_ranks.py."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,27 +15,25 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 
 from lejepa_scale.addresses import is_remote
 from lejepa_scale.checkpoint.places import place
-from lejepa_scale.config import Config, check_world, dump
+from lejepa_scale.config import Config, check_world
 from lejepa_scale.cost.flops import meta_model
 from lejepa_scale.data.io.reader import expand
 from lejepa_scale.engine import extensions
 from lejepa_scale.errors import UserError
 from lejepa_scale.operations.versions import TORCH_TRIED
-from lejepa_scale.parallel import collectives, launch, process_group
+from lejepa_scale.parallel import launch
 from lejepa_scale.training import lock
 
 Level = Literal["ok", "warning", "wrong"]
 _FILES = 4096  # that a process may have open: shards, sockets, workers
-_CLOCK_SECONDS = 2.0  # between clocks, whose times are compared
+CLOCK_SECONDS = 2.0  # between clocks, whose times are compared
 _SHARED_MEMORY = 2**30  # bytes of /dev/shm, through which workers send batches
 _SLOW_BYTES = 100e6  # a second, below which a disk is told of
 _SAMPLE = 32 * 2**20  # bytes written to see how fast
-_REDUCED = 16 * 2**20  # bytes summed over ranks to see how fast
-_SHOWN = 4  # ranks or hosts that a line lists
+SHOWN = 4  # ranks or hosts that a line lists
 
 
 @dataclass(frozen=True)
@@ -70,25 +66,8 @@ def of_this_host(config: Config | None = None) -> Iterator[Finding]:
         yield ranks_of(config)
 
 
-def of_all_ranks(config: Config | None = None) -> Iterator[Finding]:
-    """What ranks have to tell one another; every rank calls, inside a group, and rank 0's findings are those of all."""
-    hosts = collectives.gather_objects(socket.gethostname())
-    yield Finding("ok", "ranks", f"{len(hosts)} on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)} have met")
-    here: dict[str, object] = {name: _version(name) for name in ("torch", "deepspeed", "lejepa_scale", "timm", "numpy")}
-    if config is not None:
-        here["configuration"] = hashlib.blake2b(dump(config).encode(), digest_size=6).hexdigest()
-    yield the_same(collectives.gather_objects(here), hosts)
-    collectives.barrier()
-    yield clocks(collectives.gather_objects(time.time()), hosts)
-    yield sums()
-    if config is not None:
-        yield shared_folder(config.run.dir, hosts)
-        seen = collectives.gather_objects(_sizes(config))
-        yield the_same([{"data.shards": one} for one in seen], hosts, "shards", "look at the mounts of these hosts")
-
-
 def installed(config: Config | None) -> Finding:
-    found = {name: _version(name) for name in ("torch", "timm", "deepspeed", "xformers")}
+    found = {name: installed_version(name) for name in ("torch", "timm", "deepspeed", "xformers")}
     said = ", ".join(f"{name} {text}" for name, text in found.items() if text)
     if config is not None and config.engine.name.startswith("zero") and not found["deepspeed"]:
         return Finding(
@@ -185,7 +164,7 @@ def build_locks(found: Sequence[Path]) -> Finding:
             "warning",
             "build locks",
             said,
-            f"rm {' '.join(map(str, found[:_SHOWN]))} (engine.name=zero* does so itself)",
+            f"rm {' '.join(map(str, found[:SHOWN]))} (engine.name=zero* does so itself)",
         )
     return Finding("ok", "build locks", "none is stale")
 
@@ -230,7 +209,7 @@ def disk(config: Config) -> Finding:
             said,
             f"checkpoint.keep={kept.keep} of them need {needed / 1e9:,.1f} GB: free some, or keep fewer",
         )
-    if abs(skew) > _CLOCK_SECONDS:
+    if abs(skew) > CLOCK_SECONDS:
         return Finding(
             "warning",
             "checkpoints",
@@ -292,92 +271,6 @@ def ranks_of(config: Config) -> Finding:
     )
 
 
-def the_same(
-    found: Sequence[dict[str, object]], hosts: Sequence[str], what: str = "agreement", mend: str = ""
-) -> Finding:
-    """Whether every rank has what most have."""
-    for name in found[0]:
-        values = [one[name] for one in found]
-        usual = max(set(map(str, values)), key=lambda text: list(map(str, values)).count(text))
-        other = [(rank, value) for rank, value in enumerate(values) if str(value) != usual]
-        if other:
-            who = ", ".join(f"rank {rank} on {hosts[rank]}: {value}" for rank, value in other[:_SHOWN])
-            return Finding(
-                "wrong",
-                what,
-                f"{name} is {usual}, but not on {who}",
-                mend or "the same environment and files on every host",
-            )
-    return Finding("ok", what, f"{', '.join(found[0])}: the same on all ranks")
-
-
-def clocks(times: Sequence[float], hosts: Sequence[str]) -> Finding:
-    apart = max(times) - min(times)
-    if apart > _CLOCK_SECONDS:
-        late, early = hosts[times.index(min(times))], hosts[times.index(max(times))]
-        return Finding("warning", "clocks", f"{late} is {apart:.0f} s behind {early}", "chrony or ntp on every host")
-    return Finding("ok", "clocks", f"{1e3 * apart:.0f} ms apart")
-
-
-def sums() -> Finding:
-    """A sum over ranks, checked, and how fast it goes; the second one, since the first connects."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    ranks, seconds = process_group.world_size(), 0.0
-    for _ in range(2):
-        x = torch.full((_REDUCED // 4,), float(process_group.rank()), device=device)
-        collectives.barrier()
-        began = time.monotonic()
-        if ranks > 1:
-            dist.all_reduce(x)
-        value = float(x[-1])  # waits for the device
-        seconds = time.monotonic() - began
-    right = value == ranks * (ranks - 1) / 2
-    rate = 2 * (ranks - 1) / ranks * _REDUCED / max(seconds, 1e-9)
-    said = (
-        f"{_REDUCED / 2**20:.0f} MiB over {ranks} ranks in {1e3 * seconds:.1f} ms ({rate / 1e9:.2f} GB/s sent by each)"
-    )
-    if not right:
-        return Finding(
-            "wrong", "all-reduce", f"{said}: the sum is {value}", "a broken link, GPU or library: try pairs of hosts"
-        )
-    return Finding("ok", "all-reduce", said)
-
-
-def shared_folder(folder: Path, hosts: Sequence[str]) -> Finding:
-    """Whether what rank 0 writes is seen by all."""
-    there = (
-        next(path for path in (folder, *folder.resolve().parents) if path.exists())
-        if process_group.rank() == 0
-        else None
-    )
-    name = f".lejepa-doctor-{os.getpid()}" if there is not None else ""
-    path = collectives.gather_objects(str(there / name) if there is not None else "")[0]
-    if there is not None:
-        with suppress(OSError):
-            Path(path).touch()
-    collectives.barrier()
-    time.sleep(0.5)  # a network's file system may be a moment late
-    seen = collectives.gather_objects(Path(path).exists())
-    if there is not None:
-        Path(path).unlink(missing_ok=True)
-    blind = sorted({host for host, found in zip(hosts, seen, strict=True) if not found})
-    if blind:
-        said = f"what rank 0 writes in {Path(path).parent} is not seen on {', '.join(blind[:_SHOWN])}"
-        return Finding(
-            "wrong", "run.dir", said, "a file system that all hosts share (run.dir), or checkpoint.dir in a store"
-        )
-    return Finding("ok", "run.dir", f"{Path(path).parent} is seen by all ranks")
-
-
-def _sizes(config: Config) -> str:
-    """How many shards this rank sees, and how large the first ones are."""
-    with suppress(UserError, OSError):
-        found = [url for source in config.data.shards for url in expand(source.shards)]
-        sizes = [Path(str(url)).stat().st_size for url in found[:100] if Path(str(url)).exists()]
-        return f"{len(found)} shards, {sum(sizes)} bytes in the first {len(sizes)}"
-    return "not seen"
-
-
 def _ranks_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
@@ -388,7 +281,8 @@ def _limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
-def _version(name: str) -> str:
+def installed_version(name: str) -> str:
+    """Empty where it is not."""
     try:
         return version(name)
     except PackageNotFoundError:

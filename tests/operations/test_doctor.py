@@ -17,7 +17,7 @@ from conftest import ROOT, small_config
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import Config, dump, validate
 from lejepa_scale.engine import extensions
-from lejepa_scale.operations import doctor
+from lejepa_scale.operations import doctor, doctor_ranks
 from lejepa_scale.training.lock import locked
 
 HOSTS = ["a", "a", "b", "b"]
@@ -55,15 +55,15 @@ def test_environment() -> None:
 
 def test_hosts_that_differ_are_named() -> None:
     same = [{"torch": "2.13.0", "timm": "1.0"}] * 4
-    assert doctor.the_same(same, HOSTS).level == "ok"
-    found = doctor.the_same([*same[:3], {"torch": "2.12.0", "timm": "1.0"}], HOSTS)
+    assert doctor_ranks.the_same(same, HOSTS).level == "ok"
+    found = doctor_ranks.the_same([*same[:3], {"torch": "2.12.0", "timm": "1.0"}], HOSTS)
     assert found.level == "wrong"
     assert found.said == "torch is 2.13.0, but not on rank 3 on b: 2.12.0"
 
 
 def test_clocks_that_differ_are_named() -> None:
-    assert doctor.clocks([10.0, 10.1, 10.2, 10.0], HOSTS).level == "ok"
-    found = doctor.clocks([10.0, 10.1, 75.2, 75.0], HOSTS)
+    assert doctor_ranks.clocks([10.0, 10.1, 10.2, 10.0], HOSTS).level == "ok"
+    found = doctor_ranks.clocks([10.0, 10.1, 75.2, 75.0], HOSTS)
     assert (found.level, found.said) == ("warning", "a is 65 s behind b")
 
 

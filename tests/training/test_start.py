@@ -47,7 +47,7 @@ def _counted(engine: str, shards: Path, run: Path) -> Counter[str]:
     logging.getLogger("lejepa_scale").addHandler(Words())
     logging.getLogger("lejepa_scale").setLevel(logging.INFO)
     Encoder.__init__, Encoder.forward = build, forward  # type: ignore[method-assign]
-    loop.loop = lambda run, actions, watchdog: None
+    loop.loop = lambda run, actions, phases, begins: None
     process_group.joined = lambda timeout: nullcontext(torch.device("cpu"))  # type: ignore[assignment]
     loop.train(validate(small_config(run, shards, engine={"name": engine}, checkpoint={"every": 1000})))
     return counts
