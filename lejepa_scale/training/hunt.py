@@ -136,9 +136,9 @@ def _label(output: Any, inputs: Any, name: str) -> None:
     have theirs already."""
     ends = {tensor.grad_fn for tensor in tree_leaves(inputs) if isinstance(tensor, Tensor)}
     ahead = [tensor.grad_fn for tensor in tree_leaves(output) if isinstance(tensor, Tensor)]
+    seen = set(ends)
     while ahead:
-        node = ahead.pop()
-        if node is None or node in ends or _MODULE in (metadata := _metadata(node)):
-            continue
-        metadata[_MODULE] = name
-        ahead += [before for before, _ in node.next_functions]
+        if (node := ahead.pop()) is not None and node not in seen:
+            seen.add(node)
+            _metadata(node).setdefault(_MODULE, name)
+            ahead += [before for before, _ in node.next_functions]

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from lejepa_scale.cli.main import main
-from lejepa_scale.config import check_world, load_config
+from lejepa_scale.config import changed, check_world, load_config
 from lejepa_scale.cost import step_memory
 from lejepa_scale.cost.machines import machine
 from lejepa_scale.errors import UserError
@@ -72,6 +72,9 @@ def test_advice_for_what_fits_is_faster_and_keeps_the_objective() -> None:
     for one in found:
         assert one.plan.forecast.seconds < own.forecast.seconds
         assert one.plan.statistic == own.statistic
+    faster = {"engine.activation_checkpointing": "none"}
+    assert planning._better(changed(config, faster), 64, H100, own) is not None
+    assert planning._better(changed(config, faster | {"train.micro_batch": 24}), 64, H100, own) is None  # 1,536 at once
 
 
 def test_what_cannot_fit_has_no_advice_and_says_so() -> None:

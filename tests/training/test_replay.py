@@ -188,3 +188,24 @@ def test_masks_are_no_finding() -> None:
         scores = layer(torch.randn(4, 4)).masked_fill(torch.ones(4, 4).triu(1).bool(), float("-inf"))
         scores.softmax(-1).sum().backward()
     assert hunt.found is None
+
+
+class _Between(nn.Module):
+    """A root at zero between two layers, in nobody's forward pass but this one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second((0 * self.first(x)).sqrt())
+
+
+def test_what_lies_between_modules_is_their_parents() -> None:
+    """The slope of a root at zero is infinite; the layer behind it is not to blame."""
+    hunt, outer = Hunt(), nn.Sequential(_Between())
+    with hunt.watching(outer), hunt.phase("backward"):
+        outer(torch.randn(2, 4)).sum().backward()
+    assert hunt.found is not None
+    assert hunt.found.module == "0"
+    assert hunt.found.alone
