@@ -119,17 +119,17 @@ def add_keys(parser: argparse.ArgumentParser, default: str = "any image's, and c
 
 def shown_again(text: Callable[[], str], every: float, *, once: bool) -> int:
     """Print what `text` gives, on a terminal on an empty screen, again and again until Ctrl-C. Returns the exit status."""
-    while True:
-        said = text()
-        if not once and sys.stdout.isatty():
-            print("\x1b[2J\x1b[H", end="")
-        print(said, flush=True)
-        if once:
-            return Exit.DONE
-        try:
+    try:
+        while True:
+            said = text()
+            if not once and sys.stdout.isatty():
+                print("\x1b[2J\x1b[H", end="")
+            print(said, flush=True)
+            if once:
+                return Exit.DONE
             time.sleep(every)
-        except KeyboardInterrupt:
-            return Exit.DONE
+    except KeyboardInterrupt:
+        return Exit.DONE
 
 
 def ranges(numbers: Sequence[float] | None) -> tuple[tuple[float, float], ...] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,7 @@ from lejepa_scale.data.index.shards import Shards, index_shards
 from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.samples import read_image
 from lejepa_scale.errors import UserError
+from lejepa_scale.parallel.threads import cores
 
 logger = logging.getLogger(__name__)
 D, T = TypeVar("D"), TypeVar("T")
@@ -240,7 +240,7 @@ def decoded(
         except SampleFault as error:
             return error
 
-    threads = threads or len(os.sched_getaffinity(0))
+    threads = threads or cores()
     if threads == 1:
         for shard, member, more, data in found():
             yield shard, member, done(data, more)

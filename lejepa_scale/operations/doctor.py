@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -23,8 +22,8 @@ from lejepa_scale.cost.flops import meta_model
 from lejepa_scale.data.io.reader import expand
 from lejepa_scale.engine import extensions
 from lejepa_scale.errors import UserError
-from lejepa_scale.operations.versions import TORCH_TRIED
-from lejepa_scale.parallel import launch
+from lejepa_scale.operations import versions
+from lejepa_scale.parallel import launch, threads
 from lejepa_scale.training import lock
 
 Level = Literal["ok", "warning", "wrong"]
@@ -53,7 +52,7 @@ def of_this_host(config: Config | None = None) -> Iterator[Finding]:
     """What can be seen without other ranks; with a configuration, what it needs of the host."""
     yield installed(config)
     yield gpus(torch.cuda.device_count() if torch.cuda.is_available() else 0, _ranks_here())
-    yield cores(len(os.sched_getaffinity(0)), _ranks_here(), config.data.workers if config else 0)
+    yield cores(threads.cores(), _ranks_here(), config.data.workers if config else 0)
     yield open_files(_limit())
     yield shared_memory(Path("/dev/shm"))
     yield compiler()
@@ -67,15 +66,15 @@ def of_this_host(config: Config | None = None) -> Iterator[Finding]:
 
 
 def installed(config: Config | None) -> Finding:
-    found = {name: installed_version(name) for name in ("torch", "timm", "deepspeed", "xformers")}
+    found = {name: versions.installed(name) for name in ("torch", "timm", "deepspeed", "xformers")}
     said = ", ".join(f"{name} {text}" for name, text in found.items() if text)
     if config is not None and config.engine.name.startswith("zero") and not found["deepspeed"]:
         return Finding(
             "wrong", "versions", f"{said}; no deepspeed", "pip install 'lejepa_scale[zero]', or engine.name=fsdp"
         )
     series = ".".join((found["torch"] or "").split(".")[:2])
-    if series not in TORCH_TRIED:
-        tried = " and ".join(TORCH_TRIED)
+    if series not in versions.TORCH_TRIED:
+        tried = " and ".join(versions.TORCH_TRIED)
         return Finding(
             "warning", "versions", f"{said}; tried with torch {tried}", "run the tests: pytest -m 'not slow'"
         )
@@ -276,14 +275,8 @@ def _ranks_here() -> int:
 
 
 def _limit() -> int:
-    import resource
-
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-
-
-def installed_version(name: str) -> str:
-    """Empty where it is not."""
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
+        import resource
+    except ImportError:  # Windows has none
+        return _FILES
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from lejepa_scale.config import Config, dump
 from lejepa_scale.data.io.reader import expand
 from lejepa_scale.errors import UserError
-from lejepa_scale.operations.doctor import CLOCK_SECONDS, SHOWN, Finding, installed_version
+from lejepa_scale.operations.doctor import CLOCK_SECONDS, SHOWN, Finding
+from lejepa_scale.operations.versions import installed
 from lejepa_scale.parallel import collectives, process_group
 
 _REDUCED = 16 * 2**20  # bytes summed over ranks to see how fast
@@ -28,7 +29,7 @@ def of_all_ranks(config: Config | None = None) -> Iterator[Finding]:
     hosts = collectives.gather_objects(socket.gethostname())
     yield Finding("ok", "ranks", f"{len(hosts)} on {len(set(hosts))} host{'s' * (len(set(hosts)) > 1)} have met")
     here: dict[str, object] = {
-        name: installed_version(name) for name in ("torch", "deepspeed", "lejepa_scale", "timm", "numpy")
+        name: installed(name) for name in ("torch", "deepspeed", "lejepa_scale", "timm", "numpy")
     }
     if config is not None:
         here["configuration"] = hashlib.blake2b(dump(config).encode(), digest_size=6).hexdigest()

@@ -32,6 +32,7 @@ from lejepa_scale.config import Config, check_world, in_steps, load_config, reco
 from lejepa_scale.config.keys import as_text, values_of
 from lejepa_scale.data import open_mixture
 from lejepa_scale.errors import Exit, UserError
+from lejepa_scale.parallel.threads import cores
 from lejepa_scale.training.lock import locked
 from lejepa_scale.training.signals import StopSignal
 
@@ -274,7 +275,7 @@ def _start(config: Path, out: Path, ranks: int, point: Point, devices: str | Non
     if ranks > 1:
         module = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *module]
     environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // (jobs * ranks))))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // (jobs * ranks))))
     if devices is not None:
         environment["CUDA_VISIBLE_DEVICES"] = devices
     log = (out / "logs" / f"{point.name}.log").open("ab")

@@ -14,14 +14,15 @@ _LIBRARIES = ("torch", "torchvision", "timm", "deepspeed", "xformers", "torchao"
 
 def versions() -> str:
     rows = [("lejepa_scale", __version__), ("python", platform.python_version())]
-    rows += [(name, _installed(name)) for name in _LIBRARIES]
+    rows += [(name, installed(name) or "absent") for name in _LIBRARIES]
     tried = f"tried with torch {' and '.join(TORCH_TRIED)}: the whole test suite; "
     rows.append(("", f"{tried}{TORCH_TRIED_ON_A_GPU}: the tests of a GPU"))
     return "\n".join(f"{name:<14}{text}" for name, text in rows)
 
 
-def _installed(name: str) -> str:
+def installed(name: str) -> str:
+    """Its version; empty where it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
-        return "absent"
+        return ""

@@ -1,8 +1,9 @@
 """Calls in the background, on daemon threads: one that never returns keeps neither its caller waiting beyond a deadline nor
-the process from ending. Refuses to know what the calls do."""
+the process from ending; and how many of them can run at once. Refuses to know what the calls do."""
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections.abc import Callable
@@ -71,3 +72,9 @@ def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
         future.set_result(call())
     except BaseException as error:
         future.set_exception(error)
+
+
+def cores() -> int:
+    """That this process may run on; all of the machine where the system (macOS, Windows) does not say."""
+    ask = getattr(os, "sched_getaffinity", None)
+    return len(ask(0)) if ask else os.cpu_count() or 1

@@ -4,7 +4,6 @@ bytes, a part on every rank. An evaluation reads no file."""
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -24,6 +23,7 @@ from lejepa_scale.data.index.classes import ClassNumbers, class_numbers
 from lejepa_scale.data.index.shards import Shards
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, process_group
+from lejepa_scale.parallel.threads import cores
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def spread_images(held: HeldOut, mixture: Mixture, count: int, side: int) -> Ima
         raise UserError(f"evaluation: {total} images in {shards.urls[0]} are fewer than the {world} ranks.")
 
     def read() -> list[Labelled]:
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             found = list(pool.map(lambda i: _first_of(held, shards, i, count, side), range(rank, count, world)))
         return [one for one in found if one is not None]
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
+import mmap
 import socket
 import statistics
 import sys
@@ -30,11 +30,8 @@ _WAIT, _OTHERS = PARTS[0], PARTS[1]
 _MEASURED = (*(f"seconds_{part.replace(' ', '_')}" for part in PARTS), "step_seconds", "memory_gib", "host_memory_gib")
 _WRITE_SECONDS = 5.0  # between two writings of the file
 _TOLD_AT_ONCE = 3  # hosts, the worst
-_SLOW, _IN_A_ROW, _AGAIN_SECONDS = (
-    0.1,
-    3,
-    1800.0,
-)  # share of a step that others wait for a host; records; between two words
+_SLOW = 0.1  # share of a step that others wait for a host
+_IN_A_ROW, _AGAIN_SECONDS = 3, 1800.0  # records before a word; between two words
 
 
 class Phases:
@@ -110,7 +107,7 @@ class Monitor:
         return summarized(of_ranks, self._device.type == "cuda")
 
     def _tell(self, of_ranks: Tensor) -> None:
-        """Some 20 ms for 4,096 ranks, where nobody is slow."""
+        """Some 60 ms for 4,096 ranks, where nobody is slow (docs/benchmarks.md)."""
         now = time.perf_counter()
         if now - self._written >= _WRITE_SECONDS:
             self._written = now
@@ -190,10 +187,12 @@ def _as_times(of_ranks: Tensor, hosts: Sequence[str]) -> list[RankTimes]:
 
 
 def _host_memory() -> float:
-    """GiB of this process; at its largest where no more is known."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * resource.getpagesize() / 2**30
-    except OSError:
+    """GiB of this process; at its largest where no more is known, and 0 where nothing is."""
+    with suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE / 2**30
+    with suppress(ImportError):  # Windows
+        import resource
+
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    return 0.0

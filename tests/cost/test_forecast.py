@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
+from benchmarks import plans
 from conftest import ROOT
 
 from lejepa_scale.config import BatchPlan, Config, check_world, load_config
@@ -98,3 +99,12 @@ def test_more_work_takes_longer() -> None:
         seconds("engine.activation_checkpointing=none", "model.drop_path=0", "model.drop_path_uniform=false")
         > 1.4 * none
     )
+
+
+def test_published_runs_lie_in_the_range() -> None:
+    """Of other people, on other code: DINOv2's ViT-g and DINOv3's 7B, by the GPU-hours that their papers give."""
+    rows = list(plans.published())
+    assert [row["images/s a GPU, reported"] for row in rows] == [24.0, 18.5]
+    for row in rows:
+        low, high = (float(text) for text in str(row["between"]).split(" and "))
+        assert low < float(row["images/s a GPU, reported"]) < high

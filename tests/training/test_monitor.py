@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import statistics
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,6 +21,7 @@ from ranks import run_ranks
 from lejepa_scale.config import validate
 from lejepa_scale.data.loader import Loader
 from lejepa_scale.parallel import process_group
+from lejepa_scale.parallel.threads import cores
 from lejepa_scale.training import loop, monitor
 from lejepa_scale.training.monitor import PARTS, Monitor, Phases, RankTimes, stragglers, summarized
 
@@ -156,3 +159,25 @@ def test_what_is_torn_is_nothing(tmp_path: Path) -> None:
     assert monitor.read_ranks(tmp_path) is None
     (tmp_path / monitor.FILE).write_text('{"step": 1')
     assert monitor.read_ranks(tmp_path) is None
+
+
+@pytest.mark.parametrize(("resource", "most"), [(True, 100.0), (False, 0.0)])
+def test_memory_where_there_is_no_proc(resource: bool, most: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS says the largest; Windows, without `resource`, nothing."""
+    assert monitor._host_memory() > 0.05
+
+    def absent(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(monitor.Path, "read_text", absent)
+    if not resource:
+        monkeypatch.setitem(sys.modules, "resource", None)
+    found = monitor._host_memory()
+    assert found <= most
+    assert (found > 0.05) == resource
+
+
+def test_cores_where_the_system_does_not_say_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")  # macOS, Windows
+    assert cores() == os.cpu_count()

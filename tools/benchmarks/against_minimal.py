@@ -4,7 +4,6 @@ one run, on all cores of this machine."""
 from __future__ import annotations
 
 import multiprocessing
-import os
 import tempfile
 import time
 from collections.abc import Generator, Iterator, Sequence
@@ -30,6 +29,7 @@ from lejepa_scale.data.make import sources
 from lejepa_scale.data.make.writer import write_shards
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, launch, process_group
+from lejepa_scale.parallel.threads import cores
 
 TARGET = 2.0  # times the minimal recipe's images/s, in the quickstart
 _WARM = 3  # steps of a turn that are not timed: workers start and fill their queues
@@ -160,11 +160,6 @@ def _steps(ours: Fed, parts: list[dict[str, float]]) -> Generator[None, None, No
 def _medians(parts: list[dict[str, float]]) -> Row:
     """Of the parts of the steps of all turns, but for the first, which waited for nothing."""
     return {f"{name} ms": round(median(step[name] for step in parts[1:]), 1) for name in parts[-1]}
-
-
-def cores() -> int:
-    """Of this machine, that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def arrangements(threads: int, ranks: int) -> list[Arrangement]:

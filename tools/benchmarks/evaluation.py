@@ -3,7 +3,6 @@ model, and time and memory of k-NN. Wall time, in turns over the same images."""
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +28,7 @@ from lejepa_scale.data.make import sources
 from lejepa_scale.data.make.writer import write_shards
 from lejepa_scale.evaluation.features import Features, extract
 from lejepa_scale.evaluation.knn import BLOCK, knn
+from lejepa_scale.parallel.threads import cores
 
 _CHUNK = 1024  # rows of the test set at a time, knn's default
 _IMAGENET = 1_281_167, 50_000, 1024
@@ -107,9 +107,7 @@ def _plain(model: nn.Module, files: Path, side: int) -> int:
             v2.Normalize(MEAN, STD),
         ]
     )
-    loader: DataLoader[Any] = DataLoader(
-        ImageFolder(str(files), transform), batch_size=64, num_workers=len(os.sched_getaffinity(0))
-    )
+    loader: DataLoader[Any] = DataLoader(ImageFolder(str(files), transform), batch_size=64, num_workers=cores())
     return len(torch.cat([model(images) for images, _ in loader]))
 
 
