@@ -172,7 +172,7 @@ def _hangs(folder: str) -> list[str]:
         watch.step(3)
         with watch.doing("data wait" if last else "other ranks"):
             until(ended)
-        dist.barrier()  # the thread of a rank that has ended signs no more
+            dist.barrier()  # a process that has ended does nothing else, and its thread signs no more
     return said
 
 
