@@ -84,20 +84,21 @@ def train(config: Config) -> bool:
             key, _ = length_of(given)
             logger.info("%s is trained to step %d already; raise %s to go on.", config.run.dir, progress.step, key)
             return _leaving(config, Exit.DONE)
-        engine = start_engine(config, plan, device, saved, begin=begin, shapes=shapes)
-        average = start_average(config, engine, saved)
+        watchdog = stack.enter_context(Watchdog(config.run.dir, timeout, step=progress.step))
+        stack.enter_context(in_words(watchdog))
+        with watchdog.doing("building the engine"):
+            engine = start_engine(config, plan, device, saved, begin=begin, shapes=shapes)
+            average = start_average(config, engine, saved)
+            probe = start_probe(config, engine, mixture.num_classes, probe_state)
         del saved, begin
-        probe = start_probe(config, engine, mixture.num_classes, probe_state)
         collectives.on_rank_zero(lambda: write_config(given), "writing config.yaml")
         if process_group.rank() == 0:
             logger.info(summary(config, plan, mixture, shapes, device, progress.step, given))
         with (
             started(config, plan, mixture, engine, probe, progress) as run,
             now,
-            _reporting(config, progress.step) as reporter,
+            _reporting(config, progress.step, watchdog.doing) as reporter,
             _faults(progress),
-            Watchdog(config.run.dir, timeout) as watchdog,
-            in_words(watchdog),
         ):
             of_probe = actions.Probe(device)
             phases = Phases(watchdog.doing)
@@ -155,16 +156,18 @@ def _alone_in(run_dir: Place) -> Iterator[None]:
 
 
 @contextmanager
-def _reporting(config: Config, step: int) -> Iterator[Reporter]:
+def _reporting(config: Config, step: int, doing: Doing) -> Iterator[Reporter]:
     """Rank 0's reporter, whose service may be slow to answer at both ends."""
     active = process_group.rank() == 0
-    reporter = collectives.everywhere(lambda: Reporter(config, step, active=active), "opening the log")
+    with doing(opening := "opening the log", unlimited=True):
+        reporter = collectives.everywhere(lambda: Reporter(config, step, active=active), opening)
     try:
         yield reporter
     except BaseException:
         reporter.close()
         raise
-    collectives.everywhere(reporter.close, "closing the log")
+    with doing(closing := "closing the log", unlimited=True):
+        collectives.everywhere(reporter.close, closing)
 
 
 def next_step(run: Run, phase: Phase, *, more: bool = True) -> StepResult:

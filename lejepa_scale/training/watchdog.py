@@ -49,14 +49,17 @@ class Sign:
 
 
 class Watchdog:
-    """Inside, the thread looks and tells. `step(n)` begins a step, `doing(name)` wraps a part of one; with `unlimited`, one
-    that may take as long as it likes: a save, an evaluation, in which ranks look after one another themselves. end: called
-    with the paragraph in place of leaving the process, once the timeout is over. Every rank makes one, inside a group."""
+    """Inside, the thread looks and tells. `step(n)` begins a step, `doing(name)` wraps a part of one, or of what comes before
+    the first; with `unlimited`, one that may take as long as it likes: a save, an evaluation, in which ranks look after one
+    another themselves. end: called with the paragraph in place of leaving the process, once the timeout is over. step: that
+    was taken last. Every rank makes one, inside a group."""
 
-    def __init__(self, run_dir: Path, timeout: timedelta, end: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, run_dir: Path, timeout: timedelta, end: Callable[[str], None] | None = None, *, step: int = 0
+    ) -> None:
         self._folder, self._timeout, self._end = run_dir / FOLDER, timeout.total_seconds(), end or _leave
         self._rank, self._ranks = process_group.rank(), process_group.world_size()
-        self._number, self._doing, self._unlimited, self._signed = 0, _BETWEEN, False, 0
+        self._number, self._doing, self._unlimited, self._signed = step, _BETWEEN, False, 0
         self._since = self._stepped = time.monotonic()
         self._durations: deque[float] = deque(maxlen=_STEPS)
         self._told_of, self._over = -1, threading.Event()

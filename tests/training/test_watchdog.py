@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -240,3 +241,31 @@ def test_a_cut_link_does_not_hold_up_the_end(tmp_path: Path) -> None:
     assert time.monotonic() - began < 8
     assert "rank 0, whose store the ranks meet by, does not answer" in said
     assert "That is longer than engine.timeout_minutes" in said
+
+
+_BUILDS_FOR_EVER = """
+import sys, time
+from pathlib import Path
+from conftest import small_config
+from lejepa_scale.config import validate
+from lejepa_scale.training import loop
+
+def waits_for_a_compiler(*_, **__):
+    time.sleep(60)
+
+loop.start_engine = waits_for_a_compiler
+run, shards = map(Path, sys.argv[1:])
+loop.train(validate(small_config(run, shards, engine={"name": "single", "precision": "fp32", "timeout_minutes": 0.03})))
+"""
+
+
+def test_what_comes_before_the_first_step_is_ended_too(tmp_path: Path, scenes: Path) -> None:
+    (script := tmp_path / "script.py").write_text(_BUILDS_FOR_EVER)
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "run", scenes],
+        capture_output=True, text=True, timeout=50, cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "step 1 has not moved for" in done.stderr
+    assert "rank 0: building the engine for" in done.stderr
+    assert "waits_for_a_compiler" in (tmp_path / "run/hang/rank_0.txt").read_text()

@@ -1,0 +1,91 @@
+"""`bench.py faults`: what it injects does happen, and its rows tell a run that came through from one that did not."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import faults
+from benchmarks.faults.cases import FAULTS
+from benchmarks.faults.victims import Victim, last_step, newest, saved_step
+from conftest import ROOT, Command, small_config
+
+from lejepa_scale.config import validate
+from lejepa_scale.errors import UserError
+from lejepa_scale.training import loop
+
+
+def test_faults_are_found_by_parts_of_their_names() -> None:
+    names = [fault.name for fault in FAULTS]
+    assert len(set(names)) == len(names) >= 24
+    with pytest.raises(UserError, match=r"no fault is called 'SIGTREM': SIGTERM to the launcher; "):
+        next(faults.inject(["python"], ["disk", "SIGTREM"], 2))
+
+
+def test_what_is_read_of_a_run(tmp_path: Path, scenes: Path) -> None:
+    run = tmp_path / "run"
+    assert (last_step(run), saved_step(run)) == (0, 0)
+    loop.train(validate(small_config(run, scenes, train={"steps": 5, "global_batch": 16}, checkpoint={"every": 3})))
+    assert (last_step(run), saved_step(run)) == (5, 5)
+    assert last_step(run, since=time.time() + 60) == 0
+    assert newest(run).name == "step_00000005"
+
+
+def test_the_line_of_ours_is_told_from_the_launcher_s(tmp_path: Path) -> None:
+    (log := tmp_path / "log").write_text("  3%|#  |\rerror: the disk is full\nsubprocess.CalledProcessError: 1\n")
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    victim = Victim(tmp_path, process, log, "lejepa_scale")
+    assert victim.ended(20) == 0
+    assert victim.said() == "error: the disk is full"
+    log.write_text("RuntimeError: gone\n")
+    assert victim.said() == "RuntimeError: gone"
+
+
+def test_a_run_that_does_not_end_says_so(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
+    victim = Victim(tmp_path, process, tmp_path / "log", "lejepa_scale")
+    assert victim.ended(0.2) == "runs on after 0 s"
+    victim.kill_all()
+    assert process.poll() == -9
+
+
+_PARTS = """
+import time, torch
+from benchmarks.faults import broken
+from lejepa_scale.data.batch import Batch
+broken._augmented = lambda batch, device: [torch.ones(2)]
+def views(): return broken._not_a_number(None, None)[0].tolist()
+then, before = time.time(), views()
+broken._FILE.touch()
+print(round((then - time.time()) / 3600), Batch.augmented is broken._not_a_number, before, views())
+"""
+
+
+@pytest.mark.parametrize(("part", "rank", "said"), [
+    ("clock", 1, "1 False [1.0, 1.0] [nan, nan]"),
+    ("nan", 1, "0 True [1.0, 1.0] [nan, nan]"),
+    ("nan", 0, "0 True [1.0, 1.0] [1.0, 1.0]"),
+])  # fmt: skip
+def test_parts_break_once_the_file_is_there(tmp_path: Path, part: str, rank: int, said: str) -> None:
+    path = f"{ROOT}:{ROOT / 'tools'}"
+    more = {"FAULT": part, "FAULT_FILE": str(tmp_path / "broken"), "RANK": str(rank), "WORLD_SIZE": "2"}
+    environment = {**os.environ, **more, "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", _PARTS], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == said, done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_comes_through(command: Command, tmp_path: Path) -> None:
+    words = ["--launchers", "torchrun", "--only", "batches of the last rank", "--json", tmp_path / "r.json"]
+    result = command(ROOT / "tools/bench.py", "faults", *words, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert (row["exit"], row["exit then"], row["left behind"], row["samples lost or repeated"]) == (1, 0, 0, "0")
+    assert "non-finite steps in a row" in row["said"]
+    assert torch.isfinite(torch.tensor(row["seconds to recover"]))

@@ -1,0 +1,79 @@
+"""Each fault injected into a run of its own under each launcher, and the same command given once more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from benchmarks.faults import victims
+from benchmarks.faults.cases import FAULTS, Fault
+from benchmarks.faults.victims import Command
+from benchmarks.measure import Row
+from lejepa_scale.errors import UserError
+
+_MORE = 6  # steps that the next start takes
+_STOP_SECONDS = 150.0
+
+
+def inject(launchers: Sequence[str], only: Sequence[str], ranks: int) -> Iterator[Row]:
+    """A row for each fault, or those in whose names one of `only` occurs, under each launcher. Raises UserError where a run
+    does not begin."""
+    if unknown := [name for name in only if all(name not in fault.name for fault in FAULTS)]:
+        raise UserError(f"no fault is called {unknown[0]!r}: {'; '.join(fault.name for fault in FAULTS)}.")
+    with tempfile.TemporaryDirectory() as base:
+        shards = victims.shards(Path(base))
+        for fault in FAULTS:
+            for launcher in launchers:
+                if launcher in fault.where and (not only or any(name in fault.name for name in only)):
+                    folder = Path(tempfile.mkdtemp(dir=base))
+                    with fault.around(folder):
+                        yield _case(fault, Command(launcher, 1 if launcher == "python" else ranks, folder, shards))
+
+
+def _case(fault: Fault, command: Command) -> Row:
+    environment = {name: value.format(folder=command.folder) for name, value in fault.environment.items()}
+    overrides = [*fault.overrides, "train.steps=1000000"]
+    victim = command.started(overrides, environment, fault.until or victims.BEGUN, fault.module)
+    try:
+        began = time.monotonic()
+        fault.inject(victim)
+        status = victim.ended(_STOP_SECONDS)
+        seconds = time.monotonic() - began
+        left = victim.orphans()
+        row: Row = {
+            "case": fault.name, "launcher": command.launcher, "exit": status, "seconds to stop": round(seconds, 1),
+            "seconds until all are gone": round(time.monotonic() - began, 1), "left behind": left, "said": victim.said(),
+        }  # fmt: skip
+    finally:
+        victim.kill_all()
+    fault.mend(victim)
+    return row | _recovered(command, victim.run, environment)
+
+
+def _recovered(command: Command, run: Path, environment: dict[str, str]) -> Row:
+    """The same command once more, for some steps."""
+    last, saved = victims.last_step(run), victims.saved_step(run)
+    began = time.monotonic()
+    again = command.started([f"train.steps={saved + _MORE}"], environment, until=saved + 1)
+    recovered = time.monotonic() - began
+    status = again.ended(_STOP_SECONDS)
+    again.kill_all()
+    audit = subprocess.run(
+        [sys.executable, "-m", "lejepa_scale", "audit", str(run)],
+        capture_output=True, text=True, env=victims.environment({}),
+    )  # fmt: skip
+    return {
+        "steps done again": max(0, last - saved), "seconds to recover": round(recovered, 1), "exit then": status,
+        "samples lost or repeated": "0" if audit.returncode == 0 else audit.stdout.strip().splitlines()[-1],
+    }  # fmt: skip
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """Markdown."""
+    names = [name for name in rows[0] if name != "section"]
+    lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(str(row.get(name, '')) for name in names)} |" for row in rows)])
