@@ -49,10 +49,10 @@ class Sign:
 
 
 class Watchdog:
-    """Inside, the thread looks and tells. `step(n)` begins a step, `doing(name)` wraps a part of one, or of what comes before
-    the first; with `unlimited`, one that may take as long as it likes: a save, an evaluation, in which ranks look after one
-    another themselves. end: called with the paragraph in place of leaving the process, once the timeout is over. step: that
-    was taken last. Every rank makes one, inside a group."""
+    """Inside, the thread looks and tells. `step(n)` begins a step, `doing(name)` wraps a part of one, or of what comes
+    before the first; with `unlimited`, one that may take as long as it likes: a save, an evaluation, in which ranks look
+    after one another themselves. end: called with the paragraph in place of leaving the process, once the timeout is over.
+    step: that was taken last. Every rank makes one, inside a group."""
 
     def __init__(
         self, run_dir: Path, timeout: timedelta, end: Callable[[str], None] | None = None, *, step: int = 0

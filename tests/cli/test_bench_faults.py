@@ -13,7 +13,8 @@ import pytest
 import torch
 from benchmarks import faults
 from benchmarks.faults.cases import FAULTS
-from benchmarks.faults.victims import Victim, last_step, newest, saved_step
+from benchmarks.faults.small_run import ended, last_step, newest, said, saved_step
+from benchmarks.faults.victims import Victim
 from conftest import ROOT, Command, small_config
 
 from lejepa_scale.config import validate
@@ -39,20 +40,16 @@ def test_what_is_read_of_a_run(tmp_path: Path, scenes: Path) -> None:
 
 def test_the_line_of_ours_is_told_from_the_launcher_s(tmp_path: Path) -> None:
     (log := tmp_path / "log").write_text("  3%|#  |\rerror: the disk is full\nsubprocess.CalledProcessError: 1\n")
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    victim = Victim(tmp_path, process, log, "lejepa_scale")
-    assert victim.ended(20) == 0
-    assert victim.said() == "error: the disk is full"
+    assert said(log) == "error: the disk is full"
     log.write_text("RuntimeError: gone\n")
-    assert victim.said() == "RuntimeError: gone"
+    assert said(log) == "RuntimeError: gone"
 
 
 def test_a_run_that_does_not_end_says_so(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
-    victim = Victim(tmp_path, process, tmp_path / "log", "lejepa_scale")
-    assert victim.ended(0.2) == "runs on after 0 s"
-    victim.kill_all()
-    assert process.poll() == -9
+    assert ended(process, 0.2) == "runs on after 0.2 s"
+    Victim(tmp_path, process, tmp_path / "log", "lejepa_scale").kill_all()
+    assert ended(process, 20) == -9
 
 
 _PARTS = """
@@ -67,17 +64,17 @@ print(round((then - time.time()) / 3600), Batch.augmented is broken._not_a_numbe
 """
 
 
-@pytest.mark.parametrize(("part", "rank", "said"), [
+@pytest.mark.parametrize(("part", "rank", "printed"), [
     ("clock", 1, "1 False [1.0, 1.0] [nan, nan]"),
     ("nan", 1, "0 True [1.0, 1.0] [nan, nan]"),
     ("nan", 0, "0 True [1.0, 1.0] [1.0, 1.0]"),
 ])  # fmt: skip
-def test_parts_break_once_the_file_is_there(tmp_path: Path, part: str, rank: int, said: str) -> None:
+def test_parts_break_once_the_file_is_there(tmp_path: Path, part: str, rank: int, printed: str) -> None:
     path = f"{ROOT}:{ROOT / 'tools'}"
     more = {"FAULT": part, "FAULT_FILE": str(tmp_path / "broken"), "RANK": str(rank), "WORLD_SIZE": "2"}
     environment = {**os.environ, **more, "PYTHONPATH": path}
     done = subprocess.run([sys.executable, "-c", _PARTS], capture_output=True, text=True, env=environment)
-    assert done.stdout.strip() == said, done.stderr
+    assert done.stdout.strip() == printed, done.stderr
 
 
 @pytest.mark.slow

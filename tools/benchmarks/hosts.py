@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks import faults
+from benchmarks.faults import small_run
 from benchmarks.measure import Row
 from lejepa_scale.errors import UserError
 
@@ -203,7 +203,7 @@ def measure(only: Sequence[str]) -> Iterator[Row]:
 
 
 def _row(case: Case, folder: Path, hosts: list[Host]) -> Row:
-    config, run = faults._recipe(folder), folder / "run"
+    config, run = small_run.recipe(folder, small_run.shards(folder / "images")), folder / "run"
     hostfile = folder / "hostfile"
     hostfile.write_text("host0 slots=1\nhost1 slots=1\n")
     words: Command = {
@@ -215,28 +215,28 @@ def _row(case: Case, folder: Path, hosts: list[Host]) -> Row:
     more = ["checkpoint.every=4", f"engine.timeout_minutes={_MINUTES}", f"train.steps={steps}"]
     started = _start(words, hosts, config, more, folder)
     _wait_for(run, _BEGUN, started, hosts)
-    before, began = faults._last_step(run), time.monotonic()
+    before, began = small_run.last_step(run), time.monotonic()
     case.happens(hosts)
     row: Row = {"case": case.name, "launcher": case.launcher}
     if case.alone:
         _wait_for(run, before + _MORE, started[:1], hosts)
-        row |= {"seconds until it goes on": round(time.monotonic() - began, 1), "step then": faults._last_step(run)}
+        row |= {"seconds until it goes on": round(time.monotonic() - began, 1), "step then": small_run.last_step(run)}
         (run / "stop").touch()
     ends = [_ended(process, began) for process in started]
     row |= {
         "exit": ", ".join(str(status) for status, _ in ends),
         "seconds to end": ", ".join(f"{seconds:.1f}" for _, seconds in ends),
-        "said": " | ".join(faults._said(host.logs[-1]) for host in hosts),
+        "said": " | ".join(small_run.said(host.logs[-1]) for host in hosts),
     }
     if not finishing and not case.alone:
         row |= _again(case, words, folder, config, hosts)
-    return row | {"samples lost or repeated": _audited(run), "steps": faults._last_step(run)}
+    return row | {"samples lost or repeated": small_run.audited(run), "steps": small_run.last_step(run)}
 
 
 def _again(case: Case, words: Command, folder: Path, config: Path, hosts: list[Host]) -> Row:
     """The link mended, or another host in the place of the lost one: the same command."""
     run = folder / "run"
-    saved = faults._saved_step(run)
+    saved = small_run.saved_step(run)
     with ExitStack() as stack:
         if case.happens is _lost:
             stack.enter_context(_ended_hosts(hosts))
@@ -261,7 +261,7 @@ def _ended_hosts(hosts: list[Host]) -> Iterator[None]:
 def _start(
     words: Command, hosts: list[Host], config: Path, overrides: Sequence[str], folder: Path
 ) -> list[subprocess.Popen[bytes]]:
-    environment = faults._environment({"GLOO_SOCKET_IFNAME": _DEVICE, "NCCL_SOCKET_IFNAME": _DEVICE})
+    environment = small_run.environment({"GLOO_SOCKET_IFNAME": _DEVICE, "NCCL_SOCKET_IFNAME": _DEVICE})
     return [
         host.start(
             [*words(host), "--config", str(config), *overrides],
@@ -274,7 +274,7 @@ def _start(
 
 def _wait_for(run: Path, step: int, started: Sequence[subprocess.Popen[bytes]], hosts: list[Host]) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    while faults._last_step(run) < step:
+    while small_run.last_step(run) < step:
         if time.monotonic() > deadline or all(process.poll() is not None for process in started):
             said = " | ".join(host.logs[-1].read_text(errors="replace")[-800:] for host in hosts)
             raise UserError(f"a run across two hosts has not come to step {step}: {said}")
@@ -282,10 +282,4 @@ def _wait_for(run: Path, step: int, started: Sequence[subprocess.Popen[bytes]], 
 
 
 def _ended(process: subprocess.Popen[bytes], began: float) -> tuple[int | str, float]:
-    return faults._ended(process, _STOP_SECONDS), time.monotonic() - began
-
-
-def _audited(run: Path) -> str:
-    words = [sys.executable, "-m", "lejepa_scale", "audit", str(run)]
-    done = subprocess.run(words, capture_output=True, text=True, env=faults._environment({}))
-    return "0" if done.returncode == 0 else done.stdout.strip().splitlines()[-1]
+    return small_run.ended(process, _STOP_SECONDS), time.monotonic() - began

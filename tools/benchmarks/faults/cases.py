@@ -16,7 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.faults.victims import LAUNCHERS, Victim, newest
+from benchmarks.faults.small_run import newest
+from benchmarks.faults.victims import LAUNCHERS, Victim
 from lejepa_scale.errors import UserError
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")

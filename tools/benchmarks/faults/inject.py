@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from benchmarks.faults import victims
+from benchmarks.faults import small_run
 from benchmarks.faults.cases import FAULTS, Fault
-from benchmarks.faults.victims import Command
+from benchmarks.faults.victims import BEGUN, Command
 from benchmarks.measure import Row
 from lejepa_scale.errors import UserError
 
@@ -25,7 +23,7 @@ def inject(launchers: Sequence[str], only: Sequence[str], ranks: int) -> Iterato
     if unknown := [name for name in only if all(name not in fault.name for fault in FAULTS)]:
         raise UserError(f"no fault is called {unknown[0]!r}: {'; '.join(fault.name for fault in FAULTS)}.")
     with tempfile.TemporaryDirectory() as base:
-        shards = victims.shards(Path(base))
+        shards = small_run.shards(Path(base))
         for fault in FAULTS:
             for launcher in launchers:
                 if launcher in fault.where and (not only or any(name in fault.name for name in only)):
@@ -37,16 +35,17 @@ def inject(launchers: Sequence[str], only: Sequence[str], ranks: int) -> Iterato
 def _case(fault: Fault, command: Command) -> Row:
     environment = {name: value.format(folder=command.folder) for name, value in fault.environment.items()}
     overrides = [*fault.overrides, "train.steps=1000000"]
-    victim = command.started(overrides, environment, fault.until or victims.BEGUN, fault.module)
+    victim = command.started(overrides, environment, fault.until or BEGUN, fault.module)
     try:
         began = time.monotonic()
         fault.inject(victim)
-        status = victim.ended(_STOP_SECONDS)
+        status = small_run.ended(victim.process, _STOP_SECONDS)
         seconds = time.monotonic() - began
         left = victim.orphans()
         row: Row = {
             "case": fault.name, "launcher": command.launcher, "exit": status, "seconds to stop": round(seconds, 1),
-            "seconds until all are gone": round(time.monotonic() - began, 1), "left behind": left, "said": victim.said(),
+            "seconds until all are gone": round(time.monotonic() - began, 1), "left behind": left,
+            "said": small_run.said(victim.log),
         }  # fmt: skip
     finally:
         victim.kill_all()
@@ -56,19 +55,15 @@ def _case(fault: Fault, command: Command) -> Row:
 
 def _recovered(command: Command, run: Path, environment: dict[str, str]) -> Row:
     """The same command once more, for some steps."""
-    last, saved = victims.last_step(run), victims.saved_step(run)
+    last, saved = small_run.last_step(run), small_run.saved_step(run)
     began = time.monotonic()
     again = command.started([f"train.steps={saved + _MORE}"], environment, until=saved + 1)
     recovered = time.monotonic() - began
-    status = again.ended(_STOP_SECONDS)
+    status = small_run.ended(again.process, _STOP_SECONDS)
     again.kill_all()
-    audit = subprocess.run(
-        [sys.executable, "-m", "lejepa_scale", "audit", str(run)],
-        capture_output=True, text=True, env=victims.environment({}),
-    )  # fmt: skip
     return {
         "steps done again": max(0, last - saved), "seconds to recover": round(recovered, 1), "exit then": status,
-        "samples lost or repeated": "0" if audit.returncode == 0 else audit.stdout.strip().splitlines()[-1],
+        "samples lost or repeated": small_run.audited(run),
     }  # fmt: skip
 
 

@@ -3,9 +3,6 @@ ended with all that belongs to them."""
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -15,14 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-import yaml
 
+from benchmarks.faults import small_run
 from benchmarks.ports import free_port
-from lejepa_scale.checkpoint import Store
-from lejepa_scale.checkpoint.saved import Saved
 from lejepa_scale.errors import UserError
 
-ROOT = Path(__file__).parents[3]
 LAUNCHERS = ("python", "torchrun", "deepspeed")
 BEGUN = 6  # steps that a run has taken when something happens to it
 _START_SECONDS, _ORPHAN_SECONDS = 240.0, 40.0
@@ -67,13 +61,6 @@ class Victim:
                     found.setdefault(number, process)  # a parent comes before its children
         self.ranks = [found[number] for number in sorted(found)]
 
-    def ended(self, limit: float) -> int | str:
-        """Its exit status, after at most as many seconds."""
-        try:
-            return self.process.wait(limit)
-        except subprocess.TimeoutExpired:
-            return f"runs on after {limit:.0f} s"
-
     def orphans(self) -> int:
         """Ranks that outlive their launcher for longer than it takes them to notice and to save."""
         deadline = time.monotonic() + _ORPHAN_SECONDS
@@ -92,13 +79,6 @@ class Victim:
                 process.kill()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
-
-    def said(self) -> str:
-        """The last line of ours: an error, or how it stopped."""
-        lines = self.log.read_text(errors="replace").replace("\r", "\n").splitlines()
-        ours = [line.strip() for line in lines if line.startswith(("error", "stopped after"))]
-        other = [line.strip() for line in lines if "Error: " in line]
-        return (ours or other or [""])[-1][:240]
 
 
 @dataclass(frozen=True)
@@ -125,74 +105,20 @@ class Command:
         engine = ["engine.name=single"] if self.launcher == "python" else []
         process = subprocess.Popen(
             [sys.executable, *words, "--config", str(self._config()), *engine, *overrides],
-            stdout=log.open("wb"), stderr=subprocess.STDOUT, env=environment(more), start_new_session=True,
+            stdout=log.open("wb"), stderr=subprocess.STDOUT, env=small_run.environment(more), start_new_session=True,
         )  # fmt: skip
         victim, deadline = Victim(self.folder, process, log, module), time.monotonic() + _START_SECONDS
         began = time.time()
-        while last_step(victim.run, began) < until and process.poll() is None:
+        while small_run.last_step(victim.run, began) < until and process.poll() is None:
             if time.monotonic() > deadline:
                 victim.kill_all()
-                raise UserError(f"a run under {self.launcher} has not begun in {_START_SECONDS:.0f} s: {victim.said()}")
+                raise UserError(
+                    f"a run under {self.launcher} has not begun in {_START_SECONDS:.0f} s: {small_run.said(log)}"
+                )
             time.sleep(0.1)
         victim.find_ranks()
         return victim
 
     def _config(self) -> Path:
         path = self.folder / "config.yaml"
-        if not path.exists():
-            shutil.copytree(self.shards, self.folder / "shards")
-            path.write_text(yaml.safe_dump(_recipe(self.folder)))
-        return path
-
-
-def shards(base: Path) -> Path:
-    """400 rendered images."""
-    out = base / "shards"
-    make = ["shards", "make", "synthetic", "--out", str(out), "--count", "400", "--size", "40"]
-    command = [sys.executable, "-m", "lejepa_scale", *make]
-    subprocess.run(command, check=True, capture_output=True, env=environment({}))
-    return out
-
-
-def _recipe(folder: Path) -> dict[str, object]:
-    return {
-        "run": {"dir": str(folder / "run")},
-        "train": {"steps": 10, "global_batch": 16},
-        "engine": {"name": "ddp", "precision": "fp32"},
-        "data": {
-            "shards": str(folder / "shards"), "workers": 1, "log_keys": True,
-            "views": {"global": {"count": 2, "size": 32}, "local": {"count": 0, "size": 16}},
-        },
-        "model": {"encoder": "resnet10t", "options": {"channels": [8, 8, 8, 8], "stem_width": 8}, "projector": {"dim": 16}},
-        "log": {"every": 1},
-        "checkpoint": {"every": 50},
-    }  # fmt: skip
-
-
-def environment(more: dict[str, str]) -> dict[str, str]:
-    """Of a run."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"} | more
-
-
-def last_step(run: Path, since: float = 0.0) -> int:
-    """That was written; 0 where nothing was since that time."""
-    with suppress(OSError, ValueError, IndexError):
-        if (run / "metrics.jsonl").stat().st_mtime >= since:
-            return int(json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"])
-    return 0
-
-
-def newest(run: Path) -> Path:
-    """The newest checkpoint. Raises UserError where there is none."""
-    found = Store(run, keep=1).latest() if (run / "checkpoints").is_dir() else None
-    if not isinstance(found, Path):
-        raise UserError(f"{run} has no checkpoint.")
-    return found
-
-
-def saved_step(run: Path) -> int:
-    """Of the newest checkpoint; 0 where there is none."""
-    try:
-        return Saved(newest(run)).progress.step
-    except UserError:
-        return 0
+        return path if path.exists() else small_run.recipe(self.folder, self.shards)
