@@ -9,6 +9,8 @@
   python tools/bench.py evaluation               images/s of the feature pass against a DataLoader; k-NN's time and memory
   python tools/bench.py race --config configs/vits_cifar10.yaml --train SHARDS --test SHARDS --minutes 10
                                                  accuracy at equal time: ours, the minimal recipe, SimCLR, VICReg, DINO
+  python tools/bench.py stability --config configs/resnet10_cifar10.yaml --train SHARDS --test SHARDS
+                                                 batches, encoders, seeds, untuned: collapse, jumps of the loss, accuracy
   python tools/bench.py isotropy --plot FILE     free embeddings under SIGReg's gradient: is every direction Gaussian?
   python tools/bench.py encoders --page FILE     two steps, a checkpoint and an export of a model of every timm module
   python tools/bench.py checkpoint --config configs/vits_cifar10.yaml --ranks 2 engine.name=fsdp
@@ -59,6 +61,7 @@ from benchmarks import (
     rounding,
     saving,
     sigreg,
+    stability,
     step,
     waits,
 )
@@ -89,7 +92,7 @@ Features: """ + ", ".join(FEATURES)
 _RACE = f"""Contestants train for the same seconds on the same images and cores: {", ".join(contest.CONTESTANTS)}.
 Their numbers of steps are their rates, measured in turns beforehand, times the seconds. With the same --json file a race
 that was cut short goes on, other durations and labels join it, and the table is of all."""
-_RECIPES = ("step", "checkpoint", "waits", "roofline", "race")  # kinds that take overrides
+_RECIPES = ("step", "checkpoint", "waits", "roofline", "race", "stability")  # kinds that take overrides
 _TEST_DATA = Path(os.environ.get("LEJEPA_TEST_DATA") or Path(__file__).parents[2] / "shared/data")
 _PHOTOS = _TEST_DATA / "imagenet_sample.tar"
 
@@ -153,6 +156,17 @@ def main() -> int:
     )
     kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG: accuracy against seconds of training")
     kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
+    kind = kinds.add_parser(
+        "stability", parents=[options], help="a recipe on other batches, encoders and seeds, untuned: does it train?"
+    )
+    kind.add_argument("--config", type=Path, help="the recipe, whose encoder, batch and seed are varied")
+    kind.add_argument("--train", help="labelled shards; labels are for scoring alone")
+    kind.add_argument("--test", help="labelled shards")
+    kind.add_argument("--images", type=int, default=40_000, help="that each run sees; %(default)s")
+    kind.add_argument("--encoders", nargs="+", choices=stability.ENCODERS, default=list(stability.ENCODERS))
+    kind.add_argument("--batches", type=int, nargs="+", default=[64, 128, 256], help="default: 64 128 256")
+    kind.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
+    kind.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the configuration")
     kind = kinds.add_parser("isotropy", parents=[options], help="does SIGReg reach isotropy from far away?")
     kind.add_argument("--plot", type=Path, help="PNG, PDF or SVG of every direction's statistic over the steps")
     kind = kinds.add_parser("encoders", parents=[options], help="does a model of every timm module train and export?")
@@ -215,7 +229,7 @@ def main() -> int:
     if arguments.kind == "checkpoint":
         arguments.overrides += overrides
         return _checkpoint(arguments)
-    if arguments.kind in ("waits", "roofline", "race"):
+    if arguments.kind in ("waits", "roofline", "race", "stability"):
         arguments.overrides += overrides
     try:
         measure: dict[str, Callable[[argparse.Namespace], Results]] = {
@@ -224,6 +238,7 @@ def main() -> int:
             "input": _input,
             "evaluation": _evaluation,
             "race": _race,
+            "stability": _stability,
             "faults": _faults,
             "hosts": _hosts,
             "plan": _plan,
@@ -424,6 +439,20 @@ def _race(arguments: argparse.Namespace) -> Results:
         contest.picture(found, a.plot)
     a.json = None  # is written
     return Results(machine=found["machine"], rows=[])
+
+
+def _stability(arguments: argparse.Namespace) -> Results:
+    """Rows, and the table."""
+    a = arguments
+    if not (a.config and a.train and a.test):
+        raise UserError("bench.py stability needs --config RECIPE, --train SHARDS and --test SHARDS.")
+    study = stability.Study(
+        a.config, tuple(a.overrides), a.train, a.test, a.images, encoders=tuple(a.encoders), batches=tuple(a.batches),
+        seeds=tuple(a.seeds), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    results = run_sections({"stability": stability.measure(study)}, torch.device("cpu"), minutes=1e6)
+    print(stability.as_table(results["rows"]))
+    return results
 
 
 def _faults(arguments: argparse.Namespace) -> Results:

@@ -56,7 +56,7 @@ class Task:
         """Steps/s, after the first ones."""
         if self.name in METHODS:
             return float(_apart(_rate, self, seconds))
-        rows = _trained(self, folder, max(4, round(4 * seconds)), 0, ["log.every=1", f"optim.warmup_steps={_WARM}"])
+        rows = trained(self, folder, max(4, round(4 * seconds)), 0, ["log.every=1", f"optim.warmup_steps={_WARM}"])
         return median(row["images_per_second"] for row in rows[_WARM:]) / self.batch
 
     def train(self, folder: Path, steps: int, seed: int) -> None:
@@ -64,7 +64,7 @@ class Task:
         folder.mkdir(parents=True, exist_ok=True)
         if self.name in METHODS:
             return _apart(_train, self, folder, steps, seed)
-        _trained(self, folder, steps, seed, [])
+        trained(self, folder, steps, seed, [])
         return None
 
     def encoder(self, folder: Path, step: int) -> Encoder | Path:
@@ -86,7 +86,7 @@ def points(steps: int) -> list[int]:
 # --- Ours: the trainer, as a user starts it on one process
 
 
-def _trained(task: Task, folder: Path, steps: int, seed: int, more: Sequence[str]) -> list[dict[str, Any]]:
+def trained(task: Task, folder: Path, steps: int, seed: int, more: Sequence[str]) -> list[dict[str, Any]]:
     """Train; the rows of metrics.jsonl."""
     every = max(1, steps // 8)  # a multiple of each point, for steps that are one of 8
     words = [
