@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,15 @@ def pytest_collection_finish() -> None:
 
 _ON_A_GPU = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))
 DEVICES = ["cpu", pytest.param("cuda", marks=_ON_A_GPU)]  # parameters of a test
+
+
+def mostly_slow(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """Of many cases of a test, `make test` takes those in `fast`, `make test-all` every one."""
+    found = list(cases)
+    assert all(case in found for case in fast), fast
+    values = [case if isinstance(case, tuple) else (case,) for case in found]
+    marks = [[] if case in fast else [pytest.mark.slow] for case in found]
+    return [pytest.param(*each, marks=mark) for each, mark in zip(values, marks, strict=True)]
 
 
 def on_a_gpu(test: Any) -> Any:

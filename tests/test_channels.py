@@ -14,7 +14,7 @@ import pytest
 import tifffile
 import timm
 import torch
-from conftest import ROOT, Command, small_config
+from conftest import ROOT, Command, mostly_slow, small_config
 from safetensors import safe_open
 from saving import exported
 from timm.models import adapt_input_conv
@@ -54,7 +54,7 @@ def config_of(run: Path, shards: Path, **sections: dict[str, Any]) -> Any:
     return validate(small_config(run, shards, data=data, **sections))
 
 
-@pytest.mark.parametrize("kind", ENCODERS)
+@pytest.mark.parametrize("kind", mostly_slow(ENCODERS, "vit"))
 def test_a_run_of_four_channels_and_twelve_bits(kind: str, deep: Path, tmp_path: Path) -> None:
     """The export's features, by timm and by an arithmetic of the pixels that is not ours, are the checkpoint's."""
     config = config_of(tmp_path / "run", deep, model=ENCODERS[kind])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.ports import free_port
-from conftest import small_config
+from conftest import mostly_slow, small_config
 from ranks import run_ranks
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -307,16 +307,16 @@ def _on_ranks(settings: dict[str, str], name: str, root: str, folder: str, first
     return state
 
 
-def test_ranks_write_and_read_a_store_in_parts(server: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "world"), mostly_slow([("zero3", 2), ("fsdp", 4)], ("zero3", 2)))
+def test_ranks_write_and_read_a_store_in_parts(server: dict[str, str], tmp_path: Path, name: str, world: int) -> None:
     root = place(f"s3://bucket/{uuid.uuid4().hex}")
     run_ranks(_on_ranks, 2, server, "fsdp", str(root), str(tmp_path), 0)
     written = Saved(root / "step_00000002")
     assert written.ranks == 2
-    for name, world in (("zero3", 2), ("fsdp", 4)):
-        state = run_ranks(_on_ranks, world, server, name, str(root), str(tmp_path), 2)[0]
-        for kind, tensors in {"value": state.model, **state.moments}.items():
-            for name_, tensor in tensors.items():
-                assert torch.equal(written.whole(name_, kind), tensor), (name, kind, name_)
+    state = run_ranks(_on_ranks, world, server, name, str(root), str(tmp_path), 2)[0]
+    for kind, tensors in {"value": state.model, **state.moments}.items():
+        for tensor_name, tensor in tensors.items():
+            assert torch.equal(written.whole(tensor_name, kind), tensor), (kind, tensor_name)
 
 
 def _killed_while_writing(settings: dict[str, str], root: str, folder: str) -> None:

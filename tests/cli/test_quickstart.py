@@ -17,7 +17,8 @@ def losses(run: Path) -> list[Any]:
     return [[line[k] for k in ("loss", "loss_prediction", "loss_sigreg")] for line in lines]
 
 
-@pytest.mark.parametrize("steps", [6, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [6, 20])
 def test_quickstart_is_the_same_under_fsdp_and_zero3(command: Command, tmp_path: Path, steps: int) -> None:
     """The recipe's first steps, at the rates of its first twenty (its warm-up reaches a third of the peak), with smaller
     batches: FSDP, and ZeRO-3 under the deepspeed launcher."""

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Command, small_config
+from conftest import ROOT, Command, mostly_slow, small_config
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -123,7 +123,13 @@ def test_engines_and_world_sizes_share_checkpoints(command: Command, tmp_path: P
     [
         ("SIGTERM", "SIGTERM", {}, 75),
         ("SIGUSR1", "SIGUSR1", {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": "1"}, 0),
-        ("stop", "the file stop", {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": "2"}, 75),
+        pytest.param(
+            "stop",
+            "the file stop",
+            {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": "2"},
+            75,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["SIGTERM", "a launcher that would start it again", "a file"],
 )
@@ -173,7 +179,7 @@ def test_a_fault_while_training_is_no_mistake_of_the_configuration(
     assert (run / "nonfinite.jsonl").exists()
 
 
-@pytest.mark.parametrize("encoder", ["vit_nano", "resnet18", "convnext_atto"])
+@pytest.mark.parametrize("encoder", mostly_slow(["vit_nano", "resnet18", "convnext_atto"], "convnext_atto"))
 def test_other_encoders_train_with_the_same_configuration(
     command: Command, tmp_path: Path, scenes: Path, encoder: str
 ) -> None:

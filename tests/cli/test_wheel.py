@@ -148,6 +148,7 @@ def test_only_the_base_requirements_can_be_imported_there(environment: Path, tmp
     assert found.stdout.startswith(str(environment)), found.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_the_wheel_alone_makes_shards_and_trains(environment: Path, tmp_path: Path) -> None:
     """Away from the checkout: shards, three steps of a recipe named without a path, features from Python, and what is

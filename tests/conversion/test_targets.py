@@ -363,9 +363,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 """
 
 
-@pytest.mark.parametrize(
-    "kind", ["timm", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hf", "safetensors"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["timm", "hf", "safetensors"])
 def test_memory_is_that_of_a_tensor_not_of_the_model(tmp_path: Path, kind: str) -> None:
     arguments = {
         "depth": 24,

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
+from conftest import mostly_slow
 from cost_cases import batch, config_of
 from ranks import run_ranks
 from steps import start, take_step
@@ -51,6 +52,16 @@ OTHERS = {
     ),
     "embeddings": case("ddp", objective={"sigreg": {"communication": "embeddings"}}),
 }
+FEW = (
+    "ddp bf16",
+    "fsdp fp32",
+    "zero2 bf16",
+    "zero3 fp32",
+    "fsdp exact",
+    "Muon",
+    "VISReg",
+    "sums, joint, scale and centre",
+)
 OF_FOUR = {
     "two replicas": case("fsdp", 2, engine={"shard_degree": 2}),
     "two replicas bf16": case("fsdp", engine={"shard_degree": 2, "precision": "bf16"}),
@@ -89,8 +100,9 @@ def _counted(cases: dict[str, Case], ranks: int) -> dict[str, tuple[dict[str, in
     return found
 
 
-def _on_two() -> Any:
-    return _counted(OF_ENGINES | OTHERS, 2)
+def _on_two(few: bool) -> Any:
+    cases = OF_ENGINES | OTHERS
+    return _counted({name: cases[name] for name in FEW} if few else cases, 2)
 
 
 def _on_four() -> Any:
@@ -104,10 +116,12 @@ def agree(found: dict[str, tuple[dict[str, int], dict[str, float]]]) -> None:
             assert counted.get(kind, 0) == pytest.approx(formula.get(kind, 0), abs=COUNTERS, rel=0), (name, kind)
 
 
-def test_the_formula_is_what_two_ranks_send() -> None:
-    agree(run_ranks(_on_two, 2, timeout=400)[0])
+@pytest.mark.parametrize("few", mostly_slow([True, False], True))
+def test_the_formula_is_what_two_ranks_send(few: bool) -> None:
+    agree(run_ranks(_on_two, 2, few, timeout=400)[0])
 
 
+@pytest.mark.slow
 def test_the_formula_is_what_four_ranks_send() -> None:
     agree(run_ranks(_on_four, 4)[0])
 

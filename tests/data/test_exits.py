@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Command, launched, script_environment, small_config
+from conftest import ROOT, Command, launched, mostly_slow, script_environment, small_config
 from processes import Forks, Program, eventually, forks, program, session, stat
 
 from lejepa_scale.config import Data
@@ -127,7 +127,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("own_cache")
-@pytest.mark.parametrize(("ranks", "killed"), [(1, False), pytest.param(2, False, marks=pytest.mark.slow), (2, True)])
+@pytest.mark.parametrize(("ranks", "killed"), mostly_slow([(1, False), (2, False), (2, True)], (1, False)))
 def test_a_run_ends_while_a_read_never_returns(
     scenes: Path, tmp_path: Path, command: Command, ranks: int, killed: bool
 ) -> None:

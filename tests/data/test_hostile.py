@@ -160,7 +160,7 @@ def fuzzed(kind: str, count: int, folder: Path) -> dict[str, object]:
 
 
 OURS = "the manifest of {folder} is damaged or of another version: made anew from the shards' own index files."
-FEW = [("sidecar", 300), ("manifest", 300), ("tar", 300), ("image", 550), ("keylog", 300)]
+FEW = [("sidecar", 150), ("manifest", 150), ("tar", 150), ("image", 250), ("keylog", 150)]
 
 
 @pytest.mark.unchecked
@@ -175,6 +175,6 @@ def test_a_few_mutated_files(kind: str, count: int, folder: Path) -> None:
 @pytest.mark.unchecked
 @pytest.mark.slow
 @pytest.mark.timeout(2000)
-@pytest.mark.parametrize(("kind", "count"), [(kind, 20 * count) for kind, count in FEW])
+@pytest.mark.parametrize(("kind", "count"), [(kind, 40 * count) for kind, count in FEW])
 def test_many_mutated_files(kind: str, count: int, folder: Path) -> None:
     test_a_few_mutated_files(kind, count, folder)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import mostly_slow, small_config
 from ranks import run_ranks
 from steps import start, take_step
 from torch import Tensor
@@ -47,7 +47,7 @@ def _held(family: str) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, "vit_small_patch16_dinov3", "resnet10t"))
 def test_every_engine_holds_the_same(family: str) -> None:
     expected = dict(build(_config("single", family)).named_buffers())
     assert expected

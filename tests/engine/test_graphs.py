@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import small_config
+from conftest import mostly_slow, small_config
 from ranks import run_ranks
 from steps import start, take_step
 from torch.fx import GraphModule
@@ -60,7 +60,10 @@ def _all(engine: str) -> dict[tuple[str, float], tuple[int, int]]:
     return {case: _graphs(engine, "sdpa", *case) for case in cases}
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero3", 2)])
+@pytest.mark.parametrize(
+    ("engine", "ranks"),
+    mostly_slow([("single", 1), ("ddp", 2), ("fsdp", 2), ("zero1", 2), ("zero3", 2)], ("single", 1), ("fsdp", 2)),
+)
 def test_every_block_is_one_graph(engine: str, ranks: int) -> None:
     """The same one, whatever is recomputed and left out, and none more at later steps."""
     for found in run_ranks(_all, ranks, engine):

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import mostly_slow, small_config
 from ranks import run_ranks
 from steps import of_this_rank, start, take_step
 from torch import nn
@@ -173,7 +173,7 @@ def _of_engines(cases: list[tuple[str, str]], exact: bool) -> list[Any]:
     return [train(config_of(*case)) for case in cases]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", mostly_slow([2, 4], 2))
 def test_ranks_are_one_process(world: int) -> None:
     """Iterated in fp32, to its rounding: in bf16 a last bit of a gradient is a thousandth of a direction's element."""
     cases = [("ddp", "fp32"), ("hsdp" if world == 4 else "fsdp", "fp32")]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import on_a_gpu, small_config, without_gradient
+from conftest import mostly_slow, on_a_gpu, small_config, without_gradient
 from ranks import run_ranks
 from steps import CPU, of_this_rank, start, take_step
 
@@ -23,7 +23,9 @@ GLOBAL, STEPS = 16, 6
 EPSILON = 1e-4
 
 
-def _config(engine_name: str, accumulation: int = 1, precision: str = "fp32") -> Config:
+def _config(
+    engine_name: str, accumulation: int = 1, precision: str = "fp32", objective: dict[str, Any] | None = None
+) -> Config:
     micro_batch = GLOBAL // process_group.world_size() // accumulation
     tree = small_config(
         "unused",
@@ -31,6 +33,7 @@ def _config(engine_name: str, accumulation: int = 1, precision: str = "fp32") ->
         train={"steps": STEPS, "global_batch": GLOBAL, "micro_batch": micro_batch},
         engine={"name": engine_name, "precision": precision},
         model={"predictor": {"hidden": 33}},
+        objective=dict(objective or {}),
         optim={"eps": EPSILON, "clip_norm": 0.5},
     )
     return validate(tree)
@@ -42,9 +45,10 @@ def train(
     precision: str = "fp32",
     poison: int | None = None,
     device: torch.device = CPU,
+    objective: dict[str, Any] | None = None,
 ) -> tuple[list[tuple[float, float]], CanonicalState | None]:
     """Losses and gradient norms of STEPS steps on fixed random views, and the final state (rank 0)."""
-    engine, plan = start(_config(engine_name, accumulation, precision), device)
+    engine, plan = start(_config(engine_name, accumulation, precision, objective), device)
     history = []
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
@@ -106,6 +110,27 @@ def test_two_ranks_equal_one_process(name: str, oracle: Any, tmp_path: Path) -> 
     assert poisoned[1].updates == STEPS - 1
     assert round_trip
     assert [h[0] for h in results[1][0][0]] == [h[0] for h in single[0]]  # the same loss on every rank
+
+
+OTHER_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "VISReg": {"regularizer": "visreg"},
+    "VISReg beside SIGReg": {"visreg": {"weight": 0.1}},
+    "weak SIGReg": {"regularizer": "weak_sigreg"},
+}
+
+
+def _objective_on_rank(names: list[str], objective: dict[str, Any]) -> Any:
+    return {name: train(name, 1, objective=objective) for name in names}
+
+
+@pytest.mark.parametrize("objective", mostly_slow(OTHER_OBJECTIVES, "VISReg"))
+def test_other_objectives_on_ranks_equal_one_process(objective: str) -> None:
+    """Sharded gradients, and each rank's own directions with the samples of all."""
+    settings = OTHER_OBJECTIVES[objective]
+    expected = train("single", 1, objective=settings)
+    found = run_ranks(_objective_on_rank, 2, ["fsdp", "zero1", "zero2", "zero3"], settings)[0]
+    for result in found.values():
+        _close(result, expected)
 
 
 def _bf16_on_rank(names: list[str]) -> Any:

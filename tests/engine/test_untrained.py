@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from conftest import small_config
 from ranks import run_ranks
@@ -32,6 +33,7 @@ def _after_a_step(engines: list[str]) -> list[Any]:
     return found
 
 
+@pytest.mark.slow
 def test_they_stay_as_they_are() -> None:
     for engines, ranks in ((["single"], 1), (ENGINES, 2)):
         for engine, value in zip(engines, run_ranks(_after_a_step, ranks, engines)[0], strict=True):

@@ -124,6 +124,7 @@ def _on_ranks(what: str, train: str, test: str) -> list[Result]:
     return evaluate(what, train, test, options=SHORT, batch=6, image_size=32, device="cpu").results
 
 
+@pytest.mark.slow
 def test_numbers_do_not_depend_on_how_many_ranks_there_are(sets: tuple[str, str], folder: Path) -> None:
     one = _on_ranks(str(folder), *sets)
     assert [row.protocol for row in one[:5]] == ["knn", "spectrum", "attentive", "segmentation", "finetune"]

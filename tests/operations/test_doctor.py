@@ -140,6 +140,7 @@ def test_alone(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "wrong    data.shards" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_two_ranks(scenes: Path, tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text(dump(config_of(tmp_path / "run", scenes, engine={"name": "ddp"})))

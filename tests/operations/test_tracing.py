@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch.distributed as dist
-from conftest import small_config
+from conftest import mostly_slow, small_config
 from cost_cases import config_of
 
 from lejepa_scale.config import Config, check_world, validate
@@ -30,7 +30,7 @@ def configured(name: str, ranks: int) -> Config:
     return config_of("wide", 0.25, train=train, model={"options": {"depth": 12}}, **CASES[name])
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("name", mostly_slow(CASES, "fsdp bf16", "recomputing"))
 def test_the_formulas_are_what_a_traced_step_does(name: str) -> None:
     config = configured(name, 16)
     rows = {row["of a step and a rank"]: row for row in trace(config, check_world(config, 16))}

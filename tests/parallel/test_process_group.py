@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from benchmarks.ports import free_port
-from conftest import ROOT
+from conftest import ROOT, mostly_slow
 from processes import Forks, eventually, forks, session
 
 from lejepa_scale.errors import UserError
@@ -48,9 +48,7 @@ def statuses(server: Forks, call: str, world: int, folder: Path) -> list[int | N
 
 
 @linux
-@pytest.mark.parametrize(
-    ("engine", "world"), [("ddp", 2), ("fsdp", 2), pytest.param("zero1", 2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("engine", "world"), mostly_slow([("ddp", 2), ("fsdp", 2), ("zero1", 2)], ("ddp", 2)))
 def test_a_closed_engine_lets_the_group_go(server: Forks, tmp_path: Path, engine: str, world: int) -> None:
     assert statuses(server, f"trains({engine!r})", world, tmp_path) == [0] * world
 

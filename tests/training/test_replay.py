@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import small_config
+from conftest import mostly_slow, small_config
 from PIL import Image
 from ranks import run_ranks
 from timm.layers import PatchEmbed
@@ -72,7 +72,7 @@ def config_of(run: Path, shards: Path, **sections: Any) -> Config:
     return validate(small_config(run, shards, data=data, train=train, checkpoint={"every": 2, "keep": 5}, **sections))
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("engine", mostly_slow(["ddp", "fsdp", "zero3"], "fsdp"))
 def test_two_ranks_find_the_sample_and_the_module(engine: str, shards: tuple[Path, str], tmp_path: Path) -> None:
     folder, name = shards
     run = tmp_path / "run"

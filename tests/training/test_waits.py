@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from benchmarks import waits
-from conftest import on_a_gpu, small_config
+from conftest import mostly_slow, on_a_gpu, small_config
 from ranks import run_ranks
 
 from lejepa_scale.config import validate
@@ -48,7 +48,9 @@ def _steps(folder: str, sections: dict[str, Any]) -> list[waits.Step]:
     return waits.steps(validate(tree))
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", mostly_slow(CASES, "ViT", "patches left out", "accumulation, a predictor", "Muon, layers apart")
+)
 def test_a_step_waits_for_nothing(tmp_path: Path, case: str) -> None:
     """But the first, which makes what is kept, and the last, which is read at once."""
     (found,) = run_ranks(_steps, 1, str(tmp_path), CASES[case])
