@@ -229,6 +229,14 @@ def test_an_index_that_is_lost_is_made_by_the_command(tmp_path: Path, with_index
     assert len(list((tmp_path / "my index" if with_index_dir else path.parent).rglob("a.tar.index.npz"))) == 1
 
 
+def test_a_shard_that_is_gone_with_its_index_is_said_to_be_gone(tmp_path: Path) -> None:
+    """As when a disk is unmounted under a run: there is nothing to index."""
+    path = of_images(tmp_path / "shards/a.tar")
+    mixture = open_mixture(data_of(path))
+    path.parent.rename(tmp_path / "elsewhere")
+    refused(lambda: mixture.shards[0][0], f"shard {path} does not exist")
+
+
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("with_index_dir", [False, True])
 @pytest.mark.parametrize("size", ["longer", "shorter"])

@@ -24,7 +24,7 @@ from lejepa_scale.data.index.keys import DEFAULT_KEYS, SampleKeys
 from lejepa_scale.data.index.passed import PassedOver
 from lejepa_scale.data.index.scan import ShardIndex, scan
 from lejepa_scale.data.io.address import folder_of, shard_name
-from lejepa_scale.data.io.reader import Reader
+from lejepa_scale.data.io.reader import Reader, gone
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel.threads import Pool
 
@@ -76,6 +76,8 @@ class Shards:
         home = self.homes[folder_of(url)]
         index = home.sidecar(url, row)
         if index is None:
+            if not is_remote(url) and not Path(url).exists():
+                raise UserError(gone(url))
             raise UserError(
                 f"the index of shard {url} is missing, damaged, or not the one that its manifest names. "
                 f"Run `lejepa shards index{self.keys.options}{home.option} {shlex.quote(str(url))}` and start again."

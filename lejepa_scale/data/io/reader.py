@@ -287,12 +287,17 @@ class _Process:
         return self._pool
 
 
+def gone(url: str) -> str:
+    """What is said of a local shard that is not there."""
+    return f"shard {url} does not exist. Check data.shards (and that its disk is mounted)."
+
+
 def _local(url: str) -> Iterator[bytes]:
     try:
         with open(url, "rb", buffering=0) as file:
             while chunk := file.read(1 << 20):
                 yield chunk
     except FileNotFoundError as error:
-        raise UserError(f"shard {url} does not exist. Check data.shards (and that its disk is mounted).") from error
+        raise UserError(gone(url)) from error
     except OSError as error:
         raise UserError(f"cannot read shard {url}: {error.strerror}.") from error

@@ -23,7 +23,7 @@ from lejepa_scale.errors import UserError
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 _LAUNCHED = ("torchrun", "deepspeed")
 _BROKEN = "benchmarks.faults.broken"  # what trains in place of lejepa_scale where a part is to break inside
-_DISK_BYTES = 16 << 20
+_DISK_BYTES = 400 << 20
 
 
 @dataclass(frozen=True)
