@@ -27,7 +27,9 @@ _ROWS = 8192  # of features in float64 at a time
 _KEPT = 2**31  # bytes of features in float64 that are kept during a fit, in which they are used some hundred times
 _WIDEST = 8192  # features whose principal axes are found: a minute on two cores
 _TOLERANCE = 1e-6  # of the largest derivative of the mean loss, features scaled to a variance of 1
-_LOOSE = 1e-4  # scikit-learn's own tolerance: a fit that ends above it has not converged
+_LOOSE = (
+    1e-4  # scikit-learn's own tolerance: enough to choose a strength by; a fit that ends above it has not converged
+)
 
 
 def logistic(
@@ -48,7 +50,8 @@ def logistic(
     strengths: values of C, tried in ascending order, each fit started from the one before. C is the one with the best
     accuracy on a share `held_out` of every class (see `hold_out`), the smallest of equals; then all training rows are
     used. Of a grid of more than 12, every fourth is tried first, until three in a row fall clearly behind, then those
-    around the best. standardize: divide each feature by its standard deviation first. Off, as in dinov2 and dinov3:
+    around the best. These fits end where no derivative of the mean loss is above 1e-4 (scikit-learn's tol), the last one
+    at 1e-6. standardize: divide each feature by its standard deviation first. Off, as in dinov2 and dinov3:
     numbers compare with published ones, and how an encoder scales its features is part of what is judged.
     max_iterations: of each fit; 1000 in dinov2.
     device: unset, the CPU; another one holds the training rows in float32. Besides, memory is the training rows in float64
@@ -129,7 +132,7 @@ def fitted(
         kept, held = hold_out(train.labels, held_out, seed)
         chosen, accuracies = _chosen(problem, nothing, sorted(strengths), kept, held)
         settings |= {"held_out_rows": len(held), "held_out_accuracy": accuracies[chosen], "accuracies": accuracies}
-    model, slope = _fit(problem, everything, nothing, chosen)
+    model, slope = _fit(problem, everything, nothing, chosen, _TOLERANCE)
     return model, settings | {"strength": chosen, "converged": slope <= _LOOSE}
 
 
@@ -211,7 +214,7 @@ def _chosen(
     found: dict[float, tuple[float, Linear]] = {}
 
     def tried(strength: float, start: Linear) -> float:
-        model, _ = _fit(problem, kept, start, strength)
+        model, _ = _fit(problem, kept, start, strength, _LOOSE)
         hits = sum(int((model(x).argmax(1) == y).sum()) for x, y in _batches(problem, held))
         found[strength] = hits / len(held), model
         return hits / len(held)
@@ -263,7 +266,9 @@ def _scaled(
     return lambda: kept
 
 
-def _fit(problem: _Problem, index: Int[Tensor, " k"], start: Linear, strength: float) -> tuple[Linear, float]:
+def _fit(
+    problem: _Problem, index: Int[Tensor, " k"], start: Linear, strength: float, tolerance: float
+) -> tuple[Linear, float]:
     """The classifier of the rows in `index`, and the largest derivative that is left there."""
     # |weights before scaling|^2 / (2 C n), of the mean loss
     penalty = 1 / (strength * len(index)) / (1.0 if problem.standardize else float(problem.scale[0]) ** 2)
@@ -300,7 +305,7 @@ def _fit(problem: _Problem, index: Int[Tensor, " k"], start: Linear, strength: f
         max_iter=problem.max_iterations,
         max_eval=2 * problem.max_iterations,
         history_size=10,
-        tolerance_grad=_TOLERANCE,
+        tolerance_grad=tolerance,
         tolerance_change=1e-12,
         line_search_fn="strong_wolfe",
     )

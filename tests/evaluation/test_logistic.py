@@ -127,7 +127,8 @@ def search(monkeypatch: pytest.MonkeyPatch, accuracies: dict[float, float]) -> d
     labels = torch.arange(1000) % 10
     one_hot = torch.nn.functional.one_hot(labels, 10).double()
 
-    def pretend(problem: Any, index: Any, start: Any, strength: float) -> Any:
+    def pretend(problem: Any, index: Any, start: Any, strength: float, tolerance: float) -> Any:
+        assert tolerance == 1e-4
         def model(rows: torch.Tensor) -> torch.Tensor:
             scores = rows.clone()
             wrong = torch.arange(len(rows)) >= round(accuracies[strength] * len(rows))
