@@ -251,7 +251,7 @@ from lejepa_scale.config import validate
 from lejepa_scale.training import loop
 
 def waits_for_a_compiler(*_, **__):
-    time.sleep(60)
+    time.sleep(30)
 
 loop.start_engine = waits_for_a_compiler
 run, shards = map(Path, sys.argv[1:])
@@ -268,5 +268,6 @@ def test_what_comes_before_the_first_step_is_ended_too(tmp_path: Path, scenes: P
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "step 1 has not moved for" in done.stderr
+    assert "That is longer than engine.timeout_minutes = 0.03" in done.stderr
     assert "rank 0: building the engine for" in done.stderr
     assert "waits_for_a_compiler" in (tmp_path / "run/hang/rank_0.txt").read_text()
