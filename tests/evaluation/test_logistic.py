@@ -129,6 +129,7 @@ def search(monkeypatch: pytest.MonkeyPatch, accuracies: dict[float, float]) -> d
 
     def pretend(problem: Any, index: Any, start: Any, strength: float, tolerance: float) -> Any:
         assert tolerance == 1e-4
+
         def model(rows: torch.Tensor) -> torch.Tensor:
             scores = rows.clone()
             wrong = torch.arange(len(rows)) >= round(accuracies[strength] * len(rows))

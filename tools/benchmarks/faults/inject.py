@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,9 @@ def inject(launchers: Sequence[str], only: Sequence[str], ranks: int) -> Iterato
     does not begin."""
     if unknown := [name for name in only if all(name not in fault.name for fault in FAULTS)]:
         raise UserError(f"no fault is called {unknown[0]!r}: {'; '.join(fault.name for fault in FAULTS)}.")
+    # whatever runs in the background or under nohup ignores these, and so would all that it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with tempfile.TemporaryDirectory() as base:
         shards = small_run.shards(Path(base))
         for fault in FAULTS:
