@@ -1,4 +1,4 @@
-# make quickstart: train and evaluate an encoder on rendered scenes, on two CPU processes.
+# make quickstart: train and evaluate an encoder on rendered scenes, in one process on all cores.
 # make test: lint, types and the fast tests. make test-all: the slow ones too. make shapes: the fast tests of the library again,
 # with every annotation and shape checked at each call. make docs: the site, into build/docs.
 PYTHON ?= python3
@@ -21,7 +21,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 quickstart: install
 	$(BIN)/lejepa shards make synthetic --out $(SCENES)/train --count 8000 --size 48 --seed 0
 	$(BIN)/lejepa shards make synthetic --out $(SCENES)/test --count 2000 --size 48 --seed 1
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 -m lejepa_scale train --config quickstart run.dir=$(RUN)
+	$(BIN)/lejepa train --config quickstart engine.name=single run.dir=$(RUN)
 	$(BIN)/lejepa convert $(RUN) $(RUN)/encoder --verify --overwrite
 	$(BIN)/lejepa evaluate $(RUN) --train $(SCENES)/train --test $(SCENES)/test
 	@echo "encoder: $(RUN)/encoder"
