@@ -122,7 +122,13 @@ def test_engines_and_world_sizes_share_checkpoints(command: Command, tmp_path: P
     ("ask", "why", "environment", "status"),
     [
         ("SIGTERM", "SIGTERM", {}, 75),
-        ("SIGUSR1", "SIGUSR1", {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": "1"}, 0),
+        pytest.param(
+            "SIGUSR1",
+            "SIGUSR1",
+            {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RESTART_COUNT": "1"},
+            0,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "stop",
             "the file stop",

@@ -241,6 +241,7 @@ def _fsdp_peaks_on_rank(cases: list[tuple[str, ...]]) -> list[int]:
     return peaks
 
 
+@pytest.mark.slow
 def test_the_peak_of_fsdp() -> None:
     """As much as torch tracks, or up to a fifth more: on a CPU nothing is gathered ahead or during a reduction."""
     cases = [("none", "fp32"), ("selective", "bf16"), ("full", "bf16"), ("none", "bf16", "ddp")]

@@ -151,7 +151,8 @@ def test_a_run_ends_while_a_read_never_returns(
         assert running.gone(SECONDS), f"left: {[command_line(pid) for pid in running.family()]}"
 
 
-@pytest.mark.parametrize("number", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_lost_worker_ends_the_run_on_every_rank(
     scenes: Path, tmp_path: Path, command: Command, number: signal.Signals
 ) -> None:
