@@ -17,29 +17,32 @@ from lejepa_scale.training.collapse import highest_rank, lowest_rank
 
 
 def records(losses: list[float], rank: float = 20.0) -> list[dict[str, Any]]:
-    return [{"loss": loss, "effective_rank": rank, "nonfinite_steps": 0} for loss in losses]
+    return [{"loss": loss, "effective_rank": rank, "embedding_std": 1.0, "nonfinite_steps": 0} for loss in losses]
 
 
 def test_the_largest_jump_after_the_beginning() -> None:
     losses = [9.0, 3.0, 5.0, *([1.0, 1.1] * 10)]
     losses[12] += 0.7
-    row = stability.described(records(losses), 2.0)
+    row = stability.described(records(losses), 2.0, 0.1)
     assert row["at step"] == 13
     assert row["largest jump"] == pytest.approx(losses[12] - losses[11])
     assert row["usual change"] == pytest.approx(0.1)
     assert row["loss"] == losses[-1]
     assert not row["collapsed"]
-    assert stability.described(records([1.0, 0.9, 0.8, 0.7] * 3), 2.0)["largest jump"] == pytest.approx(0.3)
+    assert stability.described(records([1.0, 0.9, 0.8, 0.7] * 3), 2.0, 0.1)["largest jump"] == pytest.approx(0.3)
 
 
 def test_a_collapse_that_is_over_by_the_end_counts() -> None:
     for at, collapsed in ((2, False), (17, True)):  # of the second half alone: a run may begin low
         kept = records([1.0] * 20)
         kept[at]["effective_rank"] = 1.5
-        assert stability.described(kept, 2.0)["collapsed"] is collapsed
+        assert stability.described(kept, 2.0, 0.1)["collapsed"] is collapsed
+    kept = records([1.0] * 20)
+    kept[17]["embedding_std"] = 0.05
+    assert stability.described(kept, 2.0, 0.1)["collapsed"]
     kept = records([1.0] * 20)
     kept[-1]["nonfinite_steps"] = 3
-    assert stability.described(kept, 2.0)["no numbers"] == 3
+    assert stability.described(kept, 2.0, 0.1)["no numbers"] == 3
 
 
 def test_the_floor_is_the_trainer_s(tmp_path: Path) -> None:

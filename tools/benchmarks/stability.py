@@ -62,24 +62,26 @@ def _run(study: Study, name: str, batch: int, seed: int) -> Row:
         folder = Path(temporary, "run")
         rows = trained(task, folder, steps, seed, ["log.every=1", f"checkpoint.every={steps}"])
         scores = score(task, folder, steps, study.train, study.test, SCORES[:1])
-    return {"steps": steps} | described(rows, lowest_rank(config, batch)) | scores
+    return {"steps": steps} | described(rows, lowest_rank(config, batch), config.evaluation.std_floor) | scores
 
 
-def described(records: Sequence[Mapping[str, Any]], lowest: float) -> Row:
-    """Of a run's metrics, one record a step: `lowest` is the effective rank below which embeddings have collapsed. The
-    first tenth of the steps, in which the loss falls from where it began, is left out of the jumps."""
+def described(records: Sequence[Mapping[str, Any]], lowest: float, smallest: float) -> Row:
+    """Of a run's metrics, one record a step: `lowest` and `smallest` are the effective rank and the deviation below which
+    embeddings have collapsed. The first tenth of the steps, in which the loss falls from where it began, is left out of the
+    jumps."""
     losses = [float(record["loss"]) for record in records]
     jumps = [(later - earlier, number) for number, (earlier, later) in enumerate(pairwise(losses), 2)]
     settled = jumps[len(losses) // 10 :]
     largest, at = max(settled)
-    ranks = [float(record["effective_rank"]) for record in records]
+    ranks, deviations = ([float(record[name]) for record in records] for name in ("effective_rank", "embedding_std"))
+    late = len(records) // 2
     return {
         "loss": statistics.fmean(losses[-max(1, len(losses) // 20) :]),
         "largest jump": largest,
         "at step": at,
         "usual change": statistics.median(abs(change) for change, _ in settled),
         "rank": ranks[-1],
-        "collapsed": min(ranks[len(ranks) // 2 :]) < lowest,
+        "collapsed": min(ranks[late:]) < lowest or min(deviations[late:]) < smallest,
         "no numbers": int(records[-1]["nonfinite_steps"]),
     }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.faults.small_run import newest
-from benchmarks.faults.victims import LAUNCHERS, Victim
+from benchmarks.faults.victims import BEGUN, LAUNCHERS, Victim
 from lejepa_scale.errors import UserError
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
@@ -28,19 +28,22 @@ _DISK_BYTES = 400 << 20
 
 @dataclass(frozen=True)
 class Fault:
-    """Something that happens to a run. `where` it applies: of LAUNCHERS. around: entered with the case's folder before the
-    run is started. mend: takes away what is in the way, before the next start. environment: values may hold {folder}, the
-    case's. until: steps that the run has taken by then; 0 stands for BEGUN."""
+    """Something that happens to a run. `where` it applies: of LAUNCHERS. overrides: of the first start. settings: of both.
+    around: entered with the case's folder before the run is started. mend: takes away what is in the way, before the next
+    start. holds: what has to be so after it, beside what holds of every case. environment: values may hold {folder}, the
+    case's. until: steps that the run has taken by then."""
 
     name: str
     inject: Callable[[Victim], None]
     where: Sequence[str] = LAUNCHERS
     overrides: Sequence[str] = ()
+    settings: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
     mend: Callable[[Victim], None] = lambda victim: None
+    holds: Callable[[Victim], bool] = lambda victim: True
     around: Callable[[Path], AbstractContextManager[None]] = lambda folder: nullcontext()
     module: str = "lejepa_scale"
-    until: int = 0
+    until: int = BEGUN
 
 
 def _nothing(victim: Victim) -> None:
@@ -145,6 +148,10 @@ def _kill_in_a_build(victim: Victim) -> None:
         os.utime(path, (time.time() - 3600,) * 2)
 
 
+def _no_lock(victim: Victim) -> bool:
+    return not (victim.folder / "extensions/cpu_adam/lock").exists()
+
+
 def _begin_to_break(victim: Victim) -> None:
     (victim.folder / "broken").touch()
 
@@ -179,7 +186,7 @@ FAULTS = (
     Fault("the newest checkpoint is damaged", _kill_and_damage, overrides=["checkpoint.every=3"], until=10),
     Fault("the lock of a host that is gone", _kill_a_host),
     Fault(
-        "the lock of a build that was killed", _kill_in_a_build,
+        "the lock of a build that was killed", _kill_in_a_build, _LAUNCHED, settings=["engine.name=zero1"], holds=_no_lock,
         environment={"TORCH_EXTENSIONS_DIR": "{folder}/extensions"},
     ),
     Fault(

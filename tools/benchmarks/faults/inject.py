@@ -10,7 +10,7 @@ from pathlib import Path
 
 from benchmarks.faults import small_run
 from benchmarks.faults.cases import FAULTS, Fault
-from benchmarks.faults.victims import BEGUN, Command
+from benchmarks.faults.victims import Command
 from benchmarks.measure import Row
 from lejepa_scale.errors import UserError
 
@@ -38,8 +38,8 @@ def inject(launchers: Sequence[str], only: Sequence[str], ranks: int) -> Iterato
 
 def _case(fault: Fault, command: Command) -> Row:
     environment = {name: value.format(folder=command.folder) for name, value in fault.environment.items()}
-    overrides = [*fault.overrides, "train.steps=1000000"]
-    victim = command.started(overrides, environment, fault.until or BEGUN, fault.module)
+    overrides = [*fault.settings, *fault.overrides, "train.steps=1000000"]
+    victim = command.started(overrides, environment, fault.until, fault.module)
     try:
         began = time.monotonic()
         fault.inject(victim)
@@ -54,14 +54,16 @@ def _case(fault: Fault, command: Command) -> Row:
     finally:
         victim.kill_all()
     fault.mend(victim)
-    return row | _recovered(command, victim.run, environment)
+    row |= _recovered(command, victim.run, fault.settings, environment)
+    came_through = (row["left behind"], row["exit then"], row["samples lost or repeated"]) == (0, 0, "0")
+    return row | {"ok": came_through and isinstance(status, int) and fault.holds(victim)}
 
 
-def _recovered(command: Command, run: Path, environment: dict[str, str]) -> Row:
+def _recovered(command: Command, run: Path, settings: Sequence[str], environment: dict[str, str]) -> Row:
     """The same command once more, for some steps."""
     last, saved = small_run.last_step(run), small_run.saved_step(run)
     began = time.monotonic()
-    again = command.started([f"train.steps={saved + _MORE}"], environment, until=saved + 1)
+    again = command.started([*settings, f"train.steps={saved + _MORE}"], environment, until=saved + 1)
     recovered = time.monotonic() - began
     status = small_run.ended(again.process, _STOP_SECONDS)
     again.kill_all()

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from lejepa_scale.checkpoint import Store
-from lejepa_scale.checkpoint.saved import Saved
+from lejepa_scale.checkpoint.saved import Saved, verify
 from lejepa_scale.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -70,11 +70,12 @@ def newest(run: Path) -> Path:
 
 
 def saved_step(run: Path) -> int:
-    """Of the newest checkpoint; 0 where there is none."""
-    try:
-        return Saved(newest(run)).progress.step
-    except UserError:
-        return 0
+    """Of the newest checkpoint that is whole; 0 where there is none."""
+    for path in reversed(Store(run, keep=1).complete() if (run / "checkpoints").is_dir() else []):
+        with suppress(UserError):
+            verify(path)
+            return Saved(path).progress.step
+    return 0
 
 
 def ended(process: subprocess.Popen[bytes], limit: float) -> int | str:

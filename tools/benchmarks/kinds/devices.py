@@ -12,12 +12,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import gpu, roofline, rounding, sigreg, step, waits
-from benchmarks.kinds.kind import Kinds
+from benchmarks.kinds.kind import TOY, Kinds
 from benchmarks.measure import Results
 from benchmarks.record import tables
 from lejepa_scale.errors import UserError
-
-_TOY = Path(__file__).parents[3] / "configs/vits_cifar10.yaml"
 
 
 def register(kinds: Kinds) -> None:
@@ -77,7 +75,7 @@ def _on_paper(measure: Callable[[step.Recipe], Results], arguments: argparse.Nam
     """On tensors that say they are on a GPU."""
     config, overrides = arguments.config, list(arguments.overrides)
     if arguments.smoke:
-        config = config or _TOY
+        config = config or TOY
         overrides = ["model.options={depth: 2}", *overrides]
     if config is None:
         raise UserError(f"bench.py {arguments.kind} needs --config FILE, a recipe such as configs/vitl_in1k.yaml.")

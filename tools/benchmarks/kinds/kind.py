@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.measure import Results
 
+TOY = Path(__file__).parents[3] / "configs/vits_cifar10.yaml"  # the recipe of --smoke
 Run = Callable[[argparse.Namespace], Results | int]  # an exit status where other processes have measured and printed
 
 

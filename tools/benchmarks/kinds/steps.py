@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks import saving, step
 from benchmarks.features import FEATURES
-from benchmarks.kinds.kind import Kinds
+from benchmarks.kinds.kind import TOY, Kinds
 from benchmarks.measure import Results
 from benchmarks.ports import free_port
 from lejepa_scale.cli.command import refuse
@@ -33,7 +33,6 @@ _STEP = """The step is the trainer's own, on any recipe, engine and launcher:
   ... --profile trace.json             phases of a step; a Chrome trace for chrome://tracing or ui.perfetto.dev
 
 Features: """ + ", ".join(FEATURES)
-_TOY = Path(__file__).parents[3] / "configs/vits_cifar10.yaml"
 
 
 def register(kinds: Kinds) -> None:
@@ -93,7 +92,7 @@ def _checkpoint(arguments: argparse.Namespace) -> Results | int:
         return _on_ranks(ranks)
     overrides = tuple(arguments.overrides)
     if arguments.smoke:
-        arguments.config = arguments.config or _TOY
+        arguments.config = arguments.config or TOY
         overrides = ("model.options={depth: 2}", "objective.sigreg.num_slices=32", *overrides)
         arguments.images, arguments.every, arguments.rounds = arguments.images or 4, 2, 1
 
@@ -124,7 +123,7 @@ def _step_request(arguments: argparse.Namespace, ranks: int) -> tuple[step.Recip
     overrides = [*arguments.overrides, *(word for word in words if "=" in word)]  # --compare packed train.steps=5
     images, steps = arguments.images, arguments.steps
     if arguments.smoke:
-        arguments.config = arguments.config or _TOY
+        arguments.config = arguments.config or TOY
         overrides = ["model.options={depth: 2}", "objective.sigreg.num_slices=32", *overrides]
         images, steps = images or 4, 2
     if arguments.config is None:
