@@ -18,7 +18,7 @@ written into each run."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders of them")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directories, or folders with some below")
     parser.add_argument("--alpha", type=float, default=0.4, help="%(default)s, as in the paper; 0: the loss itself")
     parser.add_argument(
         "--window",

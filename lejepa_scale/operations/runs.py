@@ -13,7 +13,7 @@ import yaml
 
 from lejepa_scale.checkpoint.metrics import METRICS, read_metrics
 from lejepa_scale.checkpoint.saved import CONFIG, STATE
-from lejepa_scale.config import recorded
+from lejepa_scale.config import Config, recorded
 from lejepa_scale.config.durations import length_of
 from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.training import lock
@@ -78,12 +78,17 @@ def _state(run: Path) -> tuple[str, str]:
     return {str(Exit.DONE.value): "finished", str(Exit.STOPPED.value): "stopped"}.get(left, "ended"), ""
 
 
-def _length(run: Path) -> str:
+def config_of(run: Path) -> Config:
+    """What a run was started with. Raises UserError where that cannot be read: cut short, or edited by hand."""
     path = run / CONFIG
     try:
-        config = recorded(yaml.safe_load(path.read_text()), str(path))
-    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:  # cut short, or edited by hand
+        return recorded(yaml.safe_load(path.read_text()), str(path))
+    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
         raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+
+
+def _length(run: Path) -> str:
+    config = config_of(run)
     key, said = length_of(config)
     return str(config.train.steps) if key == "train.steps" else said
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from jaxtyping import Float
 
 from lejepa_scale.checkpoint import Saved, find
 from lejepa_scale.checkpoint.metrics import METRICS, read_metrics
-from lejepa_scale.config import Config, in_steps, plan_batches, recorded
+from lejepa_scale.config import Config, in_steps, plan_batches
 from lejepa_scale.config.batches import images_of_statistic
 from lejepa_scale.config.durations import length_of
 from lejepa_scale.config.keys import as_text, values_of
 from lejepa_scale.errors import UserError
+from lejepa_scale.operations.runs import config_of, runs_in
 from lejepa_scale.training.schedule import lambda_at
 
 ALPHA = 0.4  # of the paper
@@ -111,32 +111,12 @@ class Selection:
         return [one.name for one in self.ranked[1:] if one.best >= 0.05]
 
 
-def runs_below(named: Iterable[Path]) -> list[Path]:
-    """Run directories: those named, and those in a folder of them, as a sweep's. Raises UserError for a folder that is and
-    holds none."""
-    found: dict[Path, None] = {}
-    for path in named:
-        inside = [path] if _is_run(path) else sorted(p for p in path.glob("*") if _is_run(p)) if path.is_dir() else []
-        if not inside:
-            raise UserError(f"{path} is no run directory ({METRICS}, config.yaml), and holds none.")
-        found |= dict.fromkeys(inside)
-    return list(found)
-
-
-def _is_run(path: Path) -> bool:
-    return (path / METRICS).exists() and (path / "config.yaml").exists()
-
-
 def read_run(path: Path, window: float = WINDOW) -> Candidate:
     """A run from its directory. window: share of its steps, at the end, whose mean loss counts; 5 records at least. Raises
     UserError for a configuration or a checkpoint that cannot be read."""
     if not 0 < window <= 1:
         raise UserError(f"--window is the share of a run's steps at its end, above 0 and up to 1, not {window:g}.")
-    origin = path / "config.yaml"
-    try:
-        config = recorded(yaml.safe_load(origin.read_text()), origin=str(origin))
-    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:  # cut short, or edited by hand
-        raise UserError(f"{origin} cannot be read: {str(error).splitlines()[0]}") from error
+    config = config_of(path)
     records = [record for record in read_metrics(path / METRICS) if "loss" in record]
     try:
         saved = Saved(find(config.checkpoint.dir or path))
@@ -195,14 +175,14 @@ def select(
 ) -> Selection:
     """Runs in the order of their final loss / lambda^alpha, the smallest first.
 
-    paths: run directories, or folders of them. across: keys that may differ nevertheless, as `data.views`. unfinished: rank
-    also runs that have not taken all of their steps; they are left out else. Runs that differ in run.seed alone count as
-    repeats of one. lambda, where it moves (objective.final_lambda), is that of the last record. How sure the order is: the
-    records of each window are drawn again with replacement, 2,000 times, the same steps for runs that met the same
-    images; so are repeats. Raises UserError for fewer than two runs, and where losses do not mean the same: other images,
+    paths: run directories, or folders with some below. across: keys that may differ nevertheless, as `data.views`.
+    unfinished: rank also runs that have not taken all of their steps; they are left out else. Runs that differ in run.seed
+    alone count as repeats of one. lambda, where it moves (objective.final_lambda), is that of the last record. How sure
+    the order is: the records of each window are drawn again with replacement, 2,000 times, the same steps for runs that
+    met the same images; so are repeats. Raises UserError for fewer than two runs, and where losses do not mean the same: other images,
     views, colours, objective, embedding width or batch of the regularizer.
     """
-    found = _named_apart([read_run(path, window) for path in runs_below(paths)])
+    found = _named_apart([read_run(path, window) for path in runs_in(paths)])
     partly = [run for run in found if not (run.finished or (unfinished and run.step))]
     left_out = [
         f"{run.name} stands at step {run.step} of {run.config.train.steps or length_of(run.config)[1]}"

@@ -193,9 +193,9 @@ def test_folders_of_runs_and_what_is_none(tmp_path: Path) -> None:
     for folder in ("x", "y"):
         run(tmp_path / folder, "a", [1.0] * 9, optim={"lr": {"x": 0.1, "y": 0.2}[folder]})
     (tmp_path / "x" / "logs").mkdir()
-    found = selection.select([tmp_path / "x", tmp_path / "y"])
-    assert {one.name for one in found.ranked} == {"x/a", "y/a"}
-    with pytest.raises(UserError, match="is no run directory"):
+    for named in ([tmp_path / "x", tmp_path / "y"], [tmp_path]):
+        assert {one.name for one in selection.select(named).ranked} == {"x/a", "y/a"}
+    with pytest.raises(UserError, match="holds no run"):
         selection.select([tmp_path / "x" / "logs"])
     (tmp_path / "x/a/config.yaml").write_text("run: [")
     with pytest.raises(UserError, match=r"x/a/config\.yaml cannot be read"):
