@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tars import shard
 
 COLOURS = np.array([[220, 30, 30], [30, 200, 40], [40, 60, 220]], np.uint8)
 NAMES = (b"red", b"green", b"blue")
@@ -30,16 +30,6 @@ def squares(number: int, side: int = 32, ignored: bool = True) -> tuple[np.ndarr
     if ignored:
         mask[:SQUARE, :SQUARE] = 255
     return image, mask
-
-
-def shard(path: Path, members: dict[str, bytes]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return str(path)
 
 
 def masked(path: Path, count: int, first: int = 0, side: int = 32, labelled: bool = False) -> str:

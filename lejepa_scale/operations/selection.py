@@ -179,8 +179,8 @@ def select(
     unfinished: rank also runs that have not taken all of their steps; they are left out else. Runs that differ in run.seed
     alone count as repeats of one. lambda, where it moves (objective.final_lambda), is that of the last record. How sure
     the order is: the records of each window are drawn again with replacement, 2,000 times, the same steps for runs that
-    met the same images; so are repeats. Raises UserError for fewer than two runs, and where losses do not mean the same: other images,
-    views, colours, objective, embedding width or batch of the regularizer.
+    met the same images; so are repeats. Raises UserError for fewer than two runs, and where losses do not mean the same:
+    other images, views, colours, objective, embedding width or batch of the regularizer.
     """
     found = _named_apart([read_run(path, window) for path in runs_in(paths)])
     partly = [run for run in found if not (run.finished or (unfinished and run.step))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 import tarfile
@@ -12,19 +11,11 @@ from typing import Any
 import pytest
 from conftest import ROOT, Command, small_config
 from shardserver import serve
+from tars import shard
 
 from lejepa_scale.data.index.shards import index_shards
 
 TRAIN = ROOT / "launchers/train.py"
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def refused(result: Any, *needles: str) -> None:
@@ -65,7 +56,7 @@ def test_two_ranks_leave_together(command: Command, tmp_path: Path, scenes: Path
 
 
 def test_tar_without_images_and_cut_tar(command: Command, tmp_path: Path, scenes: Path) -> None:
-    empty = write_tar(tmp_path / "words.tar", {"a.txt": b"hello"})
+    empty = shard(tmp_path / "words.tar", {"a.txt": b"hello"})
     path = command.config(small_config(tmp_path / "run", empty))
     refused(command(TRAIN, "--config", path), "words.tar", "no images")
     whole = next(scenes.glob("*.tar")).read_bytes()
@@ -77,7 +68,7 @@ def test_tar_without_images_and_cut_tar(command: Command, tmp_path: Path, scenes
 def test_image_that_does_not_decode_is_skipped_and_counted(command: Command, tmp_path: Path, scenes: Path) -> None:
     with tarfile.open(next(scenes.glob("*.tar"))) as tar:
         good = {m.name: tar.extractfile(m).read() for m in tar.getmembers()}  # type: ignore[union-attr]
-    bad = write_tar(tmp_path / "bad.tar", {"zzz_broken.jpg": b"not an image", "zzz_broken.cls": b"3", **good})
+    bad = shard(tmp_path / "bad.tar", {"zzz_broken.jpg": b"not an image", "zzz_broken.cls": b"3", **good})
     run = tmp_path / "run"
     path = command.config(small_config(run, bad, train={"steps": 3, "global_batch": 11}))  # one epoch of 33
     result = command(TRAIN, "--config", path)
@@ -87,7 +78,7 @@ def test_image_that_does_not_decode_is_skipped_and_counted(command: Command, tmp
     (fault,) = map(json.loads, (run / "quarantine.jsonl").read_text().splitlines())
     assert (fault["shard"], fault["key"]) == (str(bad), "zzz_broken")
     assert 1 <= fault["step"] <= 3
-    hopeless = write_tar(tmp_path / "hopeless.tar", {f"{i}.jpg": b"no" for i in range(40)})
+    hopeless = shard(tmp_path / "hopeless.tar", {f"{i}.jpg": b"no" for i in range(40)})
     for workers in (0, 1):
         result = command(TRAIN, "--config", path, f"data.shards={hopeless}", f"run.dir={tmp_path / str(workers)}",
                          f"data.workers={workers}")  # fmt: skip

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import small_views
+from tars import link, tar_of
 
 from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data import Batch, Loader, evaluation_batches, open_mixture
@@ -41,23 +42,9 @@ def members(count: int = COUNT) -> dict[str, bytes]:
     return found
 
 
-def tar_of(files: dict[str, bytes] | list[tuple[str, bytes]], links: list[tarfile.TarInfo] | None = None) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as tar:
-        for name, data in files.items() if isinstance(files, dict) else files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        for info in links or ():
-            tar.addfile(info)
-    return buffer.getvalue()
-
-
 def linking(target: str, kind: bytes = tarfile.LNKTYPE, name: str = "linked.png") -> bytes:
     """A shard whose last member is a link."""
-    info = tarfile.TarInfo(name)
-    info.type, info.linkname = kind, target
-    return tar_of(members(), [info])
+    return tar_of(members(), [link(name, target, kind)])
 
 
 def sparse(name: str) -> bytes:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import torch
 import webdataset as wds
 from conftest import small_config
 from ranks import run_ranks
+from tars import Members, link, shard
 
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import BatchPlan, Data, validate
@@ -33,26 +32,10 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation import evaluate
 from lejepa_scale.training.loop import train
 
-Members = dict[str, bytes]
-
 
 def png(number: int) -> bytes:
     pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), np.uint8)
     return cv2.imencode(".png", pixels)[1].tobytes()
-
-
-def shard(path: Path, members: Members, links: dict[str, str] | None = None) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        for name, target in (links or {}).items():
-            info = tarfile.TarInfo(name)
-            info.type, info.linkname = tarfile.LNKTYPE, target
-            tar.addfile(info)
-    return str(path)
 
 
 def only(path: str, image_key: str = "", label_key: str = "cls") -> ShardIndex:
@@ -170,7 +153,9 @@ def test_arrays_are_no_images_beside_pictures(tmp_path: Path) -> None:
 
 
 def test_hard_links_are_the_image_they_name(tmp_path: Path) -> None:
-    index = only(shard(tmp_path / "s.tar", {"0.png": png(0), "1.png": png(1)}, {"2.png": "0.png", "3.png": "2.png"}))
+    index = only(
+        shard(tmp_path / "s.tar", {"0.png": png(0), "1.png": png(1)}, [link("2.png", "0.png"), link("3.png", "2.png")])
+    )
     assert [read_image(Reader(), index, m) for m in range(4)] == [png(0), png(1), png(0), png(0)]
 
 

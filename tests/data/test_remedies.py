@@ -4,11 +4,9 @@ done."""
 from __future__ import annotations
 
 import errno
-import io
 import re
 import shlex
 import shutil
-import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import pytest
 import torch
 from conftest import small_config, small_views
 from shardserver import Server, serve
+from tars import shard
 
 from lejepa_scale.addresses import Address
 from lejepa_scale.cli.main import main
@@ -50,19 +49,9 @@ def png(colour: int) -> bytes:
     return cv2.imencode(".png", np.full((32, 32, 3), colour, np.uint8))[1].tobytes()
 
 
-def shard(path: Path, members: dict[str, bytes], mode: str = "w") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
-        for name, data in members.items():
-            header = tarfile.TarInfo(name)
-            header.size = len(data)
-            tar.addfile(header, io.BytesIO(data))
-    return path
-
-
 def of_images(path: Path, count: int = 8, label: str = "cls", colour: int = 0) -> Path:
     members = {f"{i:03d}.png": png(colour + i) for i in range(count)}
-    return shard(path, members | {f"{i:03d}.{label}": str(i % 2).encode() for i in range(count)})
+    return Path(shard(path, members | {f"{i:03d}.{label}": str(i % 2).encode() for i in range(count)}))
 
 
 def refused(ask: Callable[[], Any], words: str) -> str:
@@ -110,10 +99,10 @@ def test_a_folder_of_images_is_made_into_shards(tmp_path: Path, monkeypatch: pyt
 
 def test_compressed_tars_are_made_into_shards(tmp_path: Path) -> None:
     members = {f"{i}.png": png(i) for i in range(4)}
-    shard(tmp_path / "packed/a.tar.gz", members, "w:gz")
+    shard(tmp_path / "packed/a.tar.gz", members, compression="gz")
     run_command(refused(lambda: read(data_of(tmp_path / "packed")), "is compressed"), SHARDS=tmp_path / "a")
     assert len(read(data_of(tmp_path / "a"))) == 4
-    wrong = shard(tmp_path / "b.tar", members, "w:gz")
+    wrong = Path(shard(tmp_path / "b.tar", members, compression="gz"))
     run_command(refused(lambda: read(data_of(wrong)), r"is compressed \(gzip\)"), SHARDS=tmp_path / "c")
     assert len(read(data_of(tmp_path / "c"))) == 4
 
@@ -161,7 +150,7 @@ def test_a_shard_to_be_drawn_more_often_has_a_weight(tmp_path: Path) -> None:
 
 
 def test_names_with_several_dots_are_chosen(tmp_path: Path) -> None:
-    path = shard(tmp_path / "a.tar", {f"{i}.left.png": png(i) for i in range(4)})
+    path = Path(shard(tmp_path / "a.tar", {f"{i}.left.png": png(i) for i in range(4)}))
     message = refused(lambda: read(data_of(path)), "have several dots")
     (key,) = re.findall(r"Set image_key=(\S+),", message)
     assert len(read(data_of([{"shards": str(path), "image_key": key}]))) == 4
@@ -197,7 +186,7 @@ def test_evaluation_without_labels_takes_a_folder_per_class(tmp_path: Path) -> N
     for i, name in enumerate(("cat/a", "dog/a")):
         (tmp_path / "photos" / name).parent.mkdir(parents=True)
         (tmp_path / "photos" / f"{name}.png").write_bytes(png(i))
-    bare = shard(tmp_path / "bare.tar", {"a.png": png(0), "b.png": png(1)})
+    bare = Path(shard(tmp_path / "bare.tar", {"a.png": png(0), "b.png": png(1)}))
 
     def features(shards: str) -> Any:
         batches = evaluation_batches(shards, image_size=32, batch_size=2)
@@ -339,7 +328,7 @@ def test_a_chained_or_hidden_address_is_given_as_it_is(tmp_path: Path, server: S
 
 def test_a_damaged_shard_is_removed(tmp_path: Path) -> None:
     good = of_images(tmp_path / "good.tar")
-    bad = shard(tmp_path / "bad.tar", {f"{i}.png": b"no picture" for i in range(30)})
+    bad = Path(shard(tmp_path / "bad.tar", {f"{i}.png": b"no picture" for i in range(30)}))
     message = refused(
         lambda: read(data_of([str(bad), str(good)]), 8), r"A shard that is damaged is to be written again, or removed"
     )

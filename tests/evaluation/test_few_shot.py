@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from blobs import blobs
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics.pairwise import euclidean_distances
 from sklearn.neighbors import NearestCentroid
@@ -17,15 +18,7 @@ from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Features
 from lejepa_scale.evaluation.few_shot import drawn, few_shot, summary
 
-
-def blobs(count: int, seed: int, classes: int = 6, width: int = 12, spread: float = 1.0) -> Features:
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    return Features(centres[labels] + spread * torch.randn(count, width, generator=generator), 2 * labels + 1)
-
-
-TRAIN, TEST = blobs(400, 1), blobs(300, 2)
+TRAIN, TEST = blobs(400, 1, spread=1.0), blobs(300, 2, spread=1.0)
 
 
 def test_a_draw_has_so_many_images_of_every_class() -> None:

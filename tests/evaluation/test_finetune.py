@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from masked import png, shard
+from masked import png
 from ranks import run_ranks
+from tars import shard
 from timm.layers import DropPath
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn

@@ -6,21 +6,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from blobs import blobs
 from sklearn.neighbors import KNeighborsClassifier
 
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Features
 from lejepa_scale.evaluation.knn import knn, merge
 
-
-def blobs(count: int, seed: int, classes: int = 8, width: int = 12, spread: float = 1.5) -> Features:
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    return Features(centres[labels] + spread * torch.randn(count, width, generator=generator), 3 * labels + 1)
-
-
-TRAIN, TEST = blobs(301, 1), blobs(97, 2)
+TRAIN, TEST = blobs(301, 1, classes=8), blobs(97, 2, classes=8)
 KS = (1, 5, 20, 301)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from blobs import blobs, uneven
 from torch import nn
 
 from lejepa_scale.errors import UserError
@@ -18,15 +19,7 @@ from lejepa_scale.evaluation.logistic import hold_out
 module = import_module("lejepa_scale.evaluation.linear_probe")  # the package may export the function of this name
 
 
-def blobs(count: int, seed: int, classes: int = 6, width: int = 12, spread: float = 1.5) -> Features:
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    rows = centres[labels] + spread * torch.randn(count, width, generator=generator)
-    return Features(rows * torch.logspace(-0.5, 0.5, width) + 0.5, 2 * labels + 1)
-
-
-TRAIN, TEST = blobs(400, 1), blobs(500, 2)
+TRAIN, TEST = uneven(blobs(400, 1), 0.5), uneven(blobs(500, 2), 0.5)
 SHORT: dict[str, Any] = {"steps": 60, "batch": 96}
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from blobs import blobs, uneven
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
@@ -16,18 +17,8 @@ from lejepa_scale.evaluation.features import Features
 from lejepa_scale.evaluation.logistic import STRENGTHS, fitted, hold_out, logistic
 from lejepa_scale.evaluation.metrics import join
 
-
-def blobs(count: int, seed: int, classes: int = 6, width: int = 12, spread: float = 1.5) -> Features:
-    """Columns of scales from 0.3 to 3 around 2."""
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    rows = centres[labels] + spread * torch.randn(count, width, generator=generator)
-    return Features(rows * torch.logspace(-0.5, 0.5, width) + 2, 2 * labels + 1)
-
-
 module = import_module("lejepa_scale.evaluation.logistic")  # the package may export the function of this name
-TRAIN, TEST = blobs(400, 1), blobs(1000, 2)
+TRAIN, TEST = uneven(blobs(400, 1), 2), uneven(blobs(1000, 2), 2)
 
 
 def fit(strength: float, standardize: bool, **options: Any) -> Any:
@@ -63,7 +54,7 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_features_too_large_to_keep_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the bit: scaled anew in each pass, or once."""
-    train, test = blobs(300, seed=0), blobs(50, seed=1)
+    train, test = uneven(blobs(300, seed=0), 2), uneven(blobs(50, seed=1), 2)
     kept = logistic(train, test, strengths=[1e-2, 1.0])
     monkeypatch.setattr(module, "_KEPT", 0)
     again = logistic(train, test, strengths=[1e-2, 1.0])
@@ -79,7 +70,7 @@ def test_the_published_grid() -> None:
 
 
 def test_the_strength_is_chosen_as_by_hand() -> None:
-    train, strengths = blobs(200, 5, spread=2.5), [100.0, 1e-4, 0.01, 1e-3, 0.1]
+    train, strengths = uneven(blobs(200, 5, spread=2.5), 2), [100.0, 1e-4, 0.01, 1e-3, 0.1]
     kept, held = hold_out(train.labels, 0.3, 7)
     by_hand = {}
     for c in sorted(strengths):

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import timm
 import torch
-from masked import masked, png, shard
+from masked import masked, png
 from ranks import run_ranks
+from tars import shard
 
 from lejepa_scale.cli.main import main
 from lejepa_scale.errors import UserError

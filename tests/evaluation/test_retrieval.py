@@ -8,21 +8,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from blobs import blobs
 from sklearn.metrics import average_precision_score
 
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Features
 from lejepa_scale.evaluation.retrieval import merge, retrieval
 
-
-def blobs(count: int, seed: int, classes: int = 8, width: int = 12, spread: float = 1.5) -> Features:
-    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    return Features(centres[labels] + spread * torch.randn(count, width, generator=generator), 3 * labels + 1)
-
-
-QUERIES, GALLERY = blobs(90, 1), blobs(211, 2)
+QUERIES, GALLERY = blobs(90, 1, classes=8), blobs(211, 2, classes=8)
 
 
 def brute_force(

@@ -15,9 +15,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from masked import masked, png, shard, squares
+from masked import masked, png, squares
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, jaccard_score
+from tars import shard
 from torch import Tensor, nn
 
 from lejepa_scale.data.images import views
