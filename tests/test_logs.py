@@ -7,6 +7,7 @@ import logging
 import subprocess
 import sys
 from contextlib import suppress
+from io import StringIO
 from pathlib import Path
 from shutil import copytree
 
@@ -19,6 +20,7 @@ from lejepa_scale.config import Data
 from lejepa_scale.data import evaluation_batches, open_mixture
 from lejepa_scale.data.images.decode import DecodeError
 from lejepa_scale.errors import UserError
+from lejepa_scale.progress import counter
 
 PACKAGE = logging.getLogger("lejepa_scale")
 FILES = sorted((ROOT / "lejepa_scale").rglob("*.py"))
@@ -63,6 +65,34 @@ def test_a_progress_bar_is_not_torn(shown: None, capsys: pytest.CaptureFixture[s
     lines = [line.rpartition("\r")[2] for line in capsys.readouterr().err.split("\n")]
     assert lines[0] == "a line between two updates"
     assert lines[1].startswith("indexing:  50%")
+
+
+@pytest.mark.parametrize(("terminal", "states"), [(True, 5), (False, 1)])
+def test_a_log_gets_fewer_states_of_a_bar_than_a_terminal(
+    terminal: bool, states: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream, now = StringIO(), 0.0
+    monkeypatch.setattr(stream, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr("tqdm.std.time", lambda: now)
+    monkeypatch.setattr("tqdm.std.TMonitor", lambda *_: None)  # a thread that would draw late states
+    with counter("indexing", unit="shard", total=9) as progress:
+        for _ in range(5):
+            now += 4
+            progress.update()
+        shown = stream.getvalue().count("indexing:")
+    assert shown == states, stream.getvalue()
+    stream.truncate(0)
+    with counter("indexing", unit="shard", total=9) as progress:
+        now += 0.9
+        progress.update(9)
+    assert not stream.getvalue()
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT / "lejepa_scale")))
+def test_bars_are_drawn_in_one_way(path: Path) -> None:
+    if path.name not in ("progress.py", "logs.py"):
+        assert "tqdm" not in path.read_text()
 
 
 def test_a_run_keeps_its_messages_and_what_ended_it(tmp_path: Path, shown: None) -> None:

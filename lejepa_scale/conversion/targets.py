@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from lejepa_scale.checkpoint import find
 from lejepa_scale.checkpoint.files import Entry, write_safetensors
@@ -27,6 +26,7 @@ from lejepa_scale.conversion.source import is_encoder, open_model
 from lejepa_scale.conversion.training import TrainingState, expect_model, of_checkpoint, of_encoder, write_checkpoint
 from lejepa_scale.conversion.verify import compare
 from lejepa_scale.errors import UserError
+from lejepa_scale.progress import counter
 
 TARGETS = ("timm", "hf", "safetensors", "onnx")  # of an encoder
 _OURS = re.compile(
@@ -165,8 +165,8 @@ def _aside(target: Path) -> Iterator[Path]:
 def _bar(tensors: Iterable[Lazy]) -> Iterator[Callable[[int], object]]:
     """Bytes read so far, of those of the source."""
     total = sum(map(_nbytes, tensors))
-    with tqdm(total=total, unit="B", unit_scale=True, desc="converting", delay=1.0) as bar:
-        yield bar.update
+    with counter("converting", unit="B", total=total, scaled=True) as progress:
+        yield progress.update
 
 
 def _nbytes(lazy: Lazy) -> int:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float64, Shaped
-from tqdm import tqdm
 
 from lejepa_scale.data.faults import Fault, SampleFault
 from lejepa_scale.data.folders import shards_of
@@ -20,6 +19,7 @@ from lejepa_scale.data.index.shards import index_shards
 from lejepa_scale.data.io.reader import Reader
 from lejepa_scale.data.samples import read_image
 from lejepa_scale.errors import UserError
+from lejepa_scale.progress import bar
 
 logger = logging.getLogger(__name__)
 QUANTILES = 0.001, 0.5, 0.999
@@ -82,7 +82,7 @@ def pixel_statistics(shards: Sequence[str], pixels: Pixels, *, images: int = 100
     chosen = np.unique(np.linspace(0, total - 1, min(images, total)).round().astype(int))
     moments, kinds, few, clipped, reason = Moments(), set[str](), [], 0, ""
     low, high = np.full(pixels.channels, np.inf), np.full(pixels.channels, -np.inf)
-    for number in tqdm(chosen, desc="reading images", unit="image", leave=False, mininterval=1.0):
+    for number in bar("reading images", chosen, unit="image"):
         part = int(np.searchsorted(ends, number, side="right"))
         shard = indexed[part]
         member = int(number - (ends[part] - len(shard)))

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lejepa_scale.conversion.model import outputs
 from lejepa_scale.data.evaluation import Labelled
@@ -19,6 +18,7 @@ from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.data.images.pixels import RGB, Pixels
 from lejepa_scale.data.masks import Segmented
 from lejepa_scale.errors import UserError
+from lejepa_scale.progress import counter
 
 B = TypeVar("B", Labelled, Segmented)
 T = TypeVar("T")
@@ -174,7 +174,7 @@ def encoded(
     """What `encode` makes of the images of every batch, normalized as `pixels` says, on `device`; and the batch. asked: what
     that is, for messages. total: images, for the progress. Raises UserError for images of a size that the encoder does not
     take, and for too many at once."""
-    with tqdm(desc=name, unit="image", total=total, leave=False, mininterval=1.0) as progress:
+    with counter(name, unit="image", total=total) as progress:
         for batch in batches:
             images = normalize(batch.images.to(device), pixels)
             try:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Real
 from timm.layers import DropPath
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lejepa_scale.data.evaluation import Labelled, RandomCrop, Samples
 from lejepa_scale.data.images.photometric import normalize
@@ -30,6 +29,7 @@ from lejepa_scale.evaluation.metrics import Guesses, classes_of_labels, likelies
 from lejepa_scale.model.layers import layer_groups
 from lejepa_scale.parallel.collectives import all_reduce_sum, any_rank
 from lejepa_scale.parallel.process_group import rank, world_size
+from lejepa_scale.progress import bar
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class _Work:
         images = self.train.batches((some[part.start : part.stop] for some in ahead), crop)
         bad = torch.zeros((), device=self.device)
         both = zip(images, whole, strict=True)
-        with tqdm(both, self.name, steps, unit="step", leave=False, mininterval=1.0, disable=rank() != 0) as progress:
+        with bar(self.name, both, unit="step", total=steps, shown=rank() == 0) as progress:
             for step, ((views, rows), some) in enumerate(progress):
                 optimizer.zero_grad()
                 places = torch.searchsorted(some, rows)  # of these images in the batch

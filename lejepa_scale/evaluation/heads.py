@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel.collectives import all_reduce_sum
 from lejepa_scale.parallel.process_group import rank
+from lejepa_scale.progress import bar
 
 logger = logging.getLogger(__name__)
 _WARMUP = 0.1  # of all steps
@@ -77,7 +77,7 @@ def trained(
     parameters = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     batch = min(recipe.batch, len(index))
     steps = batches(index, batch, recipe.steps, recipe.seed)
-    for some in tqdm(steps, name, recipe.steps, leave=False, mininterval=1.0, unit="step", disable=rank() != 0):
+    for some in bar(name, steps, unit="step", total=recipe.steps, shown=rank() == 0):
         optimizer.zero_grad()
         for rows in held_by(some, own).split(most):
             if len(rows):

@@ -17,11 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import torch
 import yaml
-from tqdm import tqdm
 
 from lejepa_scale.checkpoint import Store
 from lejepa_scale.checkpoint.files import write_text
@@ -33,6 +32,7 @@ from lejepa_scale.config.keys import as_text, values_of
 from lejepa_scale.data import open_mixture
 from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.parallel.threads import cores
+from lejepa_scale.progress import counter
 from lejepa_scale.training.lock import locked
 from lejepa_scale.training.signals import StopSignal
 
@@ -202,9 +202,8 @@ def sweep(
         if outcome.finished:
             logger.info("%d of %d runs are finished already.", len(outcome.finished), len(points))
         total = sum(point.steps or 0 for point in points)
-        bar: Any
-        with tqdm(total=total, initial=sum(done.values()), unit="step", desc=out.name, mininterval=1.0) as bar:
-            _work(waiting, devices, partial(_start, config, out, ranks), asked, outcome, done, bar)
+        with counter(out.name, unit="step", total=total, done=sum(done.values())) as progress:
+            _work(waiting, devices, partial(_start, config, out, ranks), asked, outcome, done, progress.update)
     return outcome
 
 
@@ -224,7 +223,7 @@ def _work(
     asked: StopSignal,
     outcome: Outcome,
     done: dict[str, int],
-    bar: Any,
+    advance: Callable[[int], object],
 ) -> None:
     running: list[_Running] = []
     queue, latest = iter(waiting), math.inf
@@ -246,13 +245,13 @@ def _work(
             for one in list(running):
                 ended = one.process.poll() is not None
                 now = max(done[one.point.name], steps_taken(one.point.dir))
-                bar.update(now - done[one.point.name])
+                advance(now - done[one.point.name])
                 done[one.point.name] = now
                 if ended:
                     running.remove(one)
                     free.append(one.devices)
                     one.log.close()
-                    _note(one, outcome, bar)
+                    _note(one, outcome)
     finally:
         _end(running, signal.SIGTERM)
         for one in running:
@@ -286,21 +285,21 @@ def _start(config: Path, out: Path, ranks: int, point: Point, devices: str | Non
     return _Running(point, process, log, devices)
 
 
-def _note(one: _Running, outcome: Outcome, bar: Any) -> None:
+def _note(one: _Running, outcome: Outcome) -> None:
     """What became of a run that has ended."""
     point, status = one.point, one.process.returncode
     if status == Exit.DONE and (point.steps is None or point.done >= point.steps):
         outcome.finished.append(point.name)
         records = [r for r in read_metrics(point.dir / METRICS) if r.get("loss") is not None]
         loss = f", loss {records[-1]['loss']:.4g}" if records else ""
-        bar.write(f"{point.name}: {time.monotonic() - one.since:.0f} s{loss}", file=sys.stderr)
+        logger.info("%s: %.0f s%s", point.name, time.monotonic() - one.since, loss)
     elif status == Exit.STOPPED:
         outcome.stopped = True
-        bar.write(f"{point.name}: asked to stop, and saved. The same sweep goes on with it.", file=sys.stderr)
+        logger.info("%s: asked to stop, and saved. The same sweep goes on with it.", point.name)
     elif not outcome.stopped:
         log = Path(one.log.name)
         outcome.failed[point.name] = _last_words(log)
-        bar.write(f"{point.name} failed ({status}): {outcome.failed[point.name]} All of it: {log}", file=sys.stderr)
+        logger.error("%s failed (%s): %s All of it: %s", point.name, status, outcome.failed[point.name], log)
 
 
 def _last_words(log: Path) -> str:

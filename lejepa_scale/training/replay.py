@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tqdm import tqdm
 
 from lejepa_scale.checkpoint import Progress, Saved, Store
 from lejepa_scale.checkpoint.places import Place, place
@@ -20,6 +19,7 @@ from lejepa_scale.checkpoint.store import step_of
 from lejepa_scale.config import Config, changed, in_steps, recorded
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import collectives, process_group
+from lejepa_scale.progress import bar
 from lejepa_scale.training.guard import finite_samples
 from lejepa_scale.training.hunt import Found, Hunt
 from lejepa_scale.training.loop import next_step
@@ -75,7 +75,7 @@ def replay(file: Path) -> Replayed:
 
 def _up_to(run: Run, step: int) -> None:
     ahead = range(run.progress.step, step)
-    for _ in tqdm(ahead, desc="steps before", unit="step", disable=process_group.rank() > 0 or not ahead):
+    for _ in bar("steps before", ahead, unit="step", shown=process_group.rank() == 0):
         next_step(run, lambda name: nullcontext())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm import tqdm
 
 from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.checkpoint.metrics import METRICS, read_lines
 from lejepa_scale.config import Config
 from lejepa_scale.errors import UserError
+from lejepa_scale.progress import counter
 from lejepa_scale.training import wandb_run
 
 logger = logging.getLogger(__name__)
@@ -56,15 +55,8 @@ class Reporter:
         self.path = config.run.dir / METRICS
         _drop_after(self.path, first_step)
         self._shown: dict[str, str] = {}
-        self._bar = tqdm(
-            total=config.train.steps,
-            initial=first_step,
-            unit="step",
-            desc=config.run.dir.name,
-            mininterval=0.5 if sys.stderr.isatty() else 15.0,
-            dynamic_ncols=True,
-            smoothing=0.05,
-        )
+        steps = config.train.steps
+        self._bar = counter(config.run.dir.name, unit="step", total=steps, done=first_step, kept=True)
         if config.log.wandb.enabled:
             self._wandb = wandb_run.start(config)
         if config.log.tensorboard.enabled:

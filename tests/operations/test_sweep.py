@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import Command, script_environment, small_config
-from tqdm import tqdm
 
 from lejepa_scale.checkpoint.metrics import read_metrics
 from lejepa_scale.cli.main import main
@@ -181,7 +180,7 @@ def test_a_run_that_does_not_stop_is_killed(
         return sweep._Running(point, subprocess.Popen([sys.executable, "-c", deaf], stdout=file), file, devices)
 
     outcome, began = sweep.Outcome(), time.monotonic()
-    sweep._work([point], [None], start, Asked(), outcome, {point.name: 0}, tqdm(disable=True))  # type: ignore[arg-type]
+    sweep._work([point], [None], start, Asked(), outcome, {point.name: 0}, lambda steps: None)  # type: ignore[arg-type]
     assert time.monotonic() - began < 15
     assert outcome.stopped
     assert "1 runs have not stopped in 1 s, and are killed" in caplog.text

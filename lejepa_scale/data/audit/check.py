@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from tqdm import tqdm
-
 from lejepa_scale.config import BatchPlan, Data
 from lejepa_scale.data.audit.keylog import Header, Record, entries, files_of
 from lejepa_scale.data.faults import printable
 from lejepa_scale.data.loader import Loader
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
+from lejepa_scale.progress import bar
 
 _SHOWN = 5  # examples of each fault
 _WIDTH = 80  # characters of a value
@@ -28,7 +27,7 @@ def order_of_steps(
     """(step, its samples by position) for steps first .. last - 1: what the loaders of all ranks give, each with
     `data.workers` processes as in training, put together."""
     taken: dict[int, list[Record]] = defaultdict(list)
-    for rank in tqdm(range(plan.ranks), desc="reading the order", unit="rank", delay=2.0):
+    for rank in bar("reading the order", range(plan.ranks), unit="rank"):
         with Loader(sources, data, plan, seed=seed, rank=rank, first_step=first, decode=False) as loader:
             for number, batch in enumerate(islice(loader, (last - first) * plan.accumulation)):
                 taken[first + number // plan.accumulation] += batch.records

@@ -15,7 +15,6 @@ from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64, Shaped
-from tqdm import tqdm
 
 from lejepa_scale.addresses import is_remote
 from lejepa_scale.data.faults import printable
@@ -27,6 +26,7 @@ from lejepa_scale.data.io.address import folder_of, shard_name
 from lejepa_scale.data.io.reader import Reader, gone
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel.threads import Pool
+from lejepa_scale.progress import bar
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def _each(workers: int, work: Callable[..., T], arguments: list[tuple]) -> Itera
 
 
 def _progress(results: Iterable[T], total: int, what: str) -> Iterator[T]:
-    yield from tqdm(results, total=total, desc=what, unit="shard", mininterval=1.0)
+    yield from bar(what, results, unit="shard", total=total)
 
 
 def _difference(stored: ShardIndex, found: ShardIndex) -> str:

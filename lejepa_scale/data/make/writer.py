@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import webdataset as wds
-from tqdm import tqdm
 
 from lejepa_scale.data.io.reader import WRITING
 from lejepa_scale.errors import UserError
+from lejepa_scale.progress import bar
 
 _MARKER = "dataset.json"
 
@@ -57,7 +57,7 @@ def write_shards(
     shards: list[Path] = []
     writer: wds.TarWriter | None = None
     count = 0
-    for sample in tqdm(samples, total=total, unit="image", desc=f"writing {out}", mininterval=1.0):
+    for sample in bar(f"writing {out}", samples, unit="image", total=total):
         if count % per_shard == 0:
             _close(writer, shards)
             shards.append(out / f"shard-{len(shards):06d}.tar")

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
-from tqdm import tqdm
 
 from lejepa_scale.data.images.photometric import normalize
 from lejepa_scale.errors import UserError
@@ -19,6 +18,7 @@ from lejepa_scale.evaluation.pictures.images import Images, fitted, shown
 from lejepa_scale.evaluation.pictures.maps import dense_features, finer_for, patch_map, stride_of
 from lejepa_scale.evaluation.pictures.panels import Panels, Settings, Shown
 from lejepa_scale.evaluation.subjects import Subject
+from lejepa_scale.progress import counter
 
 _LARGEST = 448  # pixels of the shorter side, if nothing says how large
 _REFUSALS = (AssertionError, RuntimeError, TypeError, ValueError)  # of many kinds in timm
@@ -72,7 +72,7 @@ def _computed(
     maps, attention, reason = list[Tensor](), list[Attention](), ""
     rows, columns = (max(1, side // step) for side, step in zip(inputs[0].shape[1:], stride_of(model), strict=True))
     finer = settings.finer or finer_for(rows, columns)
-    with tqdm(desc="maps", unit="image", total=len(inputs), leave=False, mininterval=1.0) as progress:
+    with counter("maps", unit="image", total=len(inputs)) as progress:
         for x in inputs:
             given = normalize(x[None].to(device), subject.pixels)
             maps.append(dense_features(model, given, finer)[0].float().cpu())
