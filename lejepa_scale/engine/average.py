@@ -4,6 +4,7 @@ the gradient. Takes no collective."""
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
@@ -72,6 +73,29 @@ class Average:
     def take(self, shard: Shard) -> None:
         """Put the data of one of `shards` in its place."""
         self._held[shard.name].copy_(shard.data)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Inside, the engine computes with the average; the weights that it trains are back afterwards, bit for bit. Takes
+        memory for one shard. For after the first update; every rank calls, where a forward pass is one of all ranks."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for shard in self._values():
+            held = self._held[shard.name]
+            others = shard.data.clone()
+            self._engine.take(replace(shard, data=held))
+            held.copy_(others)
+        for name, buffer in self._engine.buffers().items():
+            others = buffer.clone()
+            buffer.copy_(self._buffers[name])
+            self._buffers[name].copy_(others)
+        self._engine.settle()
 
     def buffers(self) -> dict[str, Tensor]:
         """Averaged buffers by name: live tensors, the same on every rank."""

@@ -19,7 +19,8 @@ from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.training import lock
 from lejepa_scale.training.loop import EXIT_STATUS
 
-SCORES = ("eval_knn", "eval_linear", "probe_accuracy")  # the first that a run has is its score
+# The first that a run has is its score. Its encoder is the average of its weights, where it keeps one.
+SCORES = ("eval_average_knn", "eval_knn", "eval_average_linear", "eval_linear", "probe_accuracy")
 _DEEP = 3  # folders below one that is named
 
 

@@ -1,5 +1,6 @@
 """How good the encoder is, every evaluation.every steps, within a share of the run's time: with labels a k-NN and a linear
-probe, without them the spectrum, LiDAR, normality and the loss on held-out images. Changes nothing of the training."""
+probe, without them the spectrum, LiDAR, normality and the loss on held-out images; of the average of the weights too,
+where the run keeps one. Changes nothing of the training."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from lejepa_scale.data import Batch
-from lejepa_scale.engine import Engine
+from lejepa_scale.engine import Average, Engine
 from lejepa_scale.errors import UserError
 from lejepa_scale.evaluation.features import Features
 from lejepa_scale.evaluation.isotropy import epps_pulley
@@ -31,7 +32,7 @@ from lejepa_scale.training.run import Run
 from lejepa_scale.training.step import StepResult
 
 logger = logging.getLogger(__name__)
-PREFIX = "eval_"
+PREFIX, OF_AVERAGE = "eval_", "average_"
 LINEAR_STEPS = 500  # of SGD: a classifier of some thousand rows is trained after them
 DIRECTIONS = 256  # along which normality is tested
 
@@ -41,8 +42,8 @@ class Evaluate:
 
     doing = "evaluating"
 
-    def __init__(self, run: Run, reporter: Reporter, held: HeldOut) -> None:
-        self.run, self.reporter, self.held = run, reporter, held
+    def __init__(self, run: Run, reporter: Reporter, held: HeldOut, average: Average | None = None) -> None:
+        self.run, self.reporter, self.held, self.average = run, reporter, held, average
         self._found: tuple[int, dict[str, float | None]] = 0, {}
         self._images: tuple[Images, Images, list[list[Batch]]] | None = None
         self._spent = self._longest = 0.0
@@ -57,6 +58,9 @@ class Evaluate:
             return
         began = time.monotonic()
         numbers = self._numbers(run)
+        if self.average is not None and self.average.updates:
+            with self.average.in_use():
+                numbers |= {f"{OF_AVERAGE}{name}": value for name, value in self._numbers(run).items()}
         seconds = time.monotonic() - began
         self._longest = max(self._longest, seconds) if self._spent else 0.0  # the first one read the images, too
         self._spent += seconds

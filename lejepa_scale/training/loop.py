@@ -105,7 +105,7 @@ def train(config: Config) -> bool:
             monitor = Monitor(config.run.dir, phases, device)
             report = actions.Report(run, reporter, monitor, [of_probe.reading] if probe is not None else [])
             averaging = [actions.Averaging(run, average)] if average is not None else []
-            evaluating = [Evaluate(run, reporter, held)] if held is not None else []
+            evaluating = [Evaluate(run, reporter, held, average)] if held is not None else []
 
             def metrics() -> actions.Record:
                 return report.last | {name: value for one in evaluating for name, value in one.now().items()}

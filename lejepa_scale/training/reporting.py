@@ -73,7 +73,13 @@ class Reporter:
             return clean
         with self.path.open("a") as file:
             file.write(json.dumps(clean) + "\n")
-        shown = {"loss": "loss", "images_per_second": "img/s", "probe_accuracy": "probe", "eval_knn": "k-NN"}
+        shown = {
+            "loss": "loss",
+            "images_per_second": "img/s",
+            "probe_accuracy": "probe",
+            "eval_knn": "k-NN",
+            "eval_average_knn": "averaged",
+        }
         self._shown |= {label: f"{record[key]:.3g}" for key, label in shown.items() if key in record}
         self._bar.set_postfix(self._shown)
         if self._wandb is not None:

@@ -164,8 +164,25 @@ def _trained(name: str, folder: str) -> Any:
     saver.begin(Progress(4, "shards"), {}, "run: {}\n")
     saver.finish()
     mine = sum(len(shard.data) for shard in average.shards())
+    used = _used(engine, average, views[:, rank * plan.micro_batch :][:, : plan.micro_batch])
     engine.close()
-    return along, mine
+    return along, mine, used
+
+
+def _used(engine: Any, average: Average, views: Tensor) -> tuple[Any, Any, list[Tensor]]:
+    """Weights while the average is in use, and afterwards, on rank 0; features before, meanwhile and afterwards."""
+    features = []
+
+    def encode() -> None:
+        with engine.frozen():
+            features.append(engine.encode([views]).clone())
+
+    encode()
+    with average.in_use():
+        inside = gather(engine)
+        encode()
+    encode()
+    return inside, gather(engine), features
 
 
 @pytest.mark.parametrize(("name", "world"), WORLDS)
@@ -175,7 +192,7 @@ def test_every_engine_averages_its_own_shards(tmp_path: Path, name: str, world: 
     saved = Saved(tmp_path / "checkpoints/step_00000004")
     total = sum(tensor.numel() for key, tensor in along[0].model.items() if key in saved.parameters)
     replicas = {"ddp": world, "hsdp": 2}.get(name, 1)
-    assert sum(mine for _, mine in found) == replicas * total  # nobody holds what is another's
+    assert sum(mine for _, mine, _ in found) == replicas * total  # nobody holds what is another's
     for key, (shape, _) in (saved.parameters | saved.buffers).items():
         expected = along[0].model[key].double()
         for n, state in enumerate(along[1:], 1):
@@ -187,6 +204,13 @@ def test_every_engine_averages_its_own_shards(tmp_path: Path, name: str, world: 
         torch.testing.assert_close(
             saved.whole(key, AVERAGE).double(), expected, rtol=1e-6, atol=1e-7, msg=f"{name}: {key}"
         )
+    inside, after, _ = found[0][2]
+    for key, trained in along[-1].model.items():
+        assert torch.equal(inside.model[key], saved.whole(key, AVERAGE)), key
+        assert torch.equal(after.model[key], trained), key
+    for _, _, (_, _, (before, averaged, again)) in found:
+        assert torch.equal(before, again)
+        assert not torch.allclose(before, averaged, rtol=1e-3)
 
 
 # -- runs

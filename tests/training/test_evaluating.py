@@ -32,6 +32,8 @@ WITHOUT = {
     "eval_loss", "eval_loss_prediction", "eval_loss_sigreg", "eval_loss_normalized", "eval_seconds", "eval_time_share",
 }  # fmt: skip
 
+AVERAGE = {"kind": "ema", "decay": 0.5, "every": 1, "start": 0.5}
+
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -70,11 +72,19 @@ def test_everything_is_reported_at_its_step(scenes: Path, held_out: Path, tmp_pa
 def test_numbers_are_those_of_lejepa_evaluate(scenes: Path, held_out: Path, tmp_path: Path) -> None:
     """All images of both sets: the same features, scored by code that is tested against scikit-learn."""
     run = tmp_path / "run"
-    train(validate(tree(run, scenes, held_out, evaluation={"k": 7})))
+    train(validate(tree(run, scenes, held_out, evaluation={"k": 7}, average=AVERAGE)))
     found = evaluate(run, str(scenes), str(held_out), options=Options(("knn",), ks=(7,)), beside=False)
-    last = records(run)[-1]
-    assert last["eval_knn"] == pytest.approx(found.value("trained", "knn"))
-    assert last["eval_effective_rank"] == pytest.approx(found.value("trained", "spectrum", "effective_rank"), rel=1e-4)
+    first, last = records(run)[0], records(run)[-1]
+    for weights, prefix in (("trained", "eval_"), ("averaged", "eval_average_")):
+        assert last[f"{prefix}knn"] == pytest.approx(found.value(weights, "knn"))
+        rank = found.value(weights, "spectrum", "effective_rank")
+        assert last[f"{prefix}effective_rank"] == pytest.approx(rank, rel=1e-4)
+    assert last["eval_average_loss"] != last["eval_loss"]
+    numbers = {name.removeprefix("eval_") for name in last if not name.startswith("eval_average_")}
+    assert {name for name in last if name.startswith("eval_average_")} == {
+        f"eval_average_{name}" for name in numbers - {"step", "seconds", "time_share"}
+    }
+    assert not any(name.startswith("eval_average_") for name in first)  # at step 2 it had not begun
 
 
 @pytest.mark.parametrize(
@@ -87,13 +97,17 @@ def test_numbers_are_those_of_lejepa_evaluate(scenes: Path, held_out: Path, tmp_
 def test_training_is_the_same_with_it_and_without(
     model: dict[str, Any], scenes: Path, held_out: Path, tmp_path: Path
 ) -> None:
-    """To the last bit: parameters, running averages, moments, and what is drawn."""
+    """To the last bit: parameters, running averages, moments, the average of the weights, and what is drawn."""
     for name, test in (("with", held_out), ("without", None)):
-        train(validate(tree(tmp_path / name, scenes, test, model=model, evaluation={"every": 1} if test else {})))
+        own = tree(
+            tmp_path / name, scenes, test, model=model, evaluation={"every": 1} if test else {},
+            average=AVERAGE | {"start": 0.0},
+        )  # fmt: skip
+        train(validate(own))
     assert len(records(tmp_path / "with")) == 4
     assert losses(tmp_path / "with") == losses(tmp_path / "without")
     ours, theirs = (Saved(find(tmp_path / name)) for name in ("with", "without"))
-    for kind in ("value", "exp_avg", "exp_avg_sq"):
+    for kind in ("value", "exp_avg", "exp_avg_sq", "average"):
         for name in ours.shapes_of(kind):
             assert torch.equal(ours.whole(name, kind), theirs.whole(name, kind)), name
 
