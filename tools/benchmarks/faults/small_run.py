@@ -98,4 +98,8 @@ def audited(run: Path) -> str:
     """Samples that were lost or repeated: 0, or what `lejepa audit` says."""
     words = [sys.executable, "-m", "lejepa_scale", "audit", str(run)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment({}))
-    return "0" if done.returncode == 0 else done.stdout.strip().splitlines()[-1]
+    return (
+        "0"
+        if done.returncode == 0
+        else (done.stdout.splitlines() or done.stderr.splitlines() or ["it says nothing"])[-1]
+    )
