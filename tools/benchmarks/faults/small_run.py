@@ -98,8 +98,6 @@ def audited(run: Path) -> str:
     """Samples that were lost or repeated: 0, or what `lejepa audit` says."""
     words = [sys.executable, "-m", "lejepa_scale", "audit", str(run)]
     done = subprocess.run(words, capture_output=True, text=True, env=environment({}))
-    return (
-        "0"
-        if done.returncode == 0
-        else (done.stdout.splitlines() or done.stderr.splitlines() or ["it says nothing"])[-1]
-    )
+    if done.returncode == 0:
+        return "0"
+    return (done.stdout.splitlines() or done.stderr.splitlines() or ["it says nothing"])[-1]
