@@ -163,20 +163,20 @@ class _Work:
         images = self.train.batches((some[part.start : part.stop] for some in ahead), crop)
         bad = torch.zeros((), device=self.device)
         both = zip(images, whole, strict=True)
-        with bar(self.name, both, unit="step", total=steps, shown=rank() == 0) as progress:
-            for step, ((views, rows), some) in enumerate(progress):
-                optimizer.zero_grad()
-                places = torch.searchsorted(some, rows)  # of these images in the batch
-                for now in torch.arange(len(rows)).split(self.at_once):
-                    if not len(now):  # a rank without an image
-                        continue
-                    drops.draw(places[now], batch, (recipe.seed, step))
-                    loss = self.loss(tuned, views[now], rows[now])
-                    bad += ~loss.detach().isfinite()
-                    (loss / batch).backward()
-                sum_gradients(parameters)
-                optimizer.step()
-                schedule.step()
+        progress = bar(self.name, both, unit="step", total=steps, shown=rank() == 0)
+        for step, ((views, rows), some) in enumerate(progress):
+            optimizer.zero_grad()
+            places = torch.searchsorted(some, rows)  # of these images in the batch
+            for now in torch.arange(len(rows)).split(self.at_once):
+                if not len(now):  # a rank without an image
+                    continue
+                drops.draw(places[now], batch, (recipe.seed, step))
+                loss = self.loss(tuned, views[now], rows[now])
+                bad += ~loss.detach().isfinite()
+                (loss / batch).backward()
+            sum_gradients(parameters)
+            optimizer.step()
+            schedule.step()
         return not any_rank(bool(bad), self.device) and all(bool(p.isfinite().all()) for p in parameters)
 
     def loss(self, model: nn.Module, images: Real[Tensor, "b c h w"], rows: Int[Tensor, " b"]) -> Float[Tensor, ""]:
