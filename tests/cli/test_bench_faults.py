@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks import faults
 from benchmarks.faults.cases import FAULTS
-from benchmarks.faults.small_run import ended, last_step, newest, said, saved_step
+from benchmarks.faults.small_run import audited, ended, last_step, newest, said, saved_step
 from benchmarks.faults.victims import Victim
 from conftest import ROOT, Command, small_config
 
@@ -91,3 +91,8 @@ def test_a_run_comes_through(command: Command, tmp_path: Path) -> None:
     assert (row["exit"], row["exit then"], row["left behind"], row["samples lost or repeated"]) == (1, 0, 0, "0")
     assert "non-finite steps in a row" in row["said"]
     assert torch.isfinite(torch.tensor(row["seconds to recover"]))
+
+
+def test_an_audit_that_fails_is_a_row_in_its_own_words(tmp_path: Path) -> None:
+    """Of a run that is not there `lejepa audit` says so on stderr, and nothing on stdout."""
+    assert str(tmp_path) in audited(tmp_path / "none")

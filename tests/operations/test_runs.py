@@ -67,6 +67,9 @@ def test_the_best_score_is_that_of_evaluations_else_of_the_probe(tmp_path: Path)
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 7, "eval_knn": 0.25}) + "\n")
     assert (standing(run).metric, standing(run).score, standing(run).loss) == ("eval_knn", 0.25, 1.0)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 8, "eval_knn": 0.75, "eval_average_knn": 0.5}) + "\n")
+    assert (standing(run).metric, standing(run).score) == ("eval_average_knn", 0.5)  # its encoder is the average
 
 
 def test_runs_are_found_below_and_checkpoints_are_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
