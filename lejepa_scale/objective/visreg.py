@@ -14,11 +14,12 @@ from torch.autograd.function import once_differentiable
 from lejepa_scale.objective.comm_cost import traffic
 from lejepa_scale.objective.regularizer import Regularizer
 from lejepa_scale.objective.sigreg import unit_rows
+from lejepa_scale.objective.sorting import sort_rows
 from lejepa_scale.parallel.collectives import counts_of_ranks, gather_rows
 from lejepa_scale.parallel.process_group import Group, rank, world_size
 
 _EPSILON = 1e-6  # what the published code adds to sigma
-_CPU_BLOCK = 1 << 18  # projections sorted at once on a CPU: they and their order stay near the cache, ...
+_CPU_BLOCK = 1 << 16  # projections sorted at once on a CPU: they and their order stay in its cache, ...
 _ROWS = 64  # ... and the fewest directions among them, for which the matrix products are still efficient
 _DEVICE_BLOCK = 1 << 24  # elsewhere: some 400 MB in flight, and few launches
 
@@ -108,7 +109,7 @@ class _SortedDistance(torch.autograd.Function):
         for rows in a.split(_directions_at_once(x)):
             part = rows.expand(len(x), -1, -1)
             p = torch.bmm(part, x.mT)  # [V, B, N]
-            difference, order = p.sort(dim=2, stable=True)
+            difference, order = sort_rows(p)
             difference -= target
             total += difference.square().sum()
             if gradient is not None:
