@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -167,9 +168,19 @@ def _moments(config: Config, model: LeJEPA, ranks: int, cuda: bool) -> tuple[flo
 
 
 def numel(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
+    return sum(map(prod, _shapes(module)))
 
 
 def cut(module: nn.Module, ranks: int) -> int:
     """Elements of one rank's shards."""
-    return sum(-(-p.shape[0] // ranks) * prod(p.shape[1:]) for p in module.parameters())
+    return sum(-(-shape[0] // ranks) * prod(shape[1:]) for shape in _shapes(module))
+
+
+def _shapes(module: nn.Module) -> list[tuple[int, ...]]:
+    """Of all parameters of `meta_model`'s module or a part of it, which nobody changes: walked once, for plans ask often."""
+    if module not in _walked:
+        _walked[module] = [tuple(p.shape) for p in module.parameters()]
+    return _walked[module]
+
+
+_walked: WeakKeyDictionary[nn.Module, list[tuple[int, ...]]] = WeakKeyDictionary()

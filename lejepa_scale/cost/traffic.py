@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Literal
 
-from torch import nn
-
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.cost.activations import bytes_of_number
 from lejepa_scale.cost.flops import meta_model
@@ -203,7 +201,7 @@ def _replays(config: Config, plan: BatchPlan) -> bool:
     return plan.accumulation > 1 and config.objective.accumulation == "exact"
 
 
-def _units(model: nn.Module) -> int:
+def _units(model: LeJEPA) -> int:
     return 1 + len(sharding_units(model))
 
 

@@ -23,9 +23,9 @@ _PRODUCTS = ("mm", "addmm", "_scaled_mm")
 _ATTENTION = ("_scaled_dot_product", "attention_forward", "flash_fwd", "_attn")
 
 
-def sharding_units(module: nn.Module) -> list[nn.Module]:
+def sharding_units(module: LeJEPA) -> list[nn.Module]:
     """The encoder's repeated blocks; what is left belongs to the root."""
-    return [block for part in module.modules() if isinstance(part, Encoder) for block in part.blocks]
+    return list(module.encoder.blocks)
 
 
 def prepare_blocks(module: LeJEPA, config: Config) -> None:

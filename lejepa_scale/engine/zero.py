@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.engine.base import VALUE, Engine, Factory, Shard, Update, full_shape
@@ -23,18 +23,18 @@ from lejepa_scale.parallel.process_group import rank
 _MINIMUM = (0, 19, 5)
 
 
-def deepspeed_config(config: Config, plan: BatchPlan, module: nn.Module) -> dict[str, Any]:
+def deepspeed_config(config: Config, plan: BatchPlan, module: LeJEPA) -> dict[str, Any]:
     """The DeepSpeed dictionary of a run, with the defaults that changed between releases written out.
 
     module: on the meta device. Its blocks are what stage 3 gathers and releases as one, `engine.prefetch` of them ahead:
     DeepSpeed fetches a bucket more at every call of any submodule, so that only the limit on live parameters holds it back.
     """
-    everything = sum(p.numel() for p in module.parameters())
+    sizes = [p.numel() for p in module.parameters()]
     blocks = [sum(p.numel() for p in unit.parameters()) for unit in sharding_units(module)]
-    unit = max(blocks, default=everything)
+    unit = max(blocks, default=sum(sizes))
     persistent = min(100_000, unit // 100)  # parameters up to this size stay on every rank: vectors
     bucket = min(200_000_000, 2 * unit)  # elements reduced or gathered at once, in memory of their own
-    live = everything - sum(blocks) + sum(p.numel() for p in module.parameters() if p.numel() < persistent)
+    live = sum(sizes) - sum(blocks) + sum(size for size in sizes if size < persistent)
     stage = int(config.engine.name.removeprefix("zero"))
     host = {"device": "cpu", "pin_memory": torch.cuda.is_available()} if config.engine.cpu_offload else None
     return {
