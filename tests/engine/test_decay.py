@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
+from conftest import small_config
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-from lejepa_scale.engine.optim import split
+from lejepa_scale.config import validate
+from lejepa_scale.engine.optim import adamw, set_hyperparameters, split
+from lejepa_scale.model import build
 
 
 def on_meta(name: str) -> nn.Module:
@@ -91,3 +94,22 @@ def test_what_a_part_lists_is_left_out_and_all_leaves_nothing_out() -> None:
     assert set(split(model).decayed) == {"0.weight", "1.second.weight"}
     assert split(model, everything=True).decayed.keys() == dict(model.named_parameters()).keys()
     assert not split(model, everything=True).others
+
+
+@pytest.mark.parametrize("which", ["weights", "all"])
+def test_an_update_shrinks_what_is_named_and_nothing_else(which: str) -> None:
+    """Without gradients AdamW is decay alone: 1 - 0.5 x 0.1 of every number, or of the matrices'."""
+    config = validate(small_config("unused", "unused", optim={"decay": which, "weight_decay": 0.1}))
+    module = build(config)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+        torch.nn.init.ones_(parameter)
+    optimizer = adamw(module, config.optim)
+    set_hyperparameters(optimizer, 0.5, 0.1)
+    optimizer.step()
+    shrunk = {name for name, p in module.named_parameters() if torch.equal(p, torch.full_like(p, 0.95))}
+    left = {name for name, p in module.named_parameters() if torch.equal(p, torch.ones_like(p))}
+    assert shrunk == (
+        set(split(module).decayed) if which == "weights" else {name for name, _ in module.named_parameters()}
+    )
+    assert shrunk | left == {name for name, _ in module.named_parameters()}
