@@ -30,7 +30,7 @@ def configured(name: str, ranks: int) -> Config:
     return config_of("wide", 0.25, train=train, model={"options": {"depth": 12}}, **CASES[name])
 
 
-@pytest.mark.parametrize("name", mostly_slow(CASES, "fsdp bf16", "recomputing"))
+@pytest.mark.parametrize("name", mostly_slow(CASES, "fsdp bf16"))
 def test_the_formulas_are_what_a_traced_step_does(name: str) -> None:
     config = configured(name, 16)
     rows = {row["of a step and a rank"]: row for row in trace(config, check_world(config, 16))}

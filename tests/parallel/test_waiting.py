@@ -52,7 +52,7 @@ def _slow_first_and_last() -> tuple[str, int]:
         return index_of_all, collectives.everywhere(read, "reading the checkpoint")
 
 
-@pytest.mark.parametrize("world", mostly_slow([2, 4], 4))
+@pytest.mark.parametrize("world", mostly_slow([2, 4], 2))
 def test_ranks_at_work_are_waited_for_beyond_the_timeout(world: int) -> None:
     assert run_ranks(_slow_first_and_last, world) == [("indexed", rank) for rank in range(world)]
 
