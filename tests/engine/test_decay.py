@@ -107,9 +107,8 @@ def test_an_update_shrinks_what_is_named_and_nothing_else(which: str) -> None:
     optimizer = adamw(module, config.optim)
     set_hyperparameters(optimizer, 0.5, 0.1)
     optimizer.step()
-    shrunk = {name for name, p in module.named_parameters() if torch.equal(p, torch.full_like(p, 0.95))}
-    left = {name for name, p in module.named_parameters() if torch.equal(p, torch.ones_like(p))}
-    assert shrunk == (
-        set(split(module).decayed) if which == "weights" else {name for name, _ in module.named_parameters()}
-    )
-    assert shrunk | left == {name for name, _ in module.named_parameters()}
+    everything = dict(module.named_parameters())
+    shrunk = {name for name, p in everything.items() if torch.equal(p, torch.full_like(p, 0.95))}
+    left = {name for name, p in everything.items() if torch.equal(p, torch.ones_like(p))}
+    assert shrunk == set(split(module).decayed if which == "weights" else everything)
+    assert shrunk | left == set(everything)

@@ -33,9 +33,8 @@ def test_a_resampled_table_and_its_gradient_are_timms(old: tuple[int, int], new:
     given = torch.randn(expected.shape, generator=generator)
     for out in (found, expected):
         out.backward(given)
-    torch.testing.assert_close(
-        ours.grad, theirs.grad, rtol=1e-6, atol=1e-5
-    )  # sums of up to 300 numbers, in another order
+    sums = 1e-5  # absolute: of up to 300 numbers, added in another order
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=sums)
     low = positions.resampled(table.bfloat16(), prefix, old, new, owner=OWNER)
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low, resample_abs_pos_embed(table.bfloat16(), list(new), list(old), prefix))
