@@ -16,7 +16,8 @@ from lejepa_scale.engine.base import MOMENTUM
 
 _STEPS, _QUINTIC = 5, (3.4445, -4.7750, 2.0315)  # K. Jordan's: a x + b x^3 + c x^5 on every singular value
 _SMALLEST = 1e-7  # norm that is divided by
-_PRECISION, _ON_CPU = torch.bfloat16, torch.float32  # of the iteration: CPUs without bf16 products take 16 times as long
+# Of the iteration: CPUs without bf16 products would take 16 times as long in it.
+_PRECISION, _ON_CPU = torch.bfloat16, torch.float32
 
 
 class Muon(torch.optim.Optimizer):
