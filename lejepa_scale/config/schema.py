@@ -475,8 +475,8 @@ class Optim(Section):
 
     name: Literal["adamw", "muon"] = Field(
         "adamw",
-        description="muon: the matrices of the encoder's blocks are updated by Muon, all else by AdamW at the same "
-        "schedule; single, ddp, fsdp",
+        description="muon: the matrices of the encoder's blocks, convolutions too, are updated by Muon, all else by AdamW "
+        "at the same schedule; single, ddp, fsdp",
     )
     muon: Muon = Field(Muon(), description="settings of name=muon")
     lr: float = Field(5e-4, gt=0, description="highest learning rate, at the end of the warm-up")

@@ -13,6 +13,7 @@ from torch import nn
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.cost.activations import activations, bytes_of_number
 from lejepa_scale.cost.flops import meta_model, views_of
+from lejepa_scale.engine.muon import sides
 from lejepa_scale.engine.optim import matrices
 from lejepa_scale.engine.wrap import sharding_units
 from lejepa_scale.engine.zero import deepspeed_config
@@ -160,11 +161,11 @@ def _moments(config: Config, model: LeJEPA, ranks: int, cuda: bool) -> tuple[flo
     both = float(_MOMENTS * cut(model, ranks))
     if config.optim.name != "muon":
         return both, 0.0
-    own = matrices(model).values()
-    one = both - (_MOMENTS - _FP32) * sum(-(-p.shape[0] // ranks) * p.shape[1] for p in own)
-    largest, sides = max(p.numel() for p in own), max(min(p.shape) for p in own)
+    own = [sides(p.shape) for p in matrices(model).values()]
+    one = both - (_MOMENTS - _FP32) * sum(-(-rows // ranks) * columns for rows, columns in own)
+    largest, side = max(map(prod, own)), max(map(min, own))
     size = _BF16 if cuda else _FP32
-    return one, 3 * size * largest + 2 * size * sides**2 + 2 * _FP32 * largest / ranks
+    return one, 3 * size * largest + 2 * size * side**2 + 2 * _FP32 * largest / ranks
 
 
 def numel(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.cost.activations import bytes_of_number
 from lejepa_scale.cost.flops import meta_model
 from lejepa_scale.cost.memory import cut, numel
-from lejepa_scale.engine.muon import precision_on
+from lejepa_scale.engine.muon import precision_on, sides
 from lejepa_scale.engine.optim import groups, matrices
 from lejepa_scale.engine.wrap import sharding_units
 from lejepa_scale.engine.zero import deepspeed_config
@@ -143,8 +143,8 @@ def _muon(config: Config, plan: BatchPlan, model: LeJEPA, device: str) -> list[T
     shard = config.engine.shard_degree or plan.ranks
     if config.optim.name != "muon" or config.engine.name != "fsdp":
         return []
-    own = matrices(model).values()
-    size = precision_on(device).itemsize * sum(_up(p.shape[0], shard) * p.shape[1] for p in own)
+    own = [sides(p.shape) for p in matrices(model).values()]
+    size = precision_on(device).itemsize * sum(_up(rows, shard) * columns for rows, columns in own)
     return [Transfer("Muon's matrices", "all-gather", size, len(own), shard, beside=False)]
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lejepa_scale.config import Optim
 from lejepa_scale.engine.base import MOMENTS, MOMENTUM, full_shape
@@ -52,10 +53,18 @@ def _sums_inputs(name: str, parameter: nn.Parameter) -> bool:
 
 
 def matrices(module: LeJEPA) -> dict[str, nn.Parameter]:
-    """What Muon updates where it is asked for: the weights of linear maps in the encoder's blocks, whole, queries, keys and
-    values together where they are one matrix. Not convolutions, patch embeddings, positions or heads."""
-    inside = {id(parameter) for block in module.encoder.blocks for parameter in block.parameters()}
-    return {name: p for name, p in split(module).decayed.items() if id(p) in inside and len(full_shape(p)) == 2}
+    """What Muon updates where it is asked for: the weights of linear maps, whole, queries, keys and values together where
+    they are one matrix, and of convolutions that are not grouped, in the encoder's blocks, or anywhere in an encoder that
+    has no `blocks`. Not the convolution that reads the image, patch embeddings, positions or heads."""
+    found = [part for part in module.encoder.modules() if isinstance(part, _ConvNd)]
+    convolutions = {id(part.weight) for part in found[1:] if part.groups == 1}
+    blocks: list[nn.Module] = module.encoder.blocks or [module.encoder]
+    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    return {
+        name: p
+        for name, p in split(module).decayed.items()
+        if id(p) in inside and (len(full_shape(p)) == 2 or id(p) in convolutions)
+    }
 
 
 def moments(module: LeJEPA, config: Optim) -> dict[str, tuple[str, ...]]:
@@ -94,8 +103,8 @@ def expect_matrices(module: LeJEPA) -> None:
     """Raises UserError where nothing would be Muon's."""
     if not matrices(module):
         raise UserError(
-            f"optim.name=muon updates the matrices of an encoder's blocks, and {module.encoder.name} has none that are "
-            "known here: convolutions are no matrices. Use optim.name=adamw, or a vision transformer."
+            f"optim.name=muon updates the matrices of an encoder, and {module.encoder.name} has none that are known here. "
+            "Use optim.name=adamw."
         )
 
 

@@ -25,14 +25,18 @@ from lejepa_scale.model import build
 
 STEPS = 3
 SHAPES = [(384, 128), (128, 384), (64, 64), (130, 65)]
+CONVOLUTIONS = [(64, 16, 3, 3), (64, 48, 1, 1), (8, 5, 2)]
+RESNET = {"encoder": "resnet10t", "options": {"channels": [6, 8, 12, 16], "stem_width": 8}}
 
 
-def config_of(engine: str = "single", precision: str = "fp32", **optim: Any) -> Config:
+def config_of(
+    engine: str = "single", precision: str = "fp32", model: dict[str, Any] | None = None, **optim: Any
+) -> Config:
     section: dict[str, Any] = {"name": engine, "precision": precision}
     if engine == "hsdp":
         section |= {"name": "fsdp", "shard_degree": 2}
     optim = {"name": "muon", "eps": 1e-4, "layer_decay": 0.5, **optim}
-    return validate(small_config("unused", "unused", engine=section, optim=optim))
+    return validate(small_config("unused", "unused", engine=section, optim=optim, model=model or {}))
 
 
 def views_of(step: int) -> list[torch.Tensor]:
@@ -52,7 +56,7 @@ def train(
     return losses, state
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (32, 288)])
 def test_the_orthogonal_factor(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Singular vectors of the matrix with values of 0.68 to 1.14 in place of its own, which lie within a factor of 20; the
     iteration in float64 to the rounding of bf16, and in fp32 to that of fp32."""
@@ -75,22 +79,36 @@ def test_the_orthogonal_factor(shape: tuple[int, int], monkeypatch: pytest.Monke
     assert np.linalg.norm(fine - polar) < 0.25 * np.linalg.norm(polar)
 
 
+@pytest.mark.parametrize("shape", [(96, 864), (864, 96)])
+def test_the_gram_matrix_has_room_for_small_singular_values(shape: tuple[int, int]) -> None:
+    """Of a long matrix, whose values lie within a factor of 1e6, or whose rows are mostly the same, or none: as the
+    iteration in float64, to half a percent of the largest value."""
+    generator = np.random.default_rng(0)
+    u, _, v = np.linalg.svd(generator.standard_normal(shape), full_matrices=False)
+    apart = (u * np.geomspace(1, 1e-6, min(shape))) @ v
+    alike = (u * np.array([1] * 3 + [0] * 93)) @ v
+    for matrix in (apart, alike):
+        found = orthogonal(torch.from_numpy(matrix).float()).double().numpy()
+        assert np.linalg.norm(found - formulas.newton_schulz(matrix), 2) < 5e-3
+    assert not orthogonal(torch.zeros(shape)).any()
+
+
 @pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
 def test_steps_are_torchs_to_the_bit(
     adjust: Literal["match_rms_adamw", "original"], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In torch's precision, bf16; and one in the middle that is left out is not there."""
+    """In torch's precision, bf16; and one in the middle that is left out is not there. Torch has the convolutions as
+    matrices."""
     monkeypatch.setattr(module, "_ON_CPU", torch.bfloat16)
-    ours, theirs = (
-        [nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(1))) for s in SHAPES] for _ in "ab"
-    )
+    start = [torch.randn(s, generator=torch.Generator().manual_seed(1)) for s in SHAPES + CONVOLUTIONS]
+    ours, theirs = [nn.Parameter(x.clone()) for x in start], [nn.Parameter(x.flatten(1).clone()) for x in start]
     own = Muon([{"params": ours}], lr=0.02, weight_decay=0.3, momentum=0.9, adjust_lr=adjust)
     plain = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.3, momentum=0.9, adjust_lr_fn=adjust)
     generator = torch.Generator().manual_seed(2)
     for step in range(5):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape, generator=generator)
-            b.grad = a.grad.clone()
+            b.grad = a.grad.flatten(1).clone()
             if step == 2:
                 a.grad[0, 0] = torch.nan
         leave_out(own, torch.tensor(step == 2))
@@ -98,15 +116,15 @@ def test_steps_are_torchs_to_the_bit(
         if step != 2:
             plain.step()
         for a, b in zip(ours, theirs, strict=True):
-            assert torch.equal(a, b), step
-            assert torch.equal(own.state[a][MOMENTUM], plain.state[b]["momentum_buffer"])
+            assert torch.equal(a.flatten(1), b), step
+            assert torch.equal(own.state[a][MOMENTUM].flatten(1), plain.state[b]["momentum_buffer"])
     with pytest.raises(ValueError, match=r"not a parameter of shape \(3,\)"):
         Muon([{"params": [nn.Parameter(torch.zeros(3))]}], lr=1.0)
 
 
 def test_an_update_has_adamws_size() -> None:
     """Root mean square of 0.2, as arXiv 2502.16982 (section 2.2) finds for AdamW's, for matrices of any sides."""
-    for shape in SHAPES:
+    for shape in SHAPES + CONVOLUTIONS:
         weight = nn.Parameter(torch.zeros(shape))
         weight.grad = torch.randn(shape)
         Muon([{"params": [weight]}], lr=1.0).step()
@@ -121,12 +139,38 @@ def test_matrices_of_blocks_are_muons_and_all_else_is_adamws() -> None:
     assert set(matrices(lejepa)) == {f"encoder.backbone.blocks.0.{name}.weight" for name in inside}
 
 
-@pytest.mark.parametrize("encoder", ["resnet10t", "convnext_atto"])
-def test_an_encoder_without_such_matrices_is_refused(encoder: str) -> None:
-    tree = small_config("u", "u", model={"encoder": encoder, "options": {}}, optim={"name": "muon"})
+@pytest.mark.parametrize(
+    ("encoder", "stem", "others"),
+    [
+        ("resnet10t", "conv1.0.weight", set()),
+        ("convnext_atto", "stem.0.weight", {"conv_dw.weight"}),
+        (
+            "efficientnet_lite0",
+            "conv_stem.weight",
+            {"conv_dw.weight", "conv_head.weight"},
+        ),  # the latter after its blocks
+        ("swin_tiny_patch4_window7_224", "patch_embed.proj.weight", set()),
+    ],
+)
+def test_convolutions_are_muons_but_for_the_one_that_reads_the_image_and_grouped_ones(
+    encoder: str, stem: str, others: set[str]
+) -> None:
+    """Of an encoder whose blocks are not known, all: by shape, a weight that is no bias, scale or table is one of these."""
+    size = 224 if "224" in encoder else 64
+    groups = {"global": {"count": 2, "size": size}, "local": {"count": 0}}
+    tree = small_config("u", "u", model={"encoder": encoder, "options": {}}, data={"views": groups})
     with torch.device("meta"):
         lejepa = build(validate(tree))
-    with pytest.raises(UserError, match=rf"optim\.name=muon .* {encoder} has none .*Use optim\.name=adamw"):
+    named = {name: p for name, p in lejepa.encoder.backbone.named_parameters() if p.ndim > 1 and "table" not in name}
+    excepted = {name for name in named if name == stem or any(name.endswith(end) for end in others)}
+    assert {name.removeprefix("encoder.backbone.") for name in matrices(lejepa)} == {*named} - excepted
+
+
+def test_an_encoder_without_such_matrices_is_refused() -> None:
+    lejepa = build(validate(small_config("u", "u", optim={"name": "muon"})))
+    for name in matrices(lejepa):
+        lejepa.get_parameter(name).requires_grad_(False)
+    with pytest.raises(UserError, match=r"optim\.name=muon .* vit_nano has none .*Use optim\.name=adamw"):
         expect_matrices(lejepa)
 
 
@@ -136,11 +180,12 @@ def test_deepspeeds_engines_refuse_it(engine: str) -> None:
         config_of(engine)
 
 
-@pytest.mark.parametrize("adjust", ["match_rms_adamw", "original"])
-def test_updates_of_an_engine_are_the_formulas(adjust: str) -> None:
+@pytest.mark.parametrize(("adjust", "model"), [("match_rms_adamw", {}), ("original", {}), ("match_rms_adamw", RESNET)])
+def test_updates_of_an_engine_are_the_formulas(adjust: str, model: dict[str, Any]) -> None:
     """Each with the rate that its layer has, and clipped by the norm of all."""
     settings = {"momentum": 0.8, "adjust_lr": adjust, "lr_ratio": 3.0}
-    engine, _ = start(config_of(muon=settings, clip_norm=0.5, betas=[0.9, 0.95]))
+    decay = {"layer_decay": None} if model else {}
+    engine, _ = start(config_of(model=model, muon=settings, clip_norm=0.5, betas=[0.9, 0.95], **decay))
     before = {n: p.detach().double().numpy().copy() for n, p in engine.module.named_parameters()}
     gradients = []
     for step in range(STEPS):
@@ -153,9 +198,10 @@ def test_updates_of_an_engine_are_the_formulas(adjust: str) -> None:
     own = set(matrices(engine.module))
     for name, parameter in engine.module.named_parameters():
         layer = 2 - int(name.split(".")[3]) if "blocks." in name else 1 if "norm" in name else 3
-        lr = 0.01 * (0.5**layer if name.startswith("encoder.") else 1.0)
+        lr = 0.01 * (0.5**layer if name.startswith("encoder.") and not model else 1.0)
         mine, weight = [g[name] for g in gradients], before[name]
         if name in own:
+            weight, mine = weight.reshape(len(weight), -1), [g.reshape(len(weight), -1) for g in mine]
             rows, columns = weight.shape
             factor = 0.2 * max(rows, columns) ** 0.5 if adjust == "match_rms_adamw" else max(1, rows / columns) ** 0.5
             given = {"momentum": 0.8, "weight_decay": 0.2, "factor": factor}
@@ -164,7 +210,8 @@ def test_updates_of_an_engine_are_the_formulas(adjust: str) -> None:
             decay = 0.2 if weight.ndim > 1 and "weight" in name else 0.0
             expected = formulas.adamw(weight, mine, lr=lr, betas=(0.9, 0.95), eps=1e-4, weight_decay=decay)
         moved = np.linalg.norm(expected - weight)
-        assert np.linalg.norm(parameter.detach().double().numpy() - expected) < 1e-3 * moved + 1e-6, name
+        found = parameter.detach().double().numpy().reshape(expected.shape)
+        assert np.linalg.norm(found - expected) < 1e-3 * moved + 1e-6, name
 
 
 def _of_engines(cases: list[tuple[str, str]], exact: bool) -> list[Any]:
@@ -188,6 +235,31 @@ def test_ranks_are_one_process(world: int) -> None:
             assert difference < 1e-4, (case, name, difference)
         for name, value in one.moments[MOMENTUM].items():
             torch.testing.assert_close(state.moments[MOMENTUM][name], value, rtol=1e-3, atol=1e-5)
+
+
+def _updates(engines: list[str]) -> list[dict[str, torch.Tensor]]:
+    """The weights of a convolutional network after one update by Muon of a gradient that all ranks have."""
+    found = []
+    for name in engines:
+        engine, plan = start(config_of(name, model=RESNET, layer_decay=None))
+        before = gather(engine)
+        take_step(engine, plan, of_this_rank(views_of(0), plan), lr=0.01)
+        after = gather(engine)
+        engine.close()
+        if before is not None and after is not None:
+            found.append({key: after.model[key] - before.model[key] for key in after.moments[MOMENTUM]})
+    return found
+
+
+@pytest.mark.parametrize("world", mostly_slow([2, 4], 2))
+def test_convolutions_of_ranks_are_those_of_one_process(world: int) -> None:
+    """Also where the last rank has no rows of one: of 6 outputs four ranks have 2, 2, 2 and none."""
+    one = _updates(["single"])[0]
+    assert {value.ndim for value in one.values()} == {4}
+    for found in run_ranks(_updates, world, ["ddp", "hsdp" if world == 4 else "fsdp"])[0]:
+        assert found.keys() == one.keys()
+        for name, value in found.items():
+            assert float((value - one[name]).norm() / one[name].norm()) < 1e-2, name
 
 
 @pytest.mark.slow

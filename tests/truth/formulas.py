@@ -72,7 +72,7 @@ def prediction(z: np.ndarray, num_global: int) -> np.ndarray:
 
 def newton_schulz(matrix: np.ndarray) -> np.ndarray:
     """Five steps of X <- a X + b X X^T X + c X X^T X X^T X from X / ||X||, with K. Jordan's constants (Muon, 2024)."""
-    x = matrix / np.linalg.norm(matrix)
+    x = matrix / max(np.linalg.norm(matrix), 1e-7)
     for _ in range(5):
         square = x @ x.T
         x = 3.4445 * x - 4.7750 * square @ x + 2.0315 * square @ square @ x
