@@ -252,16 +252,19 @@ def test_the_peak_of_fsdp() -> None:
         assert 0.97 * peak < step_memory(config, check_world(config, 2), "cpu").total < 1.2 * peak, case
 
 
-@pytest.mark.parametrize("name", ["single", "fsdp"])
-def test_what_muon_keeps_and_takes(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "model"), [("single", {}), ("fsdp", {}), ("single", {"encoder": "resnet10t", "options": {}})]
+)
+def test_what_muon_keeps_and_takes(name: str, model: dict[str, Any]) -> None:
     """4 bytes less for every element of its matrices; an update takes no more than is predicted, and most of that."""
-    config = validate(small_config("r", "s", engine={"name": name}, optim={"name": "muon"}))
+    config = validate(small_config("r", "s", engine={"name": name}, optim={"name": "muon"}, model=model))
     memory, plan = step_memory(config, check_world(config, 1), "cpu"), check_world(config, 1)
     own = matrices(build(config)).values()
     plain = step_memory(config.model_copy(update={"optim": Optim()}), plan, "cpu")
     assert plain.moments - memory.moments == 4 * sum(p.numel() for p in own)
-    assert (plain.update, plain.total < memory.total) == (0, False)
-    engine, _ = start(validate(small_config("r", "s", engine={"name": "single"}, optim={"name": "muon"})))
+    assert plain.update == 0
+    assert plain.total >= memory.total or model  # whose widest convolutions are more than the activations of this batch
+    engine, _ = start(validate(small_config("r", "s", engine={"name": "single"}, optim={"name": "muon"}, model=model)))
     views = [torch.randn(2, 16, 3, 32, 32)]
     take_step(engine, plan, [views])
     engine.backward(engine.forward(views, 1)["loss"], True)

@@ -22,6 +22,7 @@ from lejepa_scale.parallel.collectives import CountBytes
 DEPTH, MICRO_BATCH = 5, 4
 COUNTERS = 32  # bytes of norms and flags, which the formula leaves out
 KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+RESNET = {"channels": [5, 8, 12, 16], "stem_width": 8}  # five outputs are cut unevenly
 Case = tuple[dict[str, Any], int]  # sections, micro-batches
 
 
@@ -41,6 +42,7 @@ OTHERS = {
     "fsdp exact": case("fsdp", 2, objective={"accumulation": "exact"}),
     "fsdp recomputing": case("fsdp", engine={"activation_checkpointing": "full"}),
     "Muon": case("fsdp", optim={"name": "muon"}),
+    "Muon, convolutions": case("fsdp", optim={"name": "muon"}, model={"encoder": "resnet10t", "options": RESNET}),
     "layers' own rates": case("zero1", engine={"precision": "bf16"}, optim={"layer_decay": 0.7}),
     "VISReg": case("fsdp", objective={"regularizer": "visreg"}),
     "Weak-SIGReg": case("fsdp", objective={"regularizer": "weak_sigreg"}),
@@ -58,7 +60,7 @@ FEW = (
     "zero2 bf16",
     "zero3 fp32",
     "fsdp exact",
-    "Muon",
+    "Muon, convolutions",
     "VISReg",
     "sums, joint, scale and centre",
 )
@@ -75,7 +77,7 @@ OF_FOUR = {
 def configured(one: Case, ranks: int) -> Config:
     sections, accumulation = one
     train = {"micro_batch": MICRO_BATCH, "global_batch": MICRO_BATCH * ranks * accumulation}
-    return config_of("plain", train=train, model={"options": {"depth": DEPTH}}, **sections)
+    return config_of("plain", **{"train": train, "model": {"options": {"depth": DEPTH}}, **sections})
 
 
 def _counted(cases: dict[str, Case], ranks: int) -> dict[str, tuple[dict[str, int], dict[str, float]]]:
