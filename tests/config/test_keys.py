@@ -270,7 +270,8 @@ def test_every_recipe_is_read_again_as_it_was_dumped_under_every_engine(
     path: Path, engine: str, tmp_path: Path
 ) -> None:
     degree = ["engine.shard_degree=null"] if engine != "fsdp" else []  # which ViT-H and ViT-G set
-    config = load_config(path, [f"engine.name={engine}", *degree])
+    whole = ["optim.name=adamw"] if engine.startswith("zero") else []  # which Muon is refused under
+    config = load_config(path, [f"engine.name={engine}", *degree, *whole])
     again = tmp_path / "config.yaml"
     again.write_text(dump(config))
     assert load_config(again) == config
