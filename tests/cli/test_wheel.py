@@ -172,7 +172,8 @@ def test_the_wheel_alone_makes_shards_and_trains(environment: Path, tmp_path: Pa
         "loss = lejepa_scale.SIGReg(num_slices=8)(torch.randn(16, 4), step=0)\n"
         "mixture = lejepa_scale.open_mixture(config.data)\n"
         "print(encoder([torch.randn(2, 3, 48, 48)])[0].shape, loss.ndim, mixture.num_samples)\n"
-        "try: lejepa_scale.train(lejepa_scale.load_config('quickstart', ['engine.name=zero1', *sys.argv[1:]]))\n"
+        "keys = ['engine.name=zero1', 'optim.name=adamw', *sys.argv[1:]]\n"
+        "try: lejepa_scale.train(lejepa_scale.load_config('quickstart', keys))\n"
         "except lejepa_scale.UserError as error: print(error)\n"
         "sys.exit(main(['picture', 'run', '--shards', 'scenes', '--out', 'p.png']))\n"
     )
