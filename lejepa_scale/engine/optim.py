@@ -1,5 +1,6 @@
 """Parameter groups by rule, and the optimizers over them. Learning rates are set by the engine at each step."""
 
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -56,10 +57,14 @@ def matrices(module: LeJEPA) -> dict[str, nn.Parameter]:
     """What Muon updates where it is asked for: the weights of linear maps, whole, queries, keys and values together where
     they are one matrix, and of convolutions that are not grouped, in the encoder's blocks, or anywhere in an encoder that
     has no `blocks`. Not the convolution that reads the image, patch embeddings, positions or heads."""
-    found = [part for part in module.encoder.modules() if isinstance(part, _ConvNd)]
+    return matrices_within(module, module.encoder, module.encoder.blocks)
+
+
+def matrices_within(module: nn.Module, encoder: nn.Module, blocks: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """Those of any module that has an encoder as a part, of which `blocks` are known, or none."""
+    found = [part for part in encoder.modules() if isinstance(part, _ConvNd)]
     convolutions = {id(part.weight) for part in found[1:] if part.groups == 1}
-    blocks: list[nn.Module] = module.encoder.blocks or [module.encoder]
-    inside = {id(parameter) for block in blocks for parameter in block.parameters()}
+    inside = {id(parameter) for block in blocks or [encoder] for parameter in block.parameters()}
     return {
         name: p
         for name, p in split(module).decayed.items()

@@ -14,7 +14,9 @@ from conftest import Command, small_config
 from torch import Tensor
 
 from lejepa_scale.config import validate
+from lejepa_scale.engine.optim import matrices
 from lejepa_scale.errors import UserError
+from lejepa_scale.model.lejepa import build
 
 RESNET = {"encoder": "resnet10t", "options": {"channels": [8, 8, 16, 16], "stem_width": 8}}
 
@@ -91,6 +93,20 @@ def test_the_minimal_recipe_has_the_published_numbers(tmp_path: Path) -> None:
     assert method.head[0].out_features == published.model.projector.hidden
     for key in ("lr", "final_lr_ratio", "weight_decay", "decay", "betas", "eps", "clip_norm"):
         assert getattr(method.optim(), key) == getattr(published.optim, key), key
+
+
+@pytest.mark.parametrize("encoder", ["resnet", "vit"])
+def test_our_optimizer_is_the_recipes(tmp_path: Path, encoder: str) -> None:
+    """The same matrices by Muon as in ours, all else by AdamW, no weight decay where ours has none; nothing left out."""
+    model = RESNET if encoder == "resnet" else {}
+    config = validate(small_config(tmp_path, tmp_path, model=model, optim={"name": "muon", "muon": {"lr_ratio": 0.5}}))
+    method, ours = METHODS["simclr, our optimizer"](config), build(config)
+    adamw, muon = runs._optimizers(method, config.optim)
+    shapes = [sorted(p.shape for group in each.param_groups for p in group["params"]) for each in (adamw, muon)]
+    assert shapes[1] == sorted(p.shape for p in matrices(ours).values())
+    assert sorted(shapes[0] + shapes[1]) == sorted(p.shape for p in method.parameters())
+    assert {group["lr_scale"] for group in muon.param_groups} == {0.5}
+    assert all(p.ndim > 1 for group in adamw.param_groups if group["decayed"] for p in group["params"])
 
 
 def rows(*scores: tuple[str, int, float]) -> dict[str, object]:

@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 
 from benchmarks.input import PillowViews
 from benchmarks.minimal import ShardImages
-from benchmarks.race.methods import METHODS, PILLOW, Method
-from lejepa_scale.config import BatchPlan, Config, Data, load_config
+from benchmarks.race.methods import METHODS, OUR_OPTIMIZER, PILLOW, Method
+from lejepa_scale.config import BatchPlan, Config, Data, Optim, load_config
 from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.io.reader import expand
-from lejepa_scale.engine.optim import set_hyperparameters, split
+from lejepa_scale.engine.muon import Muon
+from lejepa_scale.engine.optim import matrices_within, set_hyperparameters, split
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder
 from lejepa_scale.model.lejepa import build_encoder
@@ -153,26 +154,45 @@ def _train(task: Task, folder: Path, steps: int, seed: int) -> None:
 
 def training(task: Task, method: Method, steps: int, seed: int) -> Iterator[float]:
     """The losses of as many steps."""
-    settings = method.optim()
     config = task.config()
-    warmup = _epoch(config, method.batch) if task.name.startswith("minimal") else round(method.warmup * steps)
-    settings = settings.model_copy(update={"warmup_steps": min(warmup, steps // 2), "schedule": "cosine"})
-    groups = [
-        {"params": list(found.values()), "decayed": decayed, "lr_scale": 1.0}
-        for decayed, found in zip((True, False), split(method, settings.decay == "all"), strict=True)
-    ]
-    optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True)
+    settings = config.optim if task.name in OUR_OPTIMIZER else method.optim()
+    if task.name not in OUR_OPTIMIZER:
+        warmup = _epoch(config, method.batch) if task.name.startswith("minimal") else round(method.warmup * steps)
+        plain = {"name": "adamw", "warmup_steps": min(warmup, steps // 2), "schedule": "cosine"}
+        settings = settings.model_copy(update=plain)
+    optimizers = _optimizers(method, settings)
     method.train()
     for step, views in enumerate(islice(batches(task, method, config, seed), steps)):
-        set_hyperparameters(optimizer, learning_rate(step, steps, settings), settings.weight_decay)
         loss = method.loss(views, step, step / steps)
-        optimizer.zero_grad()
+        method.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         if method.clip is not None:
             torch.nn.utils.clip_grad_norm_(method.parameters(), method.clip)
-        optimizer.step()
+        for optimizer in optimizers:
+            set_hyperparameters(optimizer, learning_rate(step, steps, settings), settings.weight_decay)
+            optimizer.step()
         method.after((step + 1) / steps)
         yield loss.item()
+
+
+def _optimizers(method: Method, settings: Optim) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon for the encoder's matrices where the settings say so."""
+    own = dict[str, Tensor]()
+    if settings.name == "muon":
+        own.update(matrices_within(method, method.encoder, list(getattr(method.encoder, "blocks", []))))
+    groups = {muons: list[dict[str, Any]]() for muons in (False, True)}
+    for decayed, found in zip((True, False), split(method, settings.decay == "all"), strict=True):
+        for muons, each in groups.items():
+            if parameters := [parameter for name, parameter in found.items() if (name in own) == muons]:
+                scale = settings.muon.lr_ratio if muons else 1.0
+                each.append({"params": parameters, "decayed": decayed, "lr_scale": scale})
+    adamw = torch.optim.AdamW(groups[False], betas=settings.betas, eps=settings.eps, fused=True)
+    if not own:
+        return [adamw]
+    return [
+        adamw,
+        Muon(groups[True], momentum=settings.muon.momentum, adjust_lr=settings.muon.adjust_lr, lr=settings.lr),
+    ]
 
 
 def batches(task: Task, method: Method, config: Config, seed: int) -> Iterator[list[Tensor]]:
