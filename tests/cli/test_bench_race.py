@@ -109,6 +109,15 @@ def test_our_optimizer_is_the_recipes(tmp_path: Path, encoder: str) -> None:
     assert all(p.ndim > 1 for group in adamw.param_groups if group["decayed"] for p in group["params"])
 
 
+def test_our_optimizer_has_the_recipes_schedule(scenes: Path) -> None:
+    recipe = Path("configs/resnet10_cifar10.yaml")
+    tasks = [runs.Task(name, recipe, (f"data.shards={scenes}",), 1) for name in ("simclr, our optimizer", "simclr")]
+    ours, plain = (runs.settings_of(task, METHODS[task.name](task.config()), 400) for task in tasks)
+    recipes = tasks[0].config().optim
+    assert (ours.name, ours.schedule, ours.lr, ours.warmup_steps) == ("muon", "wsd", recipes.lr, 20)
+    assert (plain.name, plain.schedule, plain.lr, plain.warmup_steps) == ("adamw", "cosine", recipes.lr, 20)
+
+
 def rows(*scores: tuple[str, int, float]) -> dict[str, object]:
     return {
         "machine": {},

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from benchmarks.input import PillowViews
 from benchmarks.minimal import ShardImages
 from benchmarks.race.methods import METHODS, OUR_OPTIMIZER, PILLOW, Method
-from lejepa_scale.config import BatchPlan, Config, Data, Optim, load_config
+from lejepa_scale.config import BatchPlan, Config, Data, Optim, in_steps, load_config
 from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.io.reader import expand
 from lejepa_scale.engine.muon import Muon
@@ -155,11 +155,7 @@ def _train(task: Task, folder: Path, steps: int, seed: int) -> None:
 def training(task: Task, method: Method, steps: int, seed: int) -> Iterator[float]:
     """The losses of as many steps."""
     config = task.config()
-    settings = config.optim if task.name in OUR_OPTIMIZER else method.optim()
-    if task.name not in OUR_OPTIMIZER:
-        warmup = _epoch(config, method.batch) if task.name.startswith("minimal") else round(method.warmup * steps)
-        plain = {"name": "adamw", "warmup_steps": min(warmup, steps // 2), "schedule": "cosine"}
-        settings = settings.model_copy(update=plain)
+    settings = settings_of(task, method, steps)
     optimizers = _optimizers(method, settings)
     method.train()
     for step, views in enumerate(islice(batches(task, method, config, seed), steps)):
@@ -173,6 +169,19 @@ def training(task: Task, method: Method, steps: int, seed: int) -> Iterator[floa
             optimizer.step()
         method.after((step + 1) / steps)
         yield loss.item()
+
+
+def settings_of(task: Task, method: Method, steps: int) -> Optim:
+    """Of the whole run, in steps: AdamW and a cosine, or those of the recipe."""
+    config = task.config()
+    images = open_mixture(config.data).num_samples
+    if task.name in OUR_OPTIMIZER:
+        length = config.train.model_copy(update={"steps": steps, "epochs": None, "images": None})
+        return in_steps(config.model_copy(update={"train": length}), images).optim
+    epoch = max(1, images // method.batch)
+    warmup = epoch if task.name.startswith("minimal") else round(method.warmup * steps)
+    plain = {"name": "adamw", "warmup_steps": min(warmup, steps // 2), "schedule": "cosine"}
+    return method.optim().model_copy(update=plain)
 
 
 def _optimizers(method: Method, settings: Optim) -> list[torch.optim.Optimizer]:
@@ -206,8 +215,3 @@ def batches(task: Task, method: Method, config: Config, seed: int) -> Iterator[l
     data = Data(**{**config.data.model_dump(by_alias=True), "views": method.views(), "augment": method.augment()})
     for batch in Loader(open_mixture(data), data, BatchPlan(micro_batch=method.batch), seed=seed):
         yield [view for group in batch.augmented(torch.device("cpu")) for view in group]
-
-
-def _epoch(config: Config, batch: int) -> int:
-    """Steps."""
-    return max(1, open_mixture(config.data).num_samples // batch)
