@@ -13,6 +13,9 @@ from lejepa_scale.cost.flops import StepFlops, meta_model, step_flops
 from lejepa_scale.cost.machines import GPUS_OF_A_HOST, Machine
 from lejepa_scale.cost.memory import cut
 from lejepa_scale.cost.traffic import Transfer, step_traffic
+from lejepa_scale.engine.muon import iteration_flops, rounds
+from lejepa_scale.engine.optim import matrices
+from lejepa_scale.model import LeJEPA
 
 # What is kept of a forward pass has been written, and is read by the backward pass, whose gradients are as large;
 # normalization, activations and sums of residuals pass over it again. Fitted to eager and
@@ -77,7 +80,8 @@ def seconds_of(transfer: Transfer, machine: Machine) -> float:
     hosts = ceil(transfer.ranks / local)
     slowest = transfer.sent / machine.inside if local > 1 else 0.0
     if hosts > 1:
-        across = transfer.sent / (transfer.ranks - 1) * transfer.ranks * (hosts - 1) / hosts / local
+        across = transfer.sent / (transfer.ranks - 1) * transfer.ranks * (hosts - 1) / hosts
+        across /= 1 if transfer.collective == "all-to-all" else local  # a ring leaves a host once
         slowest = max(slowest, across / machine.outside)
     latency = CALL_SECONDS + HOP_SECONDS * ceil(log2(hosts)) if hosts > 1 else CALL_SECONDS
     return slowest / LINK_SHARE + transfer.calls * latency
@@ -103,8 +107,14 @@ def _parts(config: Config, plan: BatchPlan, machine: Machine, flops: StepFlops) 
         again * products / machine.product,
         again * flops.attention / (machine.peak * machine.attention),
         plan.accumulation * passes * kept / moved,
-        UPDATE_BYTES * cut(model, ranks) / moved,
+        UPDATE_BYTES * cut(model, ranks) / moved + _iterations(config, model, ranks) / (machine.peak * machine.product),
     )
+
+
+def _iterations(config: Config, model: LeJEPA, ranks: int) -> int:
+    """FLOPs of Muon on rank 0, which has the largest matrix of each round."""
+    shapes = [p.shape for p in matrices(model).values()] if config.optim.name == "muon" else []
+    return sum(iteration_flops(shapes[turn[0]]) for turn in rounds(shapes, ranks))
 
 
 def _least(config: Config, plan: BatchPlan) -> float:

@@ -157,7 +157,8 @@ def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool)
 
 def _moments(config: Config, model: LeJEPA, ranks: int, cuda: bool) -> tuple[float, float]:
     """Bytes of a rank's moments, and what Muon takes at once beside them: the largest matrix in the iteration's precision,
-    as gathered, iterated and sent back, its Gram matrices, and a rank's part of it as gradient and momentum ahead."""
+    as exchanged, iterated and sent back, its Gram matrices, a rank's part of it as gradient, and its parts of as many
+    matrices as there are ranks as momentum ahead."""
     both = float(_MOMENTS * cut(model, ranks))
     if config.optim.name != "muon":
         return both, 0.0
@@ -165,7 +166,7 @@ def _moments(config: Config, model: LeJEPA, ranks: int, cuda: bool) -> tuple[flo
     one = both - (_MOMENTS - _FP32) * sum(-(-rows // ranks) * columns for rows, columns in own)
     largest, side = max(map(prod, own)), max(map(min, own))
     size = _BF16 if cuda else _FP32
-    return one, 3 * size * largest + 2 * size * side**2 + 2 * _FP32 * largest / ranks
+    return one, 3 * size * largest + 2 * size * side**2 + _FP32 * largest * (1 + 1 / ranks)
 
 
 def numel(module: nn.Module) -> int:

@@ -4,14 +4,14 @@ bytes. Left out is what is a few bytes long: norms, flags, counts."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Literal
 
 from lejepa_scale.config import BatchPlan, Config
 from lejepa_scale.cost.activations import bytes_of_number
 from lejepa_scale.cost.flops import meta_model
 from lejepa_scale.cost.memory import cut, numel
-from lejepa_scale.engine.muon import precision_on, sides
+from lejepa_scale.engine.muon import precision_on, rounds, sides
 from lejepa_scale.engine.optim import groups, matrices
 from lejepa_scale.engine.wrap import sharding_units
 from lejepa_scale.engine.zero import deepspeed_config
@@ -19,7 +19,7 @@ from lejepa_scale.model import LeJEPA
 from lejepa_scale.model.norm import BatchNorm
 from lejepa_scale.objective import SIGReg, VISReg, WeakSIGReg
 
-Collective = Literal["all-gather", "reduce-scatter", "all-reduce"]
+Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 _FP32 = 4
 _FIRST_BUCKET, _BUCKET = 2**20, 25 * 2**20  # of DDP, in bytes
 _ALIGNED = 2  # elements a rank's part of a group is a multiple of, in DeepSpeed
@@ -27,9 +27,9 @@ _ALIGNED = 2  # elements a rank's part of a group is a multiple of, in DeepSpeed
 
 @dataclass(frozen=True)
 class Transfer:
-    """One kind of collective in a step. bytes: of what it gathers, scatters or sums, whole: of all ranks' parts together,
-    over all `calls`. ranks: that take part. near: they are neighbours, as many to a host as fit. beside: it goes on while
-    the passes compute; else they wait for it."""
+    """One kind of collective in a step. bytes: of what it gathers, scatters, sums or exchanges, whole: of all ranks' parts
+    together, as if all had as much as rank 0, over all `calls`. ranks: that take part. near: they are neighbours, as many
+    to a host as fit. beside: it goes on while the passes compute; else they wait for it."""
 
     what: str
     collective: Collective
@@ -41,13 +41,14 @@ class Transfer:
 
     @property
     def sent(self) -> float:
-        """Bytes that each rank sends, by rings: an all-reduce sends everything twice."""
-        return (2 if self.collective == "all-reduce" else 1) * self.bytes * (self.ranks - 1) / self.ranks
+        """Bytes that each rank sends, by rings: an all-reduce sends everything twice. An exchange sends each part once."""
+        parts = {"all-reduce": 2.0, "all-to-all": 1 / self.ranks}
+        return parts.get(self.collective, 1.0) * self.bytes * (self.ranks - 1) / self.ranks
 
     @property
     def handed(self) -> float:
         """Bytes that a rank hands to the collective, as `parallel.collectives.CountBytes` counts them."""
-        return self.bytes / self.ranks if self.collective == "all-gather" else self.bytes
+        return self.bytes / self.ranks if self.collective in ("all-gather", "all-to-all") else self.bytes
 
 
 def step_traffic(config: Config, plan: BatchPlan, device: Literal["cuda", "cpu"] = "cuda") -> list[Transfer]:
@@ -140,12 +141,15 @@ def _zero3(config: Config, plan: BatchPlan, model: LeJEPA) -> list[Transfer]:
 
 
 def _muon(config: Config, plan: BatchPlan, model: LeJEPA, device: str) -> list[Transfer]:
+    """Rank 0 sends its rows of all matrices, and the factor of the first of each round to all."""
     shard = config.engine.shard_degree or plan.ranks
     if config.optim.name != "muon" or config.engine.name != "fsdp":
         return []
     own = [sides(p.shape) for p in matrices(model).values()]
-    size = precision_on(device).itemsize * sum(_up(rows, shard) * columns for rows, columns in own)
-    return [Transfer("Muon's matrices", "all-gather", size, len(own), shard, beside=False)]
+    turns = rounds(own, shard)
+    handed = sum(-(-rows // shard) * columns for rows, columns in own) + sum(prod(own[turn[0]]) for turn in turns)
+    size = precision_on(device).itemsize * shard * handed
+    return [Transfer("Muon's matrices", "all-to-all", size, 2 * len(turns), shard, beside=False)]
 
 
 def _objective(config: Config, plan: BatchPlan, model: LeJEPA) -> list[Transfer]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardPlacement
 
 from lejepa_scale.engine.base import MOMENTUM
+from lejepa_scale.parallel.collectives import exchange
+from lejepa_scale.parallel.process_group import Group, rank, world_size
 
 _STEPS, _QUINTIC = 5, (3.4445, -4.7750, 2.0315)  # K. Jordan's: a x + b x^3 + c x^5 on every singular value
 _SMALLEST = 1e-7  # norm that is divided by
@@ -23,8 +27,9 @@ _LONG = 3  # columns for each row, from which it is cheaper to iterate on the Gr
 
 class Muon(torch.optim.Optimizer):
     """Steps along the orthogonal factor of each matrix's Nesterov momentum; of a convolution's [out, in, height, width] as
-    the matrix [out, in height width]. Every rank makes that of the whole matrix, which FSDP's ranks gather for it in the
-    iteration's own precision: the numbers are those of one process.
+    the matrix [out, in height width]. The ranks that FSDP has cut a matrix over share the matrices out: each makes the
+    factors of some, whole, of the rows that all send it in the iteration's own precision. The numbers are those of one
+    process.
 
     momentum: share that the average of gradients keeps of itself in a step. adjust_lr: factor of the learning rate for a
     matrix [A, B]: 0.2 sqrt(max(A, B)), at which updates have the root mean square of AdamW's (arXiv 2502.16982, section
@@ -54,18 +59,29 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update of all weights that have a gradient. Every rank calls."""
         assert closure is None
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group)
+        found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        cut = _Cut.of(found[0][0]) if found else None
+        for together in rounds([p.shape for p, _ in found], cut.ranks if cut else 1):
+            parameters, groups = zip(*(found[index] for index in together), strict=True)
+            ahead = [self._ahead(parameter, group) for parameter, group in zip(parameters, groups, strict=True)]
+            if cut is None:
+                directions = [orthogonal(rows.flatten(1)).view_as(rows) for rows in ahead]
+            else:
+                directions = cut.orthogonal(ahead, [sides(parameter.shape) for parameter in parameters])
+            for parameter, group, direction in zip(parameters, groups, directions, strict=True):
+                self._move(parameter, group, direction)
 
-    def _update(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
-        gradient, weight = _local(parameter.grad), _local(parameter.detach())
-        bad = self.found_inf.to(weight.device) != 0
-        average = _local(self._moment(parameter))
+    def _ahead(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """This rank's rows of Nesterov's momentum."""
+        gradient, average = _local(parameter.grad), _local(self._moment(parameter))
+        bad = self.found_inf.to(gradient.device) != 0
         gradient = torch.where(bad, average, gradient)  # towards which the average does not move
         average.lerp_(gradient, 1 - group["momentum"])
-        direction = _of_the_whole(orthogonal, gradient.lerp(average, group["momentum"]), parameter)
+        return gradient.lerp(average, group["momentum"])
+
+    def _move(self, parameter: nn.Parameter, group: dict[str, Any], direction: Tensor) -> None:
+        weight = _local(parameter.detach())
+        bad = self.found_inf.to(weight.device) != 0
         weight.mul_(torch.where(bad, 1.0, 1 - group["lr"] * group["weight_decay"]))
         weight.add_(direction.masked_fill(bad, 0.0), alpha=-group["lr"] * self._adjust(*sides(parameter.shape)))
 
@@ -80,6 +96,48 @@ class Muon(torch.optim.Optimizer):
         if MOMENTUM not in state:
             state[MOMENTUM] = torch.zeros_like(parameter)
         return state[MOMENTUM]
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """How FSDP has cut matrices: by rows, over the ranks of a group, which meet on a device."""
+
+    group: Group
+    device: torch.device
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> _Cut | None:
+        """None for one that is whole."""
+        if not isinstance(parameter, DTensor):
+            return None
+        mesh = parameter.device_mesh
+        axis = next(i for i, placement in enumerate(parameter.placements) if isinstance(placement, ShardPlacement))
+        return cls(mesh.get_group(axis), torch.device(mesh.device_type))
+
+    @property
+    def ranks(self) -> int:
+        return world_size(self.group)
+
+    def orthogonal(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """This rank's rows of the orthogonal factors of matrices of these sides, of which `parts` are its rows, maybe in
+        host memory: rank i makes the i-th."""
+        precision, sent = precision_on(self.device.type), [part.numel() for part in parts]
+        sent += [0] * (self.ranks - len(parts))
+        mine = rank(self.group) if rank(self.group) < len(shapes) else None
+        received = [0] * self.ranks if mine is None else _elements(shapes[mine], self.ranks)
+        rows = (part.flatten().to(self.device, precision) for part in parts)
+        whole = exchange(torch.cat(list(rows)), sent, received, self.group)
+        if mine is not None:
+            whole = orthogonal(whole.view(shapes[mine])).flatten()
+        found = exchange(whole, received, sent, self.group).split(sent)
+        return [x.to(part.device).view_as(part) for x, part in zip(found, parts, strict=False)]
+
+
+def _elements(shape: tuple[int, int], ranks: int) -> list[int]:
+    """Of each rank's rows: as many on each as fill the first ones."""
+    rows, columns = shape
+    of_a_rank = -(-rows // ranks)
+    return [columns * max(0, min(of_a_rank, rows - first)) for first in range(0, of_a_rank * ranks, of_a_rank)]
 
 
 def sides(shape: Sequence[int]) -> tuple[int, int]:
@@ -120,18 +178,16 @@ def _iterated(gram: Float[Tensor, "a a"]) -> Float[Tensor, "a a"]:
     return product
 
 
-def _of_the_whole(function: Callable[[Tensor], Tensor], part: Tensor, like: Tensor) -> Tensor:
-    """The rows that this rank holds of `function` of the matrix of which `part` are its rows; computed where the ranks meet,
-    also for weights that wait in host memory. `part` and the answer have the shape of the weight's own rows."""
-    rows = part.flatten(1)
-    if not isinstance(like, DTensor):
-        return function(rows).view_as(part)
-    mesh, cut = like.device_mesh, like.placements
-    there = rows.to(mesh.device_type, precision_on(mesh.device_type))
-    shape = torch.Size(sides(like.shape))
-    whole = DTensor.from_local(there, mesh, cut, run_check=False, shape=shape, stride=(shape[1], 1)).full_tensor()
-    found = DTensor.from_local(function(whole).contiguous(), mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return found.redistribute(placements=cut).to_local().to(part.device).view_as(part)
+def rounds(shapes: Sequence[Sequence[int]], ranks: int) -> list[list[int]]:
+    """The matrices, by number, that are made at a time: one on each rank, and for all ranks about as much to do."""
+    order = sorted(range(len(shapes)), key=lambda index: iteration_flops(shapes[index]), reverse=ranks > 1)
+    return [order[first : first + ranks] for first in range(0, len(order), ranks)]
+
+
+def iteration_flops(shape: Sequence[int]) -> int:
+    """Of the iteration, as it is on a GPU: in each step the Gram matrix, its square, and their product with the matrix."""
+    short, long = sorted(sides(shape))
+    return _STEPS * (2 * short * short * long + 2 * short**3 + 2 * short * short * long)
 
 
 def precision_on(device: str) -> torch.dtype:

@@ -66,7 +66,12 @@ def trace(config: Config, plan: BatchPlan) -> list[Row]:
         _row("TFLOP", flops.hardware / 1e12, traced["flops"] / 1e12),
         _row("GiB", memory.total / 2**30, traced["peak"] / 2**30),
     ]
-    kinds = {"all-gather": "allgather_base", "reduce-scatter": "reduce_scatter", "all-reduce": "allreduce"}
+    kinds = {
+        "all-gather": "allgather_base",
+        "reduce-scatter": "reduce_scatter",
+        "all-reduce": "allreduce",
+        "all-to-all": "alltoall",
+    }
     for collective, kind in kinds.items():
         handed = sum(size for name, size in traced["calls"] if name.startswith(kind))
         if sent[collective] or handed:

@@ -175,6 +175,16 @@ def gather_rows(
     return _GatherRows.apply(x, counts, same_use, group)
 
 
+def exchange(
+    x: Shaped[Tensor, " n"], sent: Sequence[int], received: Sequence[int], group: Group = None
+) -> Shaped[Tensor, " m"]:
+    """All to all, no gradient: of x, cut in pieces of sent[r] elements, rank r gets the r-th. Returns the received[r]
+    elements of each rank r, in rank order."""
+    out = x.new_empty(sum(received))
+    dist.all_to_all_single(out, x, list(received), list(sent), group=group)
+    return out
+
+
 def counts_of_ranks(count: int, group: Group = None) -> list[int]:
     """Each rank's `count`, exchanged between hosts: waits for the slowest, but not for the device."""
     if world_size(group) == 1:
@@ -210,7 +220,7 @@ class CountBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             name = func._schema.name.removeprefix("c10d::").strip("_")
-            sent = args[1] if name.startswith(("allgather", "reduce_scatter")) else args[0]
+            sent = args[1] if name.startswith(("allgather", "alltoall", "reduce_scatter")) else args[0]
             tensors = [t for t in tree_leaves(sent) if isinstance(t, Tensor)]
             self.calls.append((name, sum(t.numel() * t.element_size() for t in tensors)))
         elif (

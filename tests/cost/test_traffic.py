@@ -21,7 +21,12 @@ from lejepa_scale.parallel.collectives import CountBytes
 
 DEPTH, MICRO_BATCH = 5, 4
 COUNTERS = 32  # bytes of norms and flags, which the formula leaves out
-KINDS = {"allgather": "all-gather", "reduce_scatter": "reduce-scatter", "allreduce": "all-reduce"}
+KINDS = {
+    "allgather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "allreduce": "all-reduce",
+    "alltoall": "all-to-all",
+}
 RESNET = {"channels": [5, 8, 12, 16], "stem_width": 8}  # five outputs are cut unevenly
 Case = tuple[dict[str, Any], int]  # sections, micro-batches
 
@@ -68,6 +73,8 @@ OF_FOUR = {
     "two replicas": case("fsdp", 2, engine={"shard_degree": 2}),
     "two replicas bf16": case("fsdp", engine={"shard_degree": 2, "precision": "bf16"}),
     "fsdp": case("fsdp"),
+    "Muon": case("fsdp", optim={"name": "muon"}),
+    "Muon, two replicas": case("fsdp", optim={"name": "muon"}, engine={"shard_degree": 2}),
     "zero3": case("zero3"),
     "zero1": case("zero1", engine={"precision": "bf16"}),
     "VISReg": case("ddp", objective={"regularizer": "visreg"}),
