@@ -180,7 +180,7 @@ def _iterated(gram: Float[Tensor, "a a"]) -> Float[Tensor, "a a"]:
 
 def rounds(shapes: Sequence[Sequence[int]], ranks: int) -> list[list[int]]:
     """The matrices, by number, that are made at a time: one on each rank, and for all ranks about as much to do."""
-    order = sorted(range(len(shapes)), key=lambda index: iteration_flops(shapes[index]), reverse=ranks > 1)
+    order = sorted(range(len(shapes)), key=lambda index: iteration_flops(shapes[index]), reverse=True)
     return [order[first : first + ranks] for first in range(0, len(order), ranks)]
 
 

@@ -69,6 +69,10 @@ def test_links() -> None:
     latency = 10 * (CALL_SECONDS + 2 * HOP_SECONDS)
     assert seconds_of(outside, A100) == pytest.approx(24e9 / 8 / 25e9 / LINK_SHARE + latency)
     assert seconds_of(outside, H100) == pytest.approx(31e9 / 450e9 / LINK_SHARE + latency)
+    # 31 of 32 parts of a GB are sent, three quarters of them to other hosts, by each GPU's own adapter
+    exchanged = Transfer("x", "all-to-all", 32e9, 10, 32)
+    assert exchanged.sent == pytest.approx(31e9 / 32)
+    assert seconds_of(exchanged, H100) == pytest.approx(24e9 / 32 / H100.outside / LINK_SHARE + latency)
     # a replica's ranks lie on different hosts, with an adapter each
     apart = Transfer("x", "all-reduce", 4e9, 1, 4, near=False)
     assert seconds_of(apart, H100) == pytest.approx(2 * 3e9 / 50e9 / LINK_SHARE + CALL_SECONDS + 2 * HOP_SECONDS)
@@ -99,6 +103,21 @@ def test_more_work_takes_longer() -> None:
         seconds("engine.activation_checkpointing=none", "model.drop_path=0", "model.drop_path_uniform=false")
         > 1.4 * none
     )
+
+
+def test_muons_iterations_are_shared_by_the_ranks_of_a_matrix() -> None:
+    """ViT-g of 40 blocks, by hand: qkv, proj, two of SwiGLU; five steps of 4 s^2 l + 2 s^3 FLOPs on sides s < l. Eight ranks
+    make five of each."""
+    sides = [(1536, 4608), (1536, 1536), (1536, 8192), (1536, 4096)]
+    exact = 40 * 5 * sum(4 * short**2 * long + 2 * short**3 for short, long in sides)
+
+    def update(engine: str, optimizer: str, ranks: int) -> float:
+        config = load_config(ROOT / "configs/vitg_lvd.yaml", [f"engine.name={engine}", f"optim.name={optimizer}"])
+        return forecast(config, BatchPlan(micro_batch=8, ranks=ranks), H100).update
+
+    for engine, share in (("ddp", 1), ("fsdp", 8)):
+        more = update(engine, "muon", 8) - update(engine, "adamw", 8)
+        assert more == pytest.approx(exact / share / (H100.peak * H100.product)), engine
 
 
 def test_published_runs_lie_in_the_range() -> None:

@@ -9,10 +9,14 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import mostly_slow, small_config
 from ranks import run_ranks
 from steps import of_this_rank, start, take_step
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.utils.flop_counter import FlopCounterMode
 from truth import formulas
 
 from lejepa_scale.checkpoint import CanonicalState, Progress, Saved, Saver, Store, gather
@@ -260,6 +264,36 @@ def test_convolutions_of_ranks_are_those_of_one_process(world: int) -> None:
         assert found.keys() == one.keys()
         for name, value in found.items():
             assert float((value - one[name]).norm() / one[name].norm()) < 1e-2, name
+
+
+def test_rounds_have_a_matrix_for_each_rank_and_alike_ones_together() -> None:
+    shapes = [(8, 64), (64, 8, 3, 3), (64, 64), (8, 64), (64, 64)]
+    assert module.rounds(shapes, 2) == [[1, 2], [4, 0], [3]]
+    assert module.rounds(shapes, 1) == [[1], [2], [4], [0], [3]]
+
+
+def test_the_iterations_flops_are_those_that_torch_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_ON_CPU", torch.bfloat16)
+    for shape in SHAPES:
+        with FlopCounterMode(display=False) as counted:
+            orthogonal(torch.randn(shape))
+        assert counted.get_total_flops() == module.iteration_flops(shape)
+
+
+def _shares() -> list[tuple[int, ...]]:
+    """The matrices that this rank iterates on in a step of two layers whose rows two ranks have cut unevenly."""
+    made, own = list[tuple[int, ...]](), module.orthogonal
+    module.orthogonal = lambda x: made.append(tuple(x.shape)) or own(x)
+    layers = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 7, bias=False), nn.Linear(7, 7, bias=False))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(layers, mesh=mesh)
+    layers(torch.randn(2, 6)).square().sum().backward()
+    Muon([{"params": list(layers.parameters())}], lr=0.1).step()
+    return made
+
+
+def test_ranks_share_the_matrices_out() -> None:
+    assert run_ranks(_shares, 2) == [[(7, 7), (5, 6)], [(7, 5)]]
 
 
 @pytest.mark.slow

@@ -212,9 +212,9 @@ METHODS: dict[str, type[Method]] = {
     "minimal": MinimalLeJEPA,
     "minimal, our input": MinimalLeJEPA,
     "simclr": SimCLR,
-    "simclr, our optimizer": SimCLR,
     "vicreg": VICReg,
     "dino": DINO,
 }
 PILLOW = {"minimal"}  # whose images come through Pillow, as published
-OUR_OPTIMIZER = {"simclr, our optimizer"}  # and schedule: all that the recipe says of them
+OUR_OPTIMIZER = {f"{name}, our optimizer": METHODS[name] for name in ("simclr", "vicreg", "dino")}
+METHODS |= OUR_OPTIMIZER  # and schedule: all that the recipe says of them
