@@ -53,6 +53,21 @@ def outlive_terminal() -> None:
         sys.stderr = _Outliving(sys.stderr)  # type: ignore[assignment]
 
 
+@contextmanager
+def errors_alone(name: str) -> Iterator[None]:
+    """Inside, the logger of another library's module says nothing less than an error, whatever sets its level meanwhile."""
+    logger = logging.getLogger(name)
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
+    logger.addFilter(is_error)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_error)
+
+
 class _RunLog(logging.Handler):
     """Lines in a run's directory, with time and level. Held back until the run has a configuration there: a start that is
     refused leaves nothing behind. What cannot be written is let go."""

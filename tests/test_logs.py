@@ -46,6 +46,17 @@ def test_lines_are_shown_once_and_other_loggers_stay(shown: None, capsys: pytest
     assert (out.out, out.err.strip("\r")) == ("", "3 shards\n")
 
 
+def test_a_library_says_errors_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """Also where it sets its own level in the meantime, as torch does."""
+    other = logging.getLogger("another_library.module")
+    with logs.errors_alone(other.name):
+        other.setLevel(logging.INFO)
+        other.warning("told to nobody")
+        other.error("told")
+    other.warning("told again")
+    assert caplog.messages == ["told", "told again"]
+
+
 def test_ranks_beyond_the_first_show_warnings_alone(
     shown: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

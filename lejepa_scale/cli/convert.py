@@ -10,6 +10,7 @@ from typing import Any
 
 from lejepa_scale.cli.command import Command, add_weights, positive
 from lejepa_scale.errors import UserError
+from lejepa_scale.logs import errors_alone
 
 _DESCRIPTION = """  lejepa convert runs/quickstart encoder                         a folder for timm and transformers
   lejepa convert runs/quickstart encoder.onnx --to onnx
@@ -111,8 +112,9 @@ def _run(a: argparse.Namespace) -> int:
         print(f"exact at {model.inputs.image_size} px alone{other}.")
     if a.verify:
         real = _real_images(model, a.images) if a.images else None
-        for found in compare(model, a.target, a.to, exact=done.exact, dtype=DTYPES[a.dtype], real=real):
-            print(f"verified with {found}")
+        with errors_alone("torch.utils._pytree"):  # it warns of how torchao, which transformers imports, calls it
+            for found in compare(model, a.target, a.to, exact=done.exact, dtype=DTYPES[a.dtype], real=real):
+                print(f"verified with {found}")
     if a.push:
         from lejepa_scale.conversion.push import push
 
