@@ -21,6 +21,7 @@ CASES = {
     "recomputing": {"engine": {"name": "fsdp", "activation_checkpointing": "full"}},
     "exact": {"engine": {"name": "fsdp"}, "objective": {"accumulation": "exact"}},
     "visreg": {"engine": {"name": "fsdp"}, "objective": {"regularizer": "visreg"}},
+    "muon": {"engine": {"name": "fsdp"}, "optim": {"name": "muon"}},
 }
 
 
@@ -35,7 +36,9 @@ def test_the_formulas_are_what_a_traced_step_does(name: str) -> None:
     config = configured(name, 16)
     rows = {row["of a step and a rank"]: row for row in trace(config, check_world(config, 16))}
     # torch ends a recomputation when it has what it needs: a block's last product is often not made again
-    assert float(rows["TFLOP"]["ratio"]) == pytest.approx(1, abs=0.04 if name == "recomputing" else 1e-3)
+    # and the formula is of the passes: Muon's iterations are a twelfth of what this small batch takes
+    exactly = {"recomputing": 0.04, "muon": 0.1}.get(name, 1e-3)
+    assert float(rows["TFLOP"]["ratio"]) == pytest.approx(1, abs=exactly)
     assert float(rows["GiB"]["ratio"]) == pytest.approx(1, abs=0.15 if name == "recomputing" else 0.1)
     sent = [row for what, row in rows.items() if what.startswith("GB handed to")]
     assert sent
