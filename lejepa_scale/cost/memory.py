@@ -156,9 +156,9 @@ def _zero(config: Config, plan: BatchPlan, model: LeJEPA, size: int, cuda: bool)
 
 
 def _moments(config: Config, model: LeJEPA, ranks: int, cuda: bool) -> tuple[float, float]:
-    """Bytes of a rank's moments, and what Muon takes at once beside them: the largest matrix in the iteration's precision,
-    as exchanged, iterated and sent back, its Gram matrices, a rank's part of it as gradient, and its parts of as many
-    matrices as there are ranks as momentum ahead."""
+    """Bytes of a rank's moments, and what Muon takes at once beside them: momentum ahead of a round's matrices, a rank's
+    parts of which are as much as the largest of them is whole; that in the iteration's precision, before and after a step
+    of it and, where it is a copy, as it came; its Gram matrices."""
     both = float(_MOMENTS * cut(model, ranks))
     if config.optim.name != "muon":
         return both, 0.0
@@ -166,7 +166,8 @@ def _moments(config: Config, model: LeJEPA, ranks: int, cuda: bool) -> tuple[flo
     one = both - (_MOMENTS - _FP32) * sum(-(-rows // ranks) * columns for rows, columns in own)
     largest, side = max(map(prod, own)), max(map(min, own))
     size = _BF16 if cuda else _FP32
-    return one, 3 * size * largest + 2 * size * side**2 + _FP32 * largest * (1 + 1 / ranks)
+    copies = 3 if cuda or ranks > 1 else 2
+    return one, copies * size * largest + 2 * size * side**2 + _FP32 * largest
 
 
 def numel(module: nn.Module) -> int:

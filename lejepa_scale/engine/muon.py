@@ -62,14 +62,16 @@ class Muon(torch.optim.Optimizer):
         found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
         cut = _Cut.of(found[0][0]) if found else None
         for together in rounds([p.shape for p, _ in found], cut.ranks if cut else 1):
-            parameters, groups = zip(*(found[index] for index in together), strict=True)
-            ahead = [self._ahead(parameter, group) for parameter, group in zip(parameters, groups, strict=True)]
-            if cut is None:
-                directions = [orthogonal(rows.flatten(1)).view_as(rows) for rows in ahead]
-            else:
-                directions = cut.orthogonal(ahead, [sides(parameter.shape) for parameter in parameters])
-            for parameter, group, direction in zip(parameters, groups, directions, strict=True):
-                self._move(parameter, group, direction)
+            self._update([found[index] for index in together], cut)
+
+    def _update(self, together: list[tuple[nn.Parameter, dict[str, Any]]], cut: _Cut | None) -> None:
+        ahead = [self._ahead(parameter, group) for parameter, group in together]
+        if cut is None:
+            directions = [orthogonal(rows.flatten(1)).view_as(rows) for rows in ahead]
+        else:
+            directions = cut.orthogonal(ahead, [sides(parameter.shape) for parameter, _ in together])
+        for (parameter, group), direction in zip(together, directions, strict=True):
+            self._move(parameter, group, direction)
 
     def _ahead(self, parameter: nn.Parameter, group: dict[str, Any]) -> Tensor:
         """This rank's rows of Nesterov's momentum."""
