@@ -60,7 +60,7 @@ class Muon(torch.optim.Optimizer):
         """One update of all weights that have a gradient. Every rank calls."""
         assert closure is None
         found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        cut = _Cut.of(found[0][0]) if found else None
+        cut = _Cut.of(found[0][0]) if found else None  # as all are: an engine has one mesh
         for together in rounds([p.shape for p, _ in found], cut.ranks if cut else 1):
             self._update([found[index] for index in together], cut)
 

@@ -1,6 +1,6 @@
 """Parameter groups by rule, and the optimizers over them. Learning rates are set by the engine at each step."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -117,12 +117,20 @@ def groups(module: LeJEPA, config: Optim, *, muons: bool) -> list[dict[str, Any]
     """Of the parameters that are Muon's, or of the others."""
     own = matrices(module) if config.name == "muon" else {}
     scales = {} if config.layer_decay in (None, 1) else layer_scales(module.encoder, config.layer_decay)
+    scales = {f"encoder.{name}": scale for name, scale in scales.items()}
+    return groups_within(module, config, own, scales, muons=muons)
+
+
+def groups_within(
+    module: nn.Module, config: Optim, own: Collection[str], scales: Mapping[str, float], *, muons: bool
+) -> list[dict[str, Any]]:
+    """Of any module, of whose parameters Muon's `own` and the layers' scales are known by name."""
     ratio = config.muon.lr_ratio if muons else 1.0
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for decayed, parameters in zip((True, False), split(module, config.decay == "all"), strict=True):
         for name, parameter in parameters.items():
             if (name in own) == muons:
-                scale = ratio * scales.get(name.removeprefix("encoder."), 1.0)
+                scale = ratio * scales.get(name, 1.0)
                 groups.setdefault((decayed, scale), []).append(parameter)
     return [{"params": found, "decayed": decayed, "lr_scale": scale} for (decayed, scale), found in groups.items()]
 

@@ -26,7 +26,7 @@ from lejepa_scale.config import BatchPlan, Config, Data, Optim, in_steps, load_c
 from lejepa_scale.data import Loader, open_mixture
 from lejepa_scale.data.io.reader import expand
 from lejepa_scale.engine.muon import Muon
-from lejepa_scale.engine.optim import matrices_within, set_hyperparameters, split
+from lejepa_scale.engine.optim import groups_within, matrices_within, set_hyperparameters
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import Encoder
 from lejepa_scale.model.lejepa import build_encoder
@@ -186,21 +186,16 @@ def settings_of(task: Task, method: Method, steps: int) -> Optim:
 
 def _optimizers(method: Method, settings: Optim) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon for the encoder's matrices where the settings say so."""
-    own = dict[str, Tensor]()
+    own = set[str]()
     if settings.name == "muon":
         own.update(matrices_within(method, method.encoder, list(getattr(method.encoder, "blocks", []))))
-    groups = {muons: list[dict[str, Any]]() for muons in (False, True)}
-    for decayed, found in zip((True, False), split(method, settings.decay == "all"), strict=True):
-        for muons, each in groups.items():
-            if parameters := [parameter for name, parameter in found.items() if (name in own) == muons]:
-                scale = settings.muon.lr_ratio if muons else 1.0
-                each.append({"params": parameters, "decayed": decayed, "lr_scale": scale})
-    adamw = torch.optim.AdamW(groups[False], betas=settings.betas, eps=settings.eps, fused=True)
+    plain, muons = (groups_within(method, settings, own, {}, muons=muons) for muons in (False, True))
+    adamw = torch.optim.AdamW(plain, betas=settings.betas, eps=settings.eps, fused=True)
     if not own:
         return [adamw]
     return [
         adamw,
-        Muon(groups[True], momentum=settings.muon.momentum, adjust_lr=settings.muon.adjust_lr, lr=settings.lr),
+        Muon(muons, momentum=settings.muon.momentum, adjust_lr=settings.muon.adjust_lr, lr=settings.lr),
     ]
 
 
