@@ -63,7 +63,8 @@ def validate(tree: Tree, origin: str = "the configuration") -> Config:
     except ValidationError as error:
         faults += dict.fromkeys(_explain(fault) for fault in error.errors())
     if faults:
-        raise UserError(f"{origin}: {'; '.join(faults)}.")
+        said = "; ".join(faults)
+        raise UserError(f"{origin}: {said}{'' if said.endswith('?') else '.'}")
     return config
 
 

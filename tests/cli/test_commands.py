@@ -213,7 +213,7 @@ def test_the_module_under_a_launcher(command: Command, tmp_path: Path, scenes: P
     wrong = command("-m", "lejepa_scale", "train", "--config", path, "optim.rl=1", ranks=2, launcher="torchrun")
     assert wrong.returncode != 0
     assert [line for line in wrong.stderr.splitlines() if line.startswith("error")] == [
-        f"error: {path} with optim.rl=1: unknown key optim.rl, did you mean optim.lr?."
+        f"error: {path} with optim.rl=1: unknown key optim.rl, did you mean optim.lr?"
     ]
     result = command("-m", "lejepa_scale", "train", "--config", path, ranks=2, launcher="torchrun")
     assert result.returncode == 0, result.stderr
