@@ -366,8 +366,8 @@ def _training(engine: str, steps: int, batch: int, device: torch.device, earlier
         command = [
             sys.executable, "launchers/train.py", "--config", "configs/vits_cifar10.yaml", f"run.dir={run}",
             f"data.shards={shards}", f"train.steps={steps}", f"train.global_batch={batch}", f"engine.name={engine}",
-            "engine.precision=bf16", "optim.name=adamw", "optim.warmup_steps=2", "log.every=1", "checkpoint.every=1000000", "data.workers=2",
-            "run.seed=1",
+            "engine.precision=bf16", "optim.name=adamw", "optim.warmup_steps=2", "log.every=1", "checkpoint.every=1000000",
+            "data.workers=2", "run.seed=1",
         ]  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)  # the case has its limit
         if done.returncode:
