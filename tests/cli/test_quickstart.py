@@ -20,8 +20,8 @@ def losses(run: Path) -> list[Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("steps", [6, 20])
 def test_quickstart_is_the_same_under_fsdp_and_zero3(command: Command, tmp_path: Path, steps: int) -> None:
-    """The recipe's first steps, at the rates of its first twenty (its warm-up reaches a third of the peak), with smaller
-    batches: FSDP, and ZeRO-3 under the deepspeed launcher, which has no Muon."""
+    """The recipe's first steps, with smaller batches and by AdamW at a low rate: FSDP, and ZeRO-3 under the deepspeed
+    launcher, which has no Muon."""
     shards = tmp_path / "scenes"
     made = command(ROOT / "tools/make_shards.py", "synthetic", "--out", shards, "--count", 200, "--size", 48)
     assert made.returncode == 0, made.stderr
