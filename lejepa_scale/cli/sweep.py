@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lejepa_scale.cli.command import Command, positive
 
-_DESCRIPTION = """  lejepa sweep --config quickstart --out sweeps/a objective.lambda=0.01,0.02,0.05 optim.lr=1e-3,4e-3
+_DESCRIPTION = """  lejepa sweep --config quickstart --out sweeps/a objective.lambda=0.01,0.02,0.05 optim.lr=4e-3,8e-3
   lejepa sweep --config vitl_in1k --out sweeps/b --jobs 4 --ranks 2 objective.lambda=0.02,0.05,0.1 run.seed=0,1
 
 Values with commas between them make the grid, here of 3 x 2 runs; commas inside brackets, braces or quotes do not. Every

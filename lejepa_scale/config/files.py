@@ -63,7 +63,7 @@ def validate(tree: Tree, origin: str = "the configuration") -> Config:
     except ValidationError as error:
         faults += dict.fromkeys(_explain(fault) for fault in error.errors())
     if faults:
-        said = "; ".join(faults)
+        said = " ".join(fault if fault.endswith("?") else f"{fault};" for fault in faults).removesuffix(";")
         raise UserError(f"{origin}: {said}{'' if said.endswith('?') else '.'}")
     return config
 

@@ -30,8 +30,9 @@ def parsed(text: str) -> Words:
     number, factor, given = match.groups()
     unit = given if given.endswith(("s", "%")) else f"{given}s"
     if unit not in _UNITS:
-        near = "".join(f", did you mean {name}?" for name in difflib.get_close_matches(unit.lower(), _UNITS, n=1))
-        raise ValueError(f"{text!r} has no unit that is known{near}: {_EXAMPLES}")
+        near = difflib.get_close_matches(unit.lower(), _UNITS, n=1)
+        hint = f", did you mean {near[0]}? Give" if near else ":"
+        raise ValueError(f"{text!r} has no unit that is known{hint} {_EXAMPLES}")
     amount = Fraction(number) * _FACTORS[factor]
     if amount <= 0 or (unit == "%" and amount > 100):
         raise ValueError(f"{text!r} must be more than 0{' and at most 100 %' * (unit == '%')}")

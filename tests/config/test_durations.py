@@ -154,7 +154,7 @@ def test_periods_meet(every: Any, evaluation: Any, kept: Any, expected: tuple[in
         (["train.steps=2.5"], r"train\.steps"),
         (
             ["optim.warmup_steps=5 epocs"],
-            r"optim\.warmup_steps: '5 epocs' has no unit that is known, did you mean epochs\?",
+            r"optim\.warmup_steps: '5 epocs' has no unit that is known, did you mean epochs\? Give an int.* run\)\.$",
         ),
         (["optim.warmup_steps=5 parsecs"], "no unit that is known: an int of steps, or words as in `5 epochs`"),
         (["optim.warmup_steps=0.1"], r"0\.1 is no whole number of steps.*`10%`"),

@@ -131,7 +131,13 @@ def test_what_a_run_wrote_although_it_had_no_effect_is_read_as_the_default() -> 
 def test_unknown_keys_lead_to_where_the_right_one_is(tmp_path: Path, override: str, hint: str) -> None:
     message = error_of(written(tmp_path, BARE), override)
     assert "unknown key " in message
-    assert f"did you mean {hint}?" in message
+    assert message.endswith(f", did you mean {hint}?")
+
+
+def test_a_question_among_faults_keeps_its_mark_alone(tmp_path: Path) -> None:
+    message = error_of(written(tmp_path, BARE), "train.stepz=2", "objective.lambda=3", "optim.rl=1")
+    assert "did you mean train.steps? objective.lambda: " in message
+    assert "(got 3); unknown key optim.rl, did you mean optim.lr?" in message
 
 
 # -- keys without effect
