@@ -68,11 +68,11 @@ def seen(run_dir: Path) -> tuple[str, bool] | None:
     """Who holds a directory's lock, in words, and whether they show a sign of life, without waiting for one: a beat of the
     last while, where their processes are not seen from here. None where nobody holds it."""
     path = run_dir / NAME
-    if (other := _holder(path)) is None:
-        return None
-    if _ours_to_see(other):
-        return _named(other), _lives(other)
     try:
+        if (other := _holder(path)) is None:
+            return None
+        if _ours_to_see(other):
+            return _named(other), _lives(other)
         return _named(other), time.time() - path.stat().st_mtime < WATCH_SECONDS
     except OSError:
         return None
@@ -117,9 +117,14 @@ def _taken(path: Place, mine: dict[str, Any]) -> bool:
 
 
 def _holder(path: Place) -> dict[str, Any] | None:
-    """Who holds it; None where that cannot be read."""
-    with suppress(*faults(path, ValueError)):
-        found = json.loads(path.read_text())
+    """Who holds it; None where it is not there, or says something else. Raises what the place does where it does not
+    answer, which is no sign that nobody holds it."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    with suppress(ValueError):
+        found = json.loads(text)
         if isinstance(found, dict) and {"host", "pid", "since"} <= found.keys():
             return {key: value for key, value in found.items() if key != "beat"}
     return None
@@ -129,29 +134,29 @@ def _alive(path: Place, other: dict[str, Any]) -> bool:
     if _ours_to_see(other):
         return _lives(other)
     logger.info("waiting for a sign of life of %s, up to %.0f s.", _named(other), WATCH_SECONDS)
-    before, until = _changed(path), time.monotonic() + WATCH_SECONDS
-    while time.monotonic() < until:
-        time.sleep(min(1.0, WATCH_SECONDS / 10))
-        if (now := _changed(path)) is None:
+    marks: set[int | bytes] = set()
+    begun = since = time.monotonic()
+    while time.monotonic() < since + WATCH_SECONDS:
+        try:
+            marks.add(path.stat().st_mtime_ns if isinstance(path, Path) else path.read_bytes())
+        except FileNotFoundError:
             return False  # it has just let go
-        if now != before:
+        except faults(path):  # in which time the other could not beat either
+            since = time.monotonic()
+            if since > begun + 4 * WATCH_SECONDS:
+                raise
+        if len(marks) > 1:
             return True
+        time.sleep(min(1.0, WATCH_SECONDS / 10))
     return False
-
-
-def _changed(path: Place) -> int | str | None:
-    try:
-        return path.stat().st_mtime_ns if isinstance(path, Path) else path.read_text()
-    except faults(path):
-        return None
 
 
 def _beat(path: Place, mine: dict[str, Any], over: threading.Event) -> None:
     number = 0
     while not over.wait(BEAT_SECONDS):
-        if _holder(path) == mine:
-            number += 1
-            with suppress(*faults(path)):
+        with suppress(*faults(path)):
+            if _holder(path) == mine:
+                number += 1
                 if isinstance(path, Path):
                     os.utime(path)
                 else:
@@ -159,12 +164,12 @@ def _beat(path: Place, mine: dict[str, Any], over: threading.Event) -> None:
 
 
 def _remove(path: Place, whose: dict[str, Any] | None) -> None:
-    if _holder(path) == whose:
-        with suppress(*faults(path)):
+    with suppress(*faults(path)):
+        if _holder(path) == whose:
             path.unlink()
 
 
 def _named(other: dict[str, Any] | None) -> str:
     if other is None:
-        return "somebody whose lock cannot be read"
+        return "somebody whose lock does not name them"
     return f"process {other['pid']} on {other['host']}, since {other['since']}"

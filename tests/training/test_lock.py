@@ -9,11 +9,15 @@ import signal
 import socket
 import threading
 import time
+import uuid
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import ROOT, Command, small_config
+from upath import UPath
 
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import living
@@ -100,7 +104,7 @@ def test_whose_processes_we_do_not_see_shows_its_life_by_beats(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, other: dict[str, str], beats: bool
 ) -> None:
     """Another machine, or another container of the same name."""
-    monkeypatch.setattr(lock, "WATCH_SECONDS", 1.0)
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 30.0 if beats else 1.0)
     monkeypatch.setattr(lock, "BEAT_SECONDS", 0.1)
     mine, over = held(tmp_path, **other), threading.Event()
     if beats:
@@ -111,6 +115,63 @@ def test_whose_processes_we_do_not_see_shows_its_life_by_beats(
     else:
         with locked(tmp_path):
             pass
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Callable[[int], bool]], UPath]]:
+    """A store with the lock of another machine, whose reads fail where told so by their number."""
+
+    def build(fails: Callable[[int], bool]) -> UPath:
+        root = UPath(f"memory://{uuid.uuid4()}")
+        (root / "lock").write_text(json.dumps(lock._myself() | {"host": "elsewhere", "pid": 7}))
+        numbers, read = count(), type(root).read_bytes
+
+        def failing(path: UPath) -> bytes:
+            if fails(next(numbers)):
+                raise ConnectionError("no answer\nmore")
+            return read(path)
+
+        monkeypatch.setattr(type(root), "read_bytes", failing)
+        monkeypatch.setattr(lock, "WATCH_SECONDS", 0.5)
+        return root
+
+    yield build
+    monkeypatch.undo()
+
+
+def test_a_store_that_does_not_answer_for_a_while_is_no_sign_of_death(
+    store: Callable[..., UPath], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = store(lambda number: 1 <= number < 5)
+    monkeypatch.setattr(lock, "WATCH_SECONDS", 30.0)
+    monkeypatch.setattr(lock.time, "sleep", lambda _: None)
+    reads = count()
+
+    def changing(path: UPath) -> bytes:
+        if next(reads) == 6:
+            path.write_bytes(json.dumps(json.loads(failing(path)) | {"beat": 1}).encode())
+        return failing(path)
+
+    failing = type(root).read_bytes
+    monkeypatch.setattr(type(root), "read_bytes", changing)
+    with pytest.raises(UserError, match="is in use by process 7 on elsewhere"), locked(root):
+        pass
+    assert json.loads((root / "lock").read_text())["pid"] == 7
+
+
+@pytest.mark.parametrize("answers", [0, 1, 2])
+def test_a_lock_that_a_store_does_not_show_stays(store: Callable[..., UPath], answers: int) -> None:
+    root = store(lambda number: number >= answers)
+    with pytest.raises(UserError, match=rf"^{root} cannot be written: no answer\.$"), locked(root):
+        pass
+    assert json.loads((root / "lock").read_text())["pid"] == 7
+
+
+def test_the_lock_of_one_that_is_gone_is_taken_over_in_a_store(store: Callable[..., UPath]) -> None:
+    root = store(lambda number: number == 2)
+    with locked(root):
+        assert json.loads((root / "lock").read_text())["pid"] == os.getpid()
+    assert not (root / "lock").exists()
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "\0\0"])
