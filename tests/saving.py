@@ -61,11 +61,17 @@ def values(value: float) -> dict[str, dict[str, Tensor]]:
     return {VALUE: tensors(0), "exp_avg": tensors(100), "exp_avg_sq": tensors(200)}
 
 
-def save(store: Store, step: int, holder: Any = None, probe: dict[str, Tensor] | None = None) -> Path:
+def save(
+    store: Store,
+    step: int,
+    holder: Any = None,
+    probe: dict[str, Tensor] | None = None,
+    metrics: dict[str, float | None] | None = None,
+) -> Path:
     """A complete checkpoint of that step."""
     holder = holder or Holder(values(float(step)), buffers={"running": torch.ones(2), "count": torch.tensor(3)})
     saver = Saver(store, holder)
-    saver.begin(Progress(step, "shards"), {"head": torch.ones(2)} if probe is None else probe, "run: {}\n")
+    saver.begin(Progress(step, "shards"), {"head": torch.ones(2)} if probe is None else probe, "run: {}\n", metrics)
     path = saver.finish()
     assert path is not None
     return path

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol, runtime_checkable
 
 from upath import UPath
@@ -29,6 +29,7 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
+ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # there is no file of that name
 _READ_ONLY = ("http", "https", "pipe")
 _READ_BYTES = 1 << 24  # of an object asked for at once
 
@@ -60,8 +61,9 @@ def is_local(path: Place) -> bool:
 
 
 def said(error: Exception) -> str:
-    """What a library's error says first."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """What the system's or a library's error says first."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return str(text).splitlines()[0].rstrip(".")
 
 
 def within(root: Place, path: Place) -> bool:
@@ -93,18 +95,31 @@ def created(path: Place) -> Iterator[Stream]:
             yield upload  # type: ignore[misc]
 
 
-def listed(folder: Place) -> list[Place]:
-    """What lies in a folder; nothing where there is none. Raises UserError where a store does not say."""
+@contextmanager
+def reading(path: Place) -> Iterator[None]:
+    """What a disk or a store refuses is a UserError that names `path`. That no such file is there (one of ABSENT) is for the
+    caller: it alone is no fault."""
     try:
-        return list(folder.iterdir())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        if isinstance(folder, Path):
-            raise
-        raise UserError(f"{folder} cannot be read: {said(error)}.") from error
-    except Exception as error:  # of a store's library
-        raise UserError(f"{folder} cannot be read: {said(error)}.") from error
+        yield
+    except ABSENT:
+        raise
+    except faults(path) as error:
+        raise UserError(f"{path} cannot be read: {said(error)}.") from error
+
+
+def listed(folder: Place) -> dict[str, bool]:
+    """The names of what lies in a folder, and whether each is a folder itself; nothing where there is none. Raises UserError
+    where that cannot be read: a store's libraries answer `exists` and `is_dir` with no, then."""
+    try:
+        with reading(folder):
+            if isinstance(folder, Path):
+                return {path.name: path.is_dir() for path in folder.iterdir()}
+            rows = folder.fs.ls(folder.path, detail=True)
+    except ABSENT:
+        return {}
+    named = {PurePosixPath(row["name"].strip("/")): row["type"] == "directory" for row in rows}
+    inside = PurePosixPath(folder.path.strip("/"))  # a store may list a folder in itself
+    return {name.name: is_folder for name, is_folder in named.items() if name.parent == inside}
 
 
 def remove(path: Place) -> None:

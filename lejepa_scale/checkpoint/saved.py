@@ -16,13 +16,21 @@ from torch import Tensor
 
 from lejepa_scale.checkpoint.files import checksum
 from lejepa_scale.checkpoint.layout import Layout, Part, boxes, key
-from lejepa_scale.checkpoint.places import Place, faults, is_local, said
+from lejepa_scale.checkpoint.places import ABSENT, Place, faults, reading, said
 from lejepa_scale.checkpoint.tensors import TensorFile
 from lejepa_scale.engine.base import AVERAGE, KINDS_OF_MOMENTS, MOMENTS, MOMENTUM, VALUE
 from lejepa_scale.errors import UserError
 
 Weights = Literal["best", "trained", "average", "first"]  # of a run: `best` is the average where one is kept
 _OPEN_FILES = 8  # at once
+_OF_THE_FILE = (
+    *ABSENT,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    SafetensorError,
+)  # no other try will do better
 MARKER, INDEX, STATE, CONFIG, PROBE = "COMPLETE", "index.json", "state.json", "config.yaml", "probe.safetensors"
 
 
@@ -83,7 +91,7 @@ class Saved:
             self.progress = Progress(**{name: value for name, value in state.items() if name in known})
         except TypeError as error:
             raise UserError(f"{path / STATE} cannot be read: {error}. {advice(path)}") from error
-        index = self._json(INDEX) if (path / INDEX).exists() else self._index_of_whole_files()
+        index = self._json(INDEX) if INDEX in self.files else self._index_of_whole_files()
         try:
             self.ranks = int(index["ranks"])
             self.averaged = AVERAGE in index["kinds"]
@@ -206,46 +214,50 @@ class Saved:
             raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
-        return UserError(f"checkpoint file {self.path / name} cannot be read: {error}. {advice(self.path)}")
+        helps = f" {advice(self.path)}" if isinstance(error, _OF_THE_FILE) else ""
+        return UserError(f"checkpoint file {self.path / name} cannot be read: {said(error)}.{helps}")
 
 
 def marked(path: Place) -> dict[str, dict[str, int]] | None:
     """The files that a completion marker promises; None where there is no marker, or it is not one of ours. Raises UserError
-    where a store does not say."""
+    where it cannot be read."""
     try:
-        found = json.loads((path / MARKER).read_text())
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError):
+        with reading(path / MARKER):
+            text = (path / MARKER).read_bytes()
+        found = json.loads(text)
+    except (*ABSENT, ValueError):
         return None
-    except faults(path) as error:
-        if is_local(path):
-            return None
-        raise UserError(f"{path / MARKER} cannot be read: {said(error)}.") from error
     if not isinstance(found, dict) or STATE not in found:
         return None
     sound = all(isinstance(row, dict) and {"bytes", "crc32"} <= row.keys() for row in found.values())
     return found if sound else None
 
 
-def verify(path: Place, share: int = 0, of: int = 1, *, moments: bool = True) -> None:
-    """Compare every file of a checkpoint, or a share of them, with its completion marker; without `moments`, which are two
-    thirds of it, all but theirs. Raises UserError naming the first that differs."""
+def verify(path: Place, *, moments: bool = True) -> None:
+    """Compare every file of a checkpoint with its completion marker; without `moments`, which are two thirds of it, all but
+    theirs. Raises UserError naming the first that differs, or that cannot be read."""
+    if found := damage(path, moments=moments):
+        raise UserError(found)
+
+
+def damage(path: Place, share: int = 0, of: int = 1, *, moments: bool = True) -> str | None:
+    """What is wrong with a checkpoint, or with a share of its files: the first that is not as its completion marker says.
+    None where there is nothing. Raises UserError where one cannot be read, which is no damage: the next time it may be."""
     files = marked(path)
     if files is None:
-        raise UserError(f"{path} is not a complete checkpoint: {path / MARKER} is missing, or says nothing of files.")
+        return f"{path} is not a complete checkpoint: {path / MARKER} is missing, or says nothing of files."
     for number, (name, expected) in enumerate(sorted(files.items())):
         if number % of != share or (name.startswith("optimizer") and not moments):
             continue
         file = path / name
         try:
-            same = file.stat().st_size == expected["bytes"] and checksum(file) == expected["crc32"]
-        except FileNotFoundError as error:
-            raise UserError(f"checkpoint file {file} is missing. {advice(path)}") from error
-        except Exception as error:
-            if is_local(path):
-                raise
-            raise UserError(f"{file} cannot be read: {said(error)}.") from error
+            with reading(file):
+                same = file.stat().st_size == expected["bytes"] and checksum(file) == expected["crc32"]
+        except ABSENT:
+            return f"checkpoint file {file} is missing. {advice(path)}"
         if not same:
-            raise UserError(f"checkpoint file {file} is corrupt: its checksum differs from {MARKER}. {advice(path)}")
+            return f"checkpoint file {file} is corrupt: its checksum differs from {MARKER}. {advice(path)}"
+    return None
 
 
 def advice(path: Place) -> str:

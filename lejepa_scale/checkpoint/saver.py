@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, TypeVar
@@ -161,7 +162,8 @@ class Saver:
         if failures := list(dict.fromkeys(failure for _, failure in outcomes if failure)):
             self._flight = None
             if process_group.rank() == 0:
-                places.remove(flight.partial)
+                with suppress(*places.faults(flight.partial)):
+                    self.store.discard(flight.partial)
             untouched = self._untouched() if process_group.rank() == 0 else ""
             kind = UserError if any(_NOT_FINITE in failure for failure in failures) else NotSaved
             error = kind(f"step {flight.step} is not saved: {' '.join(failures)} ({untouched}.)")

@@ -71,22 +71,21 @@ class Store:
 
     def _steps(self) -> list[Place]:
         """Folders that are named as ours are; `best_step_00000012` and `step_00000012.old` are somebody else's."""
-        return [found for found in places.listed(self.root) if _NAME.fullmatch(found.name) and found.is_dir()]
+        found = places.listed(self.root).items()
+        return [self.root / name for name, is_folder in found if is_folder and _NAME.fullmatch(name)]
 
     def begin(self, step: int, nbytes: int) -> Place:
         """An empty folder for the files of a checkpoint of `nbytes` bytes. What interrupted saves have left goes, and so do
         the oldest complete ones where the disk has no room, but for the newest. Raises UserError, OSError."""
         if not isinstance(self.root, Path):
             for found in self._steps():
-                if step_of(found) == step:
-                    self._remove(found)
-                elif marked(found) is None:
-                    places.remove(found)
+                if step_of(found) == step or marked(found) is None:
+                    self.discard(found)
             return self.root / f"step_{step:08d}"
         self.root.mkdir(parents=True, exist_ok=True)
-        for remains in self.root.iterdir():
-            if _REMAINS.fullmatch(remains.name):
-                places.remove(remains)
+        for name in places.listed(self.root):
+            if _REMAINS.fullmatch(name):
+                places.remove(self.root / name)
         self._make_room(self.root, int(nbytes * _ROOM))
         partial = self.root / f"step_{step:08d}.partial"
         partial.mkdir()
@@ -94,10 +93,15 @@ class Store:
 
     def finish(self, partial: Place, files: Mapping[str, Written]) -> Place:
         """All files are written: give the folder its name, mark it complete, let older ones go. Raises UserError where a
-        file is not there as its rank has written it; OSError."""
+        file is not there as its rank has written it; OSError. What fails once it is complete is told of, and no more."""
         for name, written in files.items():
             there = partial / name
-            if not there.is_file() or there.stat().st_size != written.bytes:
+            try:
+                with places.reading(there):
+                    found = there.stat().st_size
+            except places.ABSENT:
+                found = None
+            if found != written.bytes:
                 raise UserError(
                     f"{there} is not there as it was written: rank 0 does not see what other ranks write. run.dir must lie "
                     "on a file system that all nodes share, or checkpoint.dir name a store that they do."
@@ -111,15 +115,18 @@ class Store:
             partial.rename(target)
             places.sync(self.root)
         write_text(target / MARKER, json.dumps({name: asdict(written) for name, written in files.items()}, indent=1))
-        write_text(self.run_dir / LAST, f"{target.name}\n")
         if replaced is not None:
             places.remove(replaced)
         self._values.pop(target, None)
-        if self.best() == target:
-            write_text(self.run_dir / BEST, f"{target.name} {self._metric} {self._value(target)}\n")
-            logger.info("%s is the best so far: %s = %g.", target, self._metric, self._value(target))
-        for old in self._expendable():
-            self._remove(old)
+        try:
+            write_text(self.run_dir / LAST, f"{target.name}\n")
+            if self.best() == target:
+                write_text(self.run_dir / BEST, f"{target.name} {self._metric} {self._value(target)}\n")
+                logger.info("%s is the best so far: %s = %g.", target, self._metric, self._value(target))
+            for old in self._expendable():
+                self.discard(old)
+        except places.faults(target, UserError) as error:
+            logger.warning("%s is saved; what is older stays until the next save: %s.", target, places.said(error))
         return target
 
     def best(self) -> Place | None:
@@ -129,20 +136,23 @@ class Store:
         return max(valued, key=lambda found: (sign * found[0], step_of(found[1])))[1] if valued else None
 
     def _value(self, path: Place) -> float | None:
-        """Of the metric, as a checkpoint says it."""
+        """Of the metric, as a checkpoint says it. Raises UserError where it cannot be read: as one without a value, the best
+        one would go."""
         if self._metric and path not in self._values:
             try:
-                value = float(json.loads((path / STATE).read_text())["metrics"][self._metric])
-            except places.faults(path, ValueError, KeyError, TypeError):
+                with places.reading(path / STATE):
+                    text = (path / STATE).read_bytes()
+                value = float(json.loads(text)["metrics"][self._metric])
+            except (*places.ABSENT, ValueError, KeyError, TypeError):
                 value = math.nan
             self._values[path] = value if math.isfinite(value) else None
         return self._values.get(path)
 
     def set_aside(self, damaged: Place) -> Place:
         """Rename a checkpoint that cannot be read, so that it is neither gone on from nor counted."""
+        taken, number = places.listed(self.root), 1
         aside = damaged.with_name(f"{damaged.name}.damaged")
-        number = 1
-        while aside.exists():
+        while aside.name in taken:
             number += 1
             aside = damaged.with_name(f"{damaged.name}.damaged-{number}")
         if not is_local(damaged):
@@ -164,20 +174,23 @@ class Store:
         def free() -> int:
             return shutil.disk_usage(root).free
 
+        if (left := free()) >= nbytes:
+            return
         best = self.best()
         for old in [path for path in self.complete()[:-1] if path != best and not self._for_good(path)]:
-            if free() >= nbytes:
-                return
             logger.warning("%s is removed: the disk has no room for one more checkpoint beside it.", old)
-            self._remove(old)
-        if free() < nbytes:
-            raise UserError(
-                f"a checkpoint takes {nbytes / 1e9:.3g} GB, and the disk of {root} has {free() / 1e9:.3g} GB "
-                "left. Make room, or lower checkpoint.keep."
-            )
+            self.discard(old)
+            if (left := free()) >= nbytes:
+                return
+        raise UserError(
+            f"a checkpoint takes {nbytes / 1e9:.3g} GB, and the disk of {root} has {left / 1e9:.3g} GB left. Make room, or "
+            "lower checkpoint.keep."
+        )
 
-    def _remove(self, path: Place) -> None:
-        (path / MARKER).unlink(missing_ok=True)  # first, so that half a removal is never gone on from
+    def discard(self, path: Place) -> None:
+        """Remove a checkpoint, or what there is of one; its marker first, so that half a removal is never gone on from.
+        Raises what the disk or the store does where the marker stays."""
+        (path / MARKER).unlink(missing_ok=True)
         places.remove(path)
 
 
@@ -204,7 +217,9 @@ def find(named: str | Place) -> Place:
 def _elsewhere(run_dir: Place) -> list[Place]:
     """The checkpoint.dir of a run."""
     try:
-        named = yaml.safe_load((run_dir / CONFIG).read_text())["checkpoint"]["dir"]
-    except places.faults(run_dir, yaml.YAMLError, KeyError, TypeError):
+        with places.reading(run_dir / CONFIG):
+            text = (run_dir / CONFIG).read_bytes()
+        named = yaml.safe_load(text)["checkpoint"]["dir"]
+    except (*places.ABSENT, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return []
     return [place(str(named))] if named else []

@@ -49,7 +49,7 @@ def locked(run_dir: Place) -> Iterator[None]:
     except UserError:
         raise
     except faults(run_dir) as error:
-        raise UserError(f"{run_dir} cannot be written: {getattr(error, 'strerror', None) or said(error)}.") from error
+        raise UserError(f"{run_dir} cannot be written: {said(error)}.") from error
     over = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, mine, over), daemon=True)
     beating.start()

@@ -16,7 +16,7 @@ from lejepa_scale.checkpoint import Progress, Saved, Store
 from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.checkpoint.metrics import METRICS, steps_taken
 from lejepa_scale.checkpoint.places import Place, place, within
-from lejepa_scale.checkpoint.saved import verify
+from lejepa_scale.checkpoint.saved import damage
 from lejepa_scale.checkpoint.store import BEST, LAST, find
 from lejepa_scale.config import Config, dump, migrate, recorded
 from lejepa_scale.config.keys import keys_of
@@ -51,15 +51,16 @@ _OF_A_RUN = (
 def resume(config: Config, store: Store, mixture: Mixture) -> tuple[Saved | None, dict[str, Tensor], Progress]:
     """The newest complete checkpoint that is undamaged, or the one that run.resume names; a fresh start where there is none.
     A damaged one is told of and renamed. Raises UserError, on every rank, where there is nothing sound to go on from,
-    or what there is cannot be gone on from."""
+    what there is cannot be gone on from, or cannot be read."""
     path, problems = collectives.on_rank_zero(lambda: _chosen(config, store), "looking for a checkpoint"), list[str]()
     while path is not None:
-        try:
-            verifying = partial(verify, path, process_group.rank(), process_group.world_size())
-            collectives.everywhere(verifying, "taking the checkpoint's checksums")
+        mine = collectives.everywhere(
+            partial(damage, path, process_group.rank(), process_group.world_size()), "taking the checkpoint's checksums"
+        )
+        found = [one for one in collectives.gather_objects(mine) if one is not None]
+        if not found:
             break
-        except UserError as error:
-            problems.append(str(error))
+        problems.append(" ".join(dict.fromkeys(found)))
         path = collectives.on_rank_zero(partial(_before, store, path, problems), "looking at a damaged checkpoint")
     if path is None:
         return None, {}, Progress(0, mixture.fingerprint)
@@ -100,11 +101,7 @@ def _before(store: Store, damaged: Place, problems: list[str]) -> Place | None:
     """The checkpoint before one that is damaged, which is renamed, so that it counts no more."""
     if damaged.parent.resolve() != store.root.resolve():
         raise UserError(problems[-1])
-    try:
-        verify(damaged)
-    except UserError:
-        pass
-    else:  # rank 0 finds nothing wrong with it
+    if damage(damaged) is None:
         raise UserError(
             f"{problems[-1]} Rank 0 reads it without a fault: run.dir must lie on a file system that all nodes share, and "
             "its bytes must be the same on all of them."
