@@ -28,19 +28,22 @@ REQUESTS = ("_open", "cat_file", "cp_file", "info", "ls", "pipe_file", "rm_file"
 
 
 class Requests:
-    """Those that a store gets from one thread after another, of which one, by its number, is not answered."""
+    """Those that a store gets from one thread after another, of which one, by its number, is not answered: it never came
+    there, or, with `done`, was carried out."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.made, self._fails = 0, -1
+        self.made, self.done, self._fails = 0, False, -1
         for name in REQUESTS:
             patch.setattr(MemoryFileSystem, name, self._counted(getattr(MemoryFileSystem, name)))
 
     def _counted(self, request: Callable[..., Any]) -> Callable[..., Any]:
         def asked(*arguments: Any, **options: Any) -> Any:
             self.made += 1
-            if self.made - 1 == self._fails:
+            fails = self.made - 1 == self._fails
+            answer = None if fails and not self.done else request(*arguments, **options)
+            if fails:
                 raise ConnectionError("no answer\nfrom the server")
-            return request(*arguments, **options)
+            return answer
 
         return asked
 
@@ -119,8 +122,10 @@ def test_what_is_not_answered_is_no_damage(tmp_path: Path, requests: Requests) -
     assert {type(one) for one in found[:-1]} <= {UserError, type(None)}
 
 
-def test_a_save_loses_nothing(tmp_path: Path, requests: Requests) -> None:
+@pytest.mark.parametrize("done", [False, True])
+def test_a_save_loses_nothing(tmp_path: Path, requests: Requests, done: bool) -> None:
     """It is saved, or an error says that it is not; those before it stay, but for one that need not be kept."""
+    requests.done = done
     first, before = saved_three(tmp_path, keep=1), ["step_00000002", "step_00000003"]
     assert [path.name for path in first.complete()] == before
     files = {file.relative_to(first.root): file.read_bytes() for file in first.root.rglob("*") if file.is_file()}
