@@ -97,8 +97,8 @@ def created(path: Place) -> Iterator[Stream]:
 
 @contextmanager
 def reading(path: Place) -> Iterator[None]:
-    """What a disk or a store refuses is a UserError that names `path`. That no such file is there (one of ABSENT) is for the
-    caller: it alone is no fault."""
+    """Raises UserError, which names `path`, for what a disk or a store refuses. That no such file is there (one of ABSENT)
+    is for the caller: it alone is no fault."""
     try:
         yield
     except ABSENT:

@@ -336,4 +336,4 @@ def test_a_kill_inside_a_save_leaves_the_one_before(server: dict[str, str], tmp_
     store = Store(tmp_path, keep=9, root=root)
     assert store.latest() == root / "step_00000001"
     verify(root / "step_00000001")
-    assert places.listed(root / "nowhere") == []
+    assert places.listed(root / "nowhere") == {}
