@@ -19,11 +19,11 @@ class UserError(Exception):
     """Something the user can mend. The message names the key, file or number and says what to do; secrets of addresses
     are not in it.
 
-    `everywhere` is set where every rank raises the same error, so that it is printed once. `status` is that of the command.
+    `everywhere` is set where every rank raises the same error, so that it is printed once. status: that of the command.
     """
 
     everywhere = False
-    status = Exit.MISTAKE
 
-    def __init__(self, message: str) -> None:
+    def __init__(self, message: str, status: Exit = Exit.MISTAKE) -> None:
         super().__init__(redacted(message))
+        self.status = status

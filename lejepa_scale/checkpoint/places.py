@@ -13,7 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from upath import UPath
 
 from lejepa_scale.addresses import Address, is_remote
-from lejepa_scale.errors import UserError
+from lejepa_scale.errors import Exit, UserError
 
 Place = Path | UPath
 
@@ -97,14 +97,19 @@ def created(path: Place) -> Iterator[Stream]:
 
 @contextmanager
 def reading(path: Place) -> Iterator[None]:
-    """Raises UserError, which names `path`, for what a disk or a store refuses. That no such file is there (one of ABSENT)
-    is for the caller: it alone is no fault."""
+    """Raises UserError, which names `path`, for what a disk or a store refuses: a fault, which may pass, but where it is a
+    right that is lacking. That no such file is there (one of ABSENT) is for the caller."""
     try:
         yield
     except ABSENT:
         raise
     except faults(path) as error:
-        raise UserError(f"{path} cannot be read: {said(error)}.") from error
+        raise UserError(f"{path} cannot be read: {said(error)}.", status(error)) from error
+
+
+def status(error: Exception) -> Exit:
+    """Whether the same may go better the next time."""
+    return Exit.MISTAKE if isinstance(error, PermissionError) else Exit.FAULT
 
 
 def listed(folder: Place) -> dict[str, bool]:

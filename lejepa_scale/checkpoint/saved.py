@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lejepa_scale.checkpoint.files import checksum
 from lejepa_scale.checkpoint.layout import Layout, Part, boxes, key
-from lejepa_scale.checkpoint.places import ABSENT, Place, faults, reading, said
+from lejepa_scale.checkpoint.places import ABSENT, Place, faults, reading, said, status
 from lejepa_scale.checkpoint.tensors import TensorFile
 from lejepa_scale.engine.base import AVERAGE, KINDS_OF_MOMENTS, MOMENTS, MOMENTUM, VALUE
 from lejepa_scale.errors import UserError
@@ -214,8 +214,10 @@ class Saved:
             raise self._unreadable(name, error) from error
 
     def _unreadable(self, name: str, error: Exception) -> UserError:
-        helps = f" {advice(self.path)}" if isinstance(error, _OF_THE_FILE) else ""
-        return UserError(f"checkpoint file {self.path / name} cannot be read: {said(error)}.{helps}")
+        text = f"checkpoint file {self.path / name} cannot be read: {said(error)}."
+        if isinstance(error, _OF_THE_FILE):
+            return UserError(f"{text} {advice(self.path)}")
+        return UserError(text, status(error))
 
 
 def marked(path: Place) -> dict[str, dict[str, int]] | None:

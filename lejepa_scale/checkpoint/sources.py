@@ -25,7 +25,7 @@ from lejepa_scale.checkpoint.places import Place, place
 from lejepa_scale.checkpoint.saved import MARKER, Saved, verify
 from lejepa_scale.checkpoint.store import find
 from lejepa_scale.config import Data
-from lejepa_scale.errors import UserError
+from lejepa_scale.errors import Exit, UserError
 
 TAG = "timm:"
 _WHOLE = ("model.safetensors", "pytorch_model.bin")  # as Hugging Face names them, the preferred one first
@@ -95,7 +95,7 @@ def _checkpoint(named: str, path: Place) -> Source:
     try:
         verify(checkpoint := find(path), moments=False)
     except UserError as error:
-        raise refusal(named, str(error)) from error
+        raise refusal(named, str(error), error.status) from error
     saved = Saved(checkpoint)
     recorded = yaml.safe_load(saved.config_text())["data"]
     about = {name: recorded.get(name, Data.model_fields[name].default) for name in ("mean", "std")}
@@ -111,9 +111,9 @@ def _file(named: str, path: Path) -> Source:
     return Source(str(path), _pickled(named, path))
 
 
-def refusal(named: str, text: str) -> UserError:
+def refusal(named: str, text: str, status: Exit = Exit.MISTAKE) -> UserError:
     """The error that tells of the key."""
-    return UserError(f"model.init_from={named}: {text}")
+    return UserError(f"model.init_from={named}: {text}", status)
 
 
 def _not_there(named: str) -> str:

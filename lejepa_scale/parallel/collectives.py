@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lejepa_scale.errors import UserError
+from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.parallel import process_group, shared_memory, waiting
 from lejepa_scale.parallel.process_group import Group, rank, world_size
 from lejepa_scale.parallel.shared_memory import SharedMemoryGather
@@ -244,12 +244,12 @@ def on_rank_zero(work: Callable[[], T], doing: str = "waiting for rank 0") -> T:
                 message[0] = work()
             except Exception as error:
                 failure = error
-                message[1] = str(error) if isinstance(error, UserError) else f"rank 0 failed: {error!r}"
+                message[1] = _told(error)
     dist.broadcast_object_list(message, src=0)
     if failure is not None:
         raise failure
     if message[1] is not None:
-        raised = UserError(message[1])
+        raised = UserError(*message[1])
         raised.everywhere = True
         raise raised
     return message[0]
@@ -257,8 +257,8 @@ def on_rank_zero(work: Callable[[], T], doing: str = "waiting for rank 0") -> T:
 
 def everywhere(work: Callable[[], T], doing: str = "waiting for all ranks") -> T:
     """Run `work`, which takes no collective, on every rank, and give each its own result, however long any of them takes.
-    What fails on any rank is raised on all of them: UserErrors as one, whatever else as it is where it happened. doing:
-    what the work is called in messages."""
+    What fails on any rank is raised on all of them: UserErrors as one, a mistake where one of them is, whatever else as it
+    is where it happened. doing: what the work is called in messages."""
     result: Any = None
     failure: Exception | None = None
     with waiting.awaited(doing):
@@ -267,17 +267,20 @@ def everywhere(work: Callable[[], T], doing: str = "waiting for all ranks") -> T
         except Exception as error:
             failure = error
     if any_rank(failure is not None, torch.device("cpu")):
-        if failure is not None and not isinstance(failure, UserError):
-            message = f"rank {rank()} failed: {failure!r}"
-        else:
-            message = str(failure or "")
-        messages = [text for text in gather_objects(message) if text]
+        told = [one for one in gather_objects(_told(failure) if failure is not None else None) if one is not None]
         if failure is not None and not isinstance(failure, UserError):
             raise failure
-        raised = UserError(" ".join(dict.fromkeys(messages)))
+        raised = UserError(" ".join(dict.fromkeys(text for text, _ in told)), max(status for _, status in told))
         raised.everywhere = True
         raise raised
     return result
+
+
+def _told(failure: Exception) -> tuple[str, Exit]:
+    """What other ranks hear of it: the words of a UserError, and its status."""
+    if isinstance(failure, UserError):
+        return str(failure), failure.status
+    return f"rank {rank()} failed: {failure!r}", Exit.FAULT
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:

@@ -75,9 +75,8 @@ def named(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
 
 
 def _late(what: str, limit: float) -> UserError:
-    error = UserError(
+    return UserError(
         f"{what} in {limit:.0f} s (engine.timeout_minutes): look whether all hosts have started, and reach the first one at "
-        "MASTER_ADDR and MASTER_PORT."
+        "MASTER_ADDR and MASTER_PORT.",
+        Exit.FAULT,
     )
-    error.status = Exit.FAULT
-    return error

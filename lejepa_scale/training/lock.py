@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lejepa_scale.checkpoint.files import write_text
-from lejepa_scale.checkpoint.places import Place, faults, said
+from lejepa_scale.checkpoint.places import Place, faults, said, status
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import living
 
@@ -49,7 +49,7 @@ def locked(run_dir: Place) -> Iterator[None]:
     except UserError:
         raise
     except faults(run_dir) as error:
-        raise UserError(f"{run_dir} cannot be written: {said(error)}.") from error
+        raise UserError(f"{run_dir} cannot be written: {said(error)}.", status(error)) from error
     over = threading.Event()
     beating = threading.Thread(target=_beat, args=(path, mine, over), daemon=True)
     beating.start()

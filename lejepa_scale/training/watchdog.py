@@ -244,12 +244,11 @@ def in_words(watchdog: Watchdog) -> Iterator[None]:
             raise
         silent = [] if isinstance(error, RankLost) else watchdog.silent()
         said = f"{_ranks(silent)} gave no sign of life" if silent else str(error).splitlines()[0][:200]
-        lost = UserError(
+        raise UserError(
             f"the ranks have lost one another in step {watchdog._number + 1}: {said}. Look at the processes and machines of "
-            "these. The same command goes on from the newest checkpoint."
-        )
-        lost.status = Exit.FAULT
-        raise lost from error
+            "these. The same command goes on from the newest checkpoint.",
+            Exit.FAULT,
+        ) from error
 
 
 def _of_a_collective(error: RuntimeError) -> bool:

@@ -21,7 +21,7 @@ from lejepa_scale.checkpoint.places import Place, place
 from lejepa_scale.checkpoint.saved import damage
 from lejepa_scale.checkpoint.saver import NotSaved
 from lejepa_scale.config import validate
-from lejepa_scale.errors import UserError
+from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.training import loop, resume
 
 REQUESTS = ("_open", "cat_file", "cp_file", "info", "ls", "pipe_file", "rm_file", "rmdir")
@@ -108,6 +108,7 @@ def test_a_question_gets_its_answer_or_an_error(
         if isinstance(one, Exception):
             assert isinstance(one, UserError), repr(one)
             assert "cannot be read: no answer." in str(one)
+            assert one.status == Exit.FAULT
             assert "delete" not in str(one)
         else:
             assert one.name == answer
@@ -120,6 +121,18 @@ def test_what_is_not_answered_is_no_damage(tmp_path: Path, requests: Requests) -
     assert len(found) > 10
     assert found[-1] is None
     assert {type(one) for one in found[:-1]} <= {UserError, type(None)}
+
+
+def test_a_right_that_is_lacking_will_be_so_the_next_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = saved_three(tmp_path)
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", refused)
+    with pytest.raises(UserError, match=r"cannot be read: Access Denied\.$") as caught:
+        store.latest()
+    assert caught.value.status == Exit.MISTAKE
 
 
 @pytest.mark.parametrize("done", [False, True])

@@ -16,7 +16,7 @@ from conftest import mostly_slow
 from ranks import run_ranks
 from torch.distributed import distributed_c10d
 
-from lejepa_scale.errors import UserError
+from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.parallel import collectives, process_group, waiting
 
 LIMIT = 3.0  # seconds after which a collective gives up, and a silent rank counts as lost
@@ -83,21 +83,48 @@ def test_a_silent_rank_is_named_with_the_work() -> None:
         assert "(reading the index)" in message
 
 
-def _failing() -> str:
+def _failing() -> tuple[str, Exit]:
     def work() -> None:
         time.sleep(1.5 * LIMIT)
-        raise UserError("there are no shards.")
+        raise UserError("there are no shards.", Exit.FAULT)
 
-    try:
-        with impatient():
-            collectives.on_rank_zero(work, "indexing the shards")
-    except UserError as error:
-        return str(error)
-    return ""
+    with impatient(), pytest.raises(UserError) as caught:
+        collectives.on_rank_zero(work, "indexing the shards")
+    return str(caught.value), caught.value.status
 
 
 def test_what_fails_after_a_long_time_is_told_everywhere() -> None:
-    assert run_ranks(_failing, 2) == ["there are no shards."] * 2
+    assert run_ranks(_failing, 2) == [("there are no shards.", Exit.FAULT)] * 2
+
+
+def _failing_apart(errors: list[Exception | None]) -> tuple[str, Exit | None]:
+    def work() -> None:
+        if (error := errors[process_group.rank()]) is not None:
+            raise error
+
+    try:
+        collectives.everywhere(work, "reading")
+    except UserError as error:
+        return str(error), error.status
+    except Exception as error:
+        return repr(error), None
+    return "", None
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [
+        ([None, UserError("no answer.", Exit.FAULT)], [("no answer.", Exit.FAULT)] * 2),
+        (
+            [UserError("no rate.", Exit.MISTAKE), UserError("no answer.", Exit.FAULT)],
+            [("no rate. no answer.", Exit.MISTAKE)] * 2,
+        ),
+        ([None, OSError(5, "EIO")], [("rank 1 failed: OSError(5, 'EIO')", Exit.FAULT), ("OSError(5, 'EIO')", None)]),
+    ],
+)
+def test_the_status_is_every_ranks(errors: list[Exception | None], told: list[tuple[str, Exit | None]]) -> None:
+    """A mistake on one of them is one: the next time will not go better."""
+    assert run_ranks(_failing_apart, 2, errors) == told
 
 
 def test_a_long_wait_is_told_of_ever_more_rarely(
