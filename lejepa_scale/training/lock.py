@@ -58,7 +58,8 @@ def locked(run_dir: Place) -> Iterator[None]:
     finally:
         over.set()
         beating.join(BEAT_SECONDS)  # a beat that is under way would write it again
-        _remove(path, mine)
+        with suppress(*faults(path)):
+            _remove(path, mine)
         if new and isinstance(run_dir, Path):
             with suppress(OSError):  # it is not empty
                 run_dir.rmdir()
@@ -164,9 +165,9 @@ def _beat(path: Place, mine: dict[str, Any], over: threading.Event) -> None:
 
 
 def _remove(path: Place, whose: dict[str, Any] | None) -> None:
-    with suppress(*faults(path)):
-        if _holder(path) == whose:
-            path.unlink()
+    """Unless another has it by now. Raises what the place does: one that cannot be taken over would be tried for ever."""
+    if _holder(path) == whose:
+        path.unlink(missing_ok=True)
 
 
 def _named(other: dict[str, Any] | None) -> str:

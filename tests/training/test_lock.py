@@ -167,6 +167,21 @@ def test_a_lock_that_a_store_does_not_show_stays(store: Callable[..., UPath], an
     assert json.loads((root / "lock").read_text())["pid"] == 7
 
 
+def test_a_lock_that_cannot_be_removed_is_not_tried_for_ever(
+    store: Callable[..., UPath], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a store grants writing, and no deleting."""
+    root = store(lambda _: False)
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(type(root), "unlink", refused)
+    with pytest.raises(UserError, match=r"cannot be written: Access Denied\.$"), locked(root):
+        pass
+    assert json.loads((root / "lock").read_text())["pid"] == 7
+
+
 def test_the_lock_of_one_that_is_gone_is_taken_over_in_a_store(store: Callable[..., UPath]) -> None:
     root = store(lambda number: number == 2)
     with locked(root):
