@@ -21,6 +21,7 @@ from lejepa_scale.checkpoint.places import Place, place
 from lejepa_scale.checkpoint.saved import damage
 from lejepa_scale.checkpoint.saver import NotSaved
 from lejepa_scale.config import validate
+from lejepa_scale.data.mixture import open_mixture
 from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.training import loop, resume
 
@@ -168,9 +169,7 @@ def test_a_save_loses_nothing(tmp_path: Path, requests: Requests, done: bool) ->
         assert {path.name for path in store.root.iterdir()} == {"step_00000002", "step_00000005"}
 
 
-def test_a_resume_goes_on_from_the_newest_or_not_at_all(
-    tmp_path: Path, scenes: Path, requests: Requests, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resume_goes_on_from_the_newest_or_not_at_all(tmp_path: Path, scenes: Path, requests: Requests) -> None:
     root = new_root()
     config = validate(
         small_config(
@@ -182,8 +181,7 @@ def test_a_resume_goes_on_from_the_newest_or_not_at_all(
     )
     loop.train(config)
     store = Store(config.run.dir, 3, root=root)
-    monkeypatch.setattr(resume, "_refuse_another_order", lambda *_: None)
-    found = outcomes(requests, partial(resume.resume, config, store, None))  # type: ignore[arg-type]
+    found = outcomes(requests, partial(resume.resume, config, store, open_mixture(config.data)))
     assert len(found) > 20
     for one in found:
         if isinstance(one, Exception):
