@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import errno
 import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,25 @@ def small_views() -> Views:
         global_=ViewGroup(count=2, size=32, scale=(0.5, 1.0)),
         local=ViewGroup(count=2, size=16, scale=(0.2, 0.5)),
     )
+
+
+@pytest.fixture
+def unreadable(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """Lets a file be there that this user may not read: root may read every one, whatever its mode."""
+    read = Path.read_bytes
+
+    def forbid(path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+
+        def refused(self: Path) -> bytes:
+            if self == path:
+                raise PermissionError(errno.EACCES, "Permission denied", str(self))
+            return read(self)
+
+        monkeypatch.setattr(Path, "read_bytes", refused)
+
+    return forbid
 
 
 def small_config(run_dir: Path | str, shards: Path | str, **sections: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import timm
 import torch
-import yaml
 from torch import Tensor
 
 from lejepa_scale.checkpoint import pretrained
@@ -30,7 +29,7 @@ def load_encoder(path: str | Place, *, weights: Weights = "best") -> tuple[Encod
     checkpoint = find(path)
     verify(checkpoint, moments=False)
     saved = Saved(checkpoint)
-    config = recorded(yaml.safe_load(saved.config_text()), origin=str(checkpoint / "config.yaml"))
+    config = recorded(saved.config_text(), origin=str(checkpoint / "config.yaml"))
     if weights != "first":
         encoder = build_encoder(config)
         _fill(encoder.backbone.state_dict(), saved, saved.kind_of(weights))

@@ -7,6 +7,8 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from lejepa_scale.checkpoint.places import ABSENT, reading
+
 logger = logging.getLogger(__name__)
 METRICS = "metrics.jsonl"
 
@@ -14,16 +16,19 @@ METRICS = "metrics.jsonl"
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl that can be read, by ascending `step`; none where there is no file. Values are
     numbers, or None for what was no number. A crash of the system may have left half a line, or zeros in place of one: these
-    are told of."""
+    are told of. Raises UserError where the file is there and cannot be read."""
     return [record for _, record in read_lines(path)]
 
 
 def read_lines(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """As `read_metrics`, with each record's line."""
-    if not path.exists():
+    try:
+        with reading(path):
+            data = path.read_bytes()
+    except ABSENT:
         return []
     found, torn = [], 0
-    for line in path.read_bytes().decode(errors="replace").split("\n"):
+    for line in data.decode(errors="replace").split("\n"):
         try:
             record = json.loads(line)
             int(record["step"])

@@ -16,15 +16,14 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from timm.models import load_state_dict_from_hf
 from torch import Tensor
 
 from lejepa_scale.checkpoint.places import Place, place
-from lejepa_scale.checkpoint.saved import MARKER, Saved, verify
+from lejepa_scale.checkpoint.saved import CONFIG, MARKER, Saved, verify
 from lejepa_scale.checkpoint.store import find
-from lejepa_scale.config import Data
+from lejepa_scale.config import Data, parsed
 from lejepa_scale.errors import Exit, UserError
 
 TAG = "timm:"
@@ -97,8 +96,8 @@ def _checkpoint(named: str, path: Place) -> Source:
     except UserError as error:
         raise refusal(named, str(error), error.status) from error
     saved = Saved(checkpoint)
-    recorded = yaml.safe_load(saved.config_text())["data"]
-    about = {name: recorded.get(name, Data.model_fields[name].default) for name in ("mean", "std")}
+    data = parsed(saved.config_text(), str(checkpoint / CONFIG))["data"]
+    about = {name: data.get(name, Data.model_fields[name].default) for name in ("mean", "std")}
     kind = saved.kind_of("best")
     where = f"{checkpoint}{' (averaged weights)' * saved.averaged}"
     return Source(where, {"": {name: saved.whole(name, kind) for name in saved.shapes}}, about)

@@ -13,8 +13,9 @@ _DESCRIPTION = """  lejepa runs                            those below runs/
   lejepa runs runs --json | jq           for programs
 
 state: running; silent (whoever holds its lock gives no sign of life); finished; stopped (saved; the same command goes
-on); ended (a fault, or killed: the same command goes on from its newest checkpoint). score: the best k-NN or linear accuracy
-of its evaluations, else of the online probe. Reads what runs have written, and asks no process."""
+on); ended (a fault, or killed: the same command goes on from its newest checkpoint); unreadable (what cannot be read is
+named below the table). score: the best k-NN or linear accuracy of its evaluations, else of the online probe. Reads what runs
+have written, and asks no process."""
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +33,7 @@ def _run(a: argparse.Namespace) -> int:
     from lejepa_scale.operations import runs
 
     def text() -> str:
-        found = [runs.standing(run) for run in runs.runs_in(a.folders or [Path("runs")])]
+        found = runs.standings(runs.runs_in(a.folders or [Path("runs")]))
         return json.dumps(runs.as_json(found), indent=1) if a.json else runs.as_table(found)
 
     return shown_again(text, a.every, once=not a.watch)

@@ -3,7 +3,7 @@ anything starts."""
 
 from lejepa_scale.config.batches import BatchPlan, check_world, plan_batches
 from lejepa_scale.config.durations import in_steps
-from lejepa_scale.config.files import changed, dump, load_config, migrate, recorded, validate
+from lejepa_scale.config.files import changed, dump, load_config, migrate, parsed, recorded, validate
 from lejepa_scale.config.schema import Augment, Config, Data, Objective, Optim, Source, ViewGroup, Views
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "in_steps",
     "load_config",
     "migrate",
+    "parsed",
     "plan_batches",
     "recorded",
     "validate",

@@ -40,19 +40,25 @@ def load_config(path: Path, overrides: list[str] | None = None) -> Config:
     UserError."""
     path = find_config(Path(path))
     try:
-        text = path.read_text()
+        text = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the configuration {path}: {error.strerror}.") from error
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold a mapping of sections (run, train, data, model, ...).")
+    tree = parsed(text, str(path))
     _one_length(tree, overrides or [])
     for override in overrides or []:
         _apply(tree, override)
     return validate(tree, origin=f"{path} with {' '.join(overrides)}" if overrides else str(path))
+
+
+def parsed(text: str | bytes, origin: str) -> Tree:
+    """What a YAML text holds, bytes as UTF-8. Raises UserError, which names `origin`, where that is no mapping."""
+    try:
+        tree = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a ValueError: of a date that there is not
+        raise UserError(f"{origin} cannot be read, it is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{origin} must hold a mapping of sections (run, train, data, model, ...).")
+    return tree
 
 
 def validate(tree: Tree, origin: str = "the configuration") -> Config:
@@ -87,10 +93,10 @@ def migrate(tree: Tree) -> Tree:
     return tree
 
 
-def recorded(tree: Tree, origin: str) -> Config:
+def recorded(text: str | bytes, origin: str) -> Config:
     """The configuration that a run wrote, by whatever rules held then: keys that have moved since, or that had no effect
     and were let pass, are read as what they meant. Raises UserError."""
-    tree = migrate(tree)
+    tree = migrate(parsed(text, origin))
     try:
         config = Config.model_validate(tree, context={"recorded": True}, by_alias=True, by_name=False)
     except ValidationError:
@@ -157,7 +163,7 @@ def _apply(tree: Tree, override: str) -> None:
         node = child
     try:
         node[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"override {override!r}: {text!r} is not a YAML value.") from error
 
 

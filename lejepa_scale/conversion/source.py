@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from einops import rearrange
 from torch import Tensor
 
@@ -70,7 +69,7 @@ def is_encoder(path: Place) -> bool:
 def _of_run(checkpoint: Place, weights: Weights) -> Model:
     verify(checkpoint, moments=False)
     saved = Saved(checkpoint)
-    config = recorded(yaml.safe_load(saved.config_text()), origin=str(checkpoint / "config.yaml"))
+    config = recorded(saved.config_text(), origin=str(checkpoint / "config.yaml"))
     shapes = on_meta(lambda: build_encoder(config))
     if weights == "first":
         encoder, _ = load_encoder(checkpoint, weights="first")

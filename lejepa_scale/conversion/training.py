@@ -11,7 +11,6 @@ from math import prod
 from pathlib import Path
 
 import torch
-import yaml
 from torch import Tensor, nn
 
 from lejepa_scale.checkpoint import Progress, Saved
@@ -112,7 +111,7 @@ def texts_of(folder: Path, config: Path | None, said: Counters | None = None) ->
 
 def expect_model(state: TrainingState) -> None:
     """Raises UserError where the names and shapes are not those of the configured module."""
-    module = check(recorded(yaml.safe_load(state.texts[CONFIG]), origin=CONFIG))
+    module = check(recorded(state.texts[CONFIG], origin=CONFIG))
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
     found = {name: lazy.shape for name, lazy in state.tensors[VALUE].items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):

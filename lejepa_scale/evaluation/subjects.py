@@ -13,7 +13,6 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from torch import Tensor, nn
 
 from lejepa_scale.checkpoint import Saved, Weights, find
@@ -110,7 +109,7 @@ def _of_a_run(path: Place) -> dict[str, Weights]:
 
 def _config(path: Place) -> Config:
     checkpoint = find(path)
-    return recorded(yaml.safe_load(Saved(checkpoint).config_text()), origin=str(checkpoint / "config.yaml"))
+    return recorded(Saved(checkpoint).config_text(), origin=str(checkpoint / "config.yaml"))
 
 
 def _of(

@@ -170,7 +170,11 @@ def build_locks(found: Sequence[Path]) -> Finding:
 
 def run_directory(config: Config) -> Finding:
     run = config.run.dir
-    if (held := lock.seen(run)) is not None:
+    try:
+        held = lock.seen(run)
+    except UserError as error:
+        return Finding("wrong", "run.dir", str(error), "see who may read it, or give another run.dir")
+    if held is not None:
         who, alive = held
         if alive:
             return Finding(

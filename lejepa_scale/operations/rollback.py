@@ -5,15 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-import yaml
-
 from lejepa_scale.checkpoint import Store
 from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.checkpoint.places import place
-from lejepa_scale.checkpoint.saved import CONFIG
 from lejepa_scale.checkpoint.store import LAST, step_of
-from lejepa_scale.config import recorded
 from lejepa_scale.errors import UserError
+from lejepa_scale.operations.runs import config_of
 from lejepa_scale.training import lock
 
 
@@ -43,11 +40,7 @@ def roll_back(run: Path, step: int | None = None) -> tuple[Path, Path]:
 
 def _checkpoints(run: Path) -> list[Path]:
     """Complete ones, oldest first, wherever the run keeps them."""
-    path = run / CONFIG
-    try:
-        kept = recorded(yaml.safe_load(path.read_text()), str(path)).checkpoint.dir
-    except OSError as error:
-        raise UserError(f"{run} is no run: {path} cannot be read ({error.strerror}).") from error
+    kept = config_of(run).checkpoint.dir
     root = None if kept is None else place(kept)
     if root is not None and not isinstance(root, Path):
         raise UserError(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lejepa_scale.checkpoint.metrics import METRICS, read_metrics
+from lejepa_scale.checkpoint.places import ABSENT, reading
 from lejepa_scale.checkpoint.saved import CONFIG, STATE
 from lejepa_scale.config import Config, recorded
 from lejepa_scale.config.durations import length_of
@@ -27,8 +25,9 @@ _DEEP = 3  # folders below one that is named
 @dataclass(frozen=True)
 class Standing:
     """How a run stands. state: running, silent (a lock whose holder gives no sign of life), finished, stopped (saved, the
-    same command goes on), or ended (a fault, or killed). steps: of the whole run, as it was asked for. age: seconds since
-    its last record. score: the best of the metric of that name."""
+    same command goes on), ended (a fault, or killed), or unreadable. steps: of the whole run, as it was asked for. age:
+    seconds since its last record. score: the best of the metric of that name. where: the process that trains, or what could
+    not be read."""
 
     run: str
     state: str
@@ -39,7 +38,7 @@ class Standing:
     loss: float | None
     metric: str
     score: float | None
-    where: str  # the process that trains
+    where: str
 
 
 def runs_in(folders: Iterable[Path]) -> list[Path]:
@@ -54,8 +53,20 @@ def runs_in(folders: Iterable[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def standings(runs: Iterable[Path]) -> list[Standing]:
+    """Of each; one that cannot be read hides none of the others."""
+    return [_standing_or_not(run) for run in runs]
+
+
+def _standing_or_not(run: Path) -> Standing:
+    try:
+        return standing(run)
+    except UserError as error:
+        return Standing(str(run), "unreadable", 0, "", None, None, None, "", None, str(error))
+
+
 def standing(run: Path) -> Standing:
-    """Raises UserError where the run's configuration cannot be read."""
+    """Raises UserError where a file of the run's is there and cannot be read."""
     records = read_metrics(run / METRICS)
     trained = [record for record in records if record.get("loss") is not None]
     last = trained[-1] if trained else {}
@@ -73,9 +84,11 @@ def _state(run: Path) -> tuple[str, str]:
     if (held := lock.seen(run)) is not None:
         who, alive = held
         return "running" if alive else "silent", who
-    left = ""
-    with suppress(OSError):
-        left = (run / EXIT_STATUS).read_text().strip()
+    try:
+        with reading(run / EXIT_STATUS):
+            left = (run / EXIT_STATUS).read_bytes().decode(errors="replace").strip()
+    except ABSENT:
+        left = ""
     return {str(Exit.DONE.value): "finished", str(Exit.STOPPED.value): "stopped"}.get(left, "ended"), ""
 
 
@@ -83,9 +96,10 @@ def config_of(run: Path) -> Config:
     """What a run was started with. Raises UserError where that cannot be read: cut short, or edited by hand."""
     path = run / CONFIG
     try:
-        return recorded(yaml.safe_load(path.read_text()), str(path))
-    except (OSError, yaml.YAMLError, AttributeError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+        with reading(path):
+            return recorded(path.read_bytes(), str(path))
+    except ABSENT as error:
+        raise UserError(f"{run} is no run: it has no {CONFIG}.") from error
 
 
 def _length(run: Path) -> str:
@@ -107,6 +121,7 @@ def as_table(found: Sequence[Standing]) -> str:
     ]  # fmt: skip
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    lines += [f"{one.run}: {one.where}" for one in found if one.state == "unreadable"]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import IO
 
 import torch
-import yaml
 
 from lejepa_scale.checkpoint import Store
 from lejepa_scale.checkpoint.files import write_text
 from lejepa_scale.checkpoint.metrics import METRICS, read_metrics, steps_taken
 from lejepa_scale.checkpoint.places import place
 from lejepa_scale.checkpoint.saved import Saved
-from lejepa_scale.config import Config, check_world, in_steps, load_config, recorded
+from lejepa_scale.config import Config, check_world, in_steps, load_config
 from lejepa_scale.config.keys import as_text, values_of
 from lejepa_scale.data import open_mixture
 from lejepa_scale.errors import Exit, UserError
+from lejepa_scale.operations.runs import config_of
 from lejepa_scale.parallel.threads import cores
 from lejepa_scale.progress import counter
 from lejepa_scale.training.lock import locked
@@ -329,12 +329,7 @@ def _refuse_another(point: Point) -> None:
     path = point.dir / "config.yaml"
     if not path.exists():
         return
-    try:
-        before = dict(values_of(recorded(yaml.safe_load(path.read_text()), origin=str(path))))
-    except (yaml.YAMLError, AttributeError, TypeError) as error:  # cut short, or edited by hand
-        raise UserError(
-            f"{path} cannot be read: {str(error).splitlines()[0]}. Remove that run, or restore the file."
-        ) from error
+    before = dict(values_of(config_of(point.dir)))
     changed = list(_changes(before, dict(values_of(point.config))))
     if changed:
         raise UserError(

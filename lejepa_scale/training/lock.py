@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lejepa_scale.checkpoint.files import write_text
-from lejepa_scale.checkpoint.places import Place, faults, said, status
+from lejepa_scale.checkpoint.places import ABSENT, Place, faults, reading, said, status
 from lejepa_scale.errors import UserError
 from lejepa_scale.parallel import living
 
@@ -67,15 +67,17 @@ def locked(run_dir: Place) -> Iterator[None]:
 
 def seen(run_dir: Path) -> tuple[str, bool] | None:
     """Who holds a directory's lock, in words, and whether they show a sign of life, without waiting for one: a beat of the
-    last while, where their processes are not seen from here. None where nobody holds it."""
+    last while, where their processes are not seen from here. None where nobody holds it. Raises UserError where the lock
+    cannot be read."""
     path = run_dir / NAME
     try:
-        if (other := _holder(path)) is None:
-            return None
-        if _ours_to_see(other):
-            return _named(other), _lives(other)
-        return _named(other), time.time() - path.stat().st_mtime < WATCH_SECONDS
-    except OSError:
+        with reading(path):
+            if (other := _holder(path)) is None:
+                return None
+            if _ours_to_see(other):
+                return _named(other), _lives(other)
+            return _named(other), time.time() - path.stat().st_mtime < WATCH_SECONDS
+    except ABSENT:
         return None
 
 

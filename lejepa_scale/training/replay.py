@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lejepa_scale.checkpoint import Progress, Saved, Store
 from lejepa_scale.checkpoint.places import Place, place
 from lejepa_scale.checkpoint.store import step_of
@@ -80,10 +78,11 @@ def _up_to(run: Run, step: int) -> None:
 
 
 def _read(file: Path) -> tuple[dict[str, Any], Config]:
+    config_file = file.parent.parent / "config.yaml"
     try:
         record = json.loads(file.read_text())
         int(record["step"]), int(record["ranks"])
-        text = (file.parent.parent / "config.yaml").read_text()
+        text = config_file.read_bytes()
     except OSError as error:
         raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -91,7 +90,7 @@ def _read(file: Path) -> tuple[dict[str, Any], Config]:
             f"{file} is no record of a step: give RUN/nonfinite/step_XXXXXXXX.json, which a run writes for each step "
             "that came to no numbers."
         ) from error
-    config = recorded(yaml.safe_load(text), str(file.parent.parent / "config.yaml"))
+    config = recorded(text, str(config_file))
     quiet = {"data.log_keys": False, "engine.compile": False}  # compiled blocks cannot be looked into
     return record, changed(config, {key: value for key, value in quiet.items() if _differs(config, key, value)})
 

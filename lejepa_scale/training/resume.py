@@ -9,7 +9,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import yaml
 from torch import Tensor
 
 from lejepa_scale.checkpoint import Progress, Saved, Store
@@ -18,7 +17,7 @@ from lejepa_scale.checkpoint.metrics import METRICS, steps_taken
 from lejepa_scale.checkpoint.places import Place, place, within
 from lejepa_scale.checkpoint.saved import damage
 from lejepa_scale.checkpoint.store import BEST, LAST, find
-from lejepa_scale.config import Config, dump, migrate, recorded
+from lejepa_scale.config import Config, dump, migrate, parsed, recorded
 from lejepa_scale.config.keys import keys_of
 from lejepa_scale.data.mixture import Mixture
 from lejepa_scale.errors import UserError
@@ -136,15 +135,15 @@ def write_config(config: Config) -> None:
     """Keep config.yaml current; changed keys of a resumed run are named. Called on rank 0 once a start is not refused."""
     config.run.dir.mkdir(parents=True, exist_ok=True)
     path, text = config.run.dir / "config.yaml", dump(config)
-    if path.exists() and (before := path.read_text()) != text:
+    if path.exists() and (before := path.read_bytes()) != text.encode():
         logger.info("%s", _changes(path, before, text))
     write_text(path, text)
 
 
-def _changes(path: Path, before: str, now: str) -> str:
+def _changes(path: Path, before: bytes, now: str) -> str:
     try:
-        old, new = (_flatten(migrate(yaml.safe_load(text))) for text in (before, now))
-    except (yaml.YAMLError, UserError, AttributeError, TypeError) as error:  # edited by hand, or cut short
+        old, new = (_flatten(migrate(parsed(text, str(path)))) for text in (before, now))
+    except UserError as error:  # edited by hand, or cut short
         return (
             f"{path} cannot be read and is written anew ({str(error).splitlines()[0]}); a run goes by its checkpoints'."
         )
@@ -175,7 +174,7 @@ def _refuse_another_order(config: Config, mixture: Mixture, saved: Saved) -> Non
             "differ), so the order of samples cannot be continued. Restore them, or start a new run.dir."
         )
     path = checkpoint / "config.yaml"
-    before, now = _order(recorded(yaml.safe_load(saved.config_text()), origin=str(path))), _order(config)
+    before, now = _order(recorded(saved.config_text(), origin=str(path))), _order(config)
     if changed := [key for key in now if now[key] != before[key]]:
         raise UserError(
             f"{checkpoint} was trained with {_named(before, changed)}, not {_named(now, changed)}: samples would be "

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 
 import torch
-import yaml
 from torch import Tensor
 
 from lejepa_scale.checkpoint import CanonicalState, Progress, Saved, Store, pretrained, restore, restore_average, spread
@@ -181,7 +180,7 @@ def start_average(config: Config, engine: Engine, saved: Saved | None) -> Averag
     settings, kept = config.average, "none"
     if saved is not None and saved.averaged:
         origin = str(saved.path / CONFIG)
-        kept = recorded(yaml.safe_load(saved.config_text()), origin).average.kind
+        kept = recorded(saved.config_text(), origin).average.kind
     if kept not in ("none", settings.kind):
         logger.info("average.kind is %s, not %s as before: that average is given up.", settings.kind, kept)
     if settings.kind == "none":

@@ -3,6 +3,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import yaml
 from conftest import ROOT, small_config
 
-from lejepa_scale.config import Config, check_world, dump, load_config, plan_batches, validate
+from lejepa_scale.config import Config, check_world, dump, load_config, plan_batches, recorded, validate
 from lejepa_scale.errors import UserError
 from lejepa_scale.training.schedule import learning_rate
 
@@ -60,6 +61,29 @@ def test_wrong_values_are_refused_by_name(tmp_path: Path, override: str, message
     path.write_text(yaml.safe_dump(small_config("r", "s")))
     with pytest.raises(UserError, match=message):
         load_config(path, [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"run: [", "c.yaml cannot be read, it is not valid YAML: .*line 1"),
+        (b"\xff\xfe\x80 {", "c.yaml cannot be read, it is not valid YAML"),  # no UTF-8
+        (b"run: \x00", "c.yaml cannot be read, it is not valid YAML"),  # zeros, of a crash
+        (b"run: {dir: 2026-13-45}", "c.yaml cannot be read, it is not valid YAML: month must be"),
+        (b"[" * 100_000, "c.yaml cannot be read, it is not valid YAML"),
+        (b"[1]", "c.yaml must hold a mapping"),
+        (b"run: 5", "c.yaml: .*run: "),
+        (b"", "c.yaml: .*run is required"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_config, lambda path: recorded(path.read_bytes(), str(path))])
+def test_what_is_no_configuration_is_named(
+    tmp_path: Path, text: bytes, message: str, read: Callable[[Path], Config]
+) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(text)
+    with pytest.raises(UserError, match=f"(?s){message}"):
+        read(path)
 
 
 def test_overrides_and_round_trip(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def test_clocks_that_differ_are_named() -> None:
     assert (found.level, found.said) == ("warning", "a is 65 s behind b")
 
 
-def test_a_run_directory_in_use(tmp_path: Path) -> None:
+def test_a_run_directory_in_use(tmp_path: Path, unreadable: Callable[[Path], None]) -> None:
     config = config_of(tmp_path / "run")
     assert doctor.run_directory(config).level == "ok"
     with locked(tmp_path / "run"):
@@ -75,6 +76,9 @@ def test_a_run_directory_in_use(tmp_path: Path) -> None:
         assert found.level == "wrong"
         assert f"pid {os.getpid()}" in found.said or str(os.getpid()) in found.said
     assert doctor.run_directory(config).level == "ok"
+    unreadable(tmp_path / "run" / "lock")
+    assert (found := doctor.run_directory(config)).level == "wrong"
+    assert "run/lock cannot be read" in found.said
 
 
 def test_room_for_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from conftest import small_config
 
 from lejepa_scale.cli.main import main
 from lejepa_scale.errors import UserError
-from lejepa_scale.operations.runs import runs_in, standing
+from lejepa_scale.operations.runs import runs_in, standing, standings
 from lejepa_scale.training import lock
 from lejepa_scale.training.lock import locked
 
@@ -96,6 +97,36 @@ def test_what_is_no_run_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert f"{tmp_path} holds no run" in capsys.readouterr().err
     run = a_run(tmp_path / "a", records=0)
     assert (standing(run).step, standing(run).age, standing(run).loss) == (0, None, None)
-    (run / "config.yaml").write_text("run: [")
-    assert main(["runs", str(tmp_path)]) == 2
-    assert "a/config.yaml cannot be read" in capsys.readouterr().err
+    with pytest.raises(UserError, match="b is no run: it has no config"):
+        standing(tmp_path / "b")
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl", "lock", "exit_status"])
+def test_a_run_that_cannot_be_read_hides_none_of_the_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unreadable: Callable[[Path], None], file: str
+) -> None:
+    for name in ("a", "b"):
+        a_run(tmp_path / name, "0")
+    unreadable(tmp_path / "a" / file)
+    assert main(["runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines[1:3]] == ["unreadable", "finished"]
+    assert lines[3].startswith(f"{tmp_path}/a: ")
+    assert f"{tmp_path}/a/{file} cannot be read" in lines[3]
+    with pytest.raises(UserError, match=f"a/{file} cannot be read"):
+        standing(tmp_path / "a")
+
+
+def test_a_lock_that_cannot_be_read_gives_no_leave_to_roll_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unreadable: Callable[[Path], None]
+) -> None:
+    unreadable(a_run(tmp_path / "a") / "lock")
+    assert main(["rollback", str(tmp_path / "a")]) == 2
+    assert "a/lock cannot be read: Permission denied" in capsys.readouterr().err
+
+
+def test_a_damaged_configuration_hides_no_other_run(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        a_run(tmp_path / name, "0")
+    (tmp_path / "a/config.yaml").write_bytes(b"run: \x00\x00")
+    assert [one.state for one in standings(runs_in([tmp_path]))] == ["unreadable", "finished"]

@@ -79,4 +79,4 @@ def test_a_run_that_has_trained(scenes: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(tmp_path / "nothing"), "--once"]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "nothing is no run: it has no config.yaml." in capsys.readouterr().err

@@ -165,7 +165,7 @@ def test_mistakes(shards: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(UserError, match="is no record of a step"):
         replay(tmp_path / "x.json")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is no run: it has no config"):
         roll_back(tmp_path)
 
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from torch.profiler import record_function
 
 from benchmarks.features import Form
 from lejepa_scale.checkpoint import CanonicalState
-from lejepa_scale.config import Config, check_world, dump, load_config, validate
+from lejepa_scale.config import Config, check_world, dump, load_config, parsed, validate
 from lejepa_scale.errors import UserError
 from lejepa_scale.model import build
 from lejepa_scale.parallel import launch, process_group
@@ -149,7 +148,7 @@ def _initial(config: Config) -> CanonicalState:
 
 @lru_cache(maxsize=1)
 def _drawn(text: str) -> CanonicalState:
-    config = validate(yaml.safe_load(text))
+    config = validate(parsed(text, "the recipe"))
     return initial_state(config.run.seed, lambda: build(config))
 
 
