@@ -54,7 +54,7 @@ _ADVICE = {
 }
 _OF_A_STORE = "Check the address, the right to write there, and the credentials that its library finds on every node."
 _NOT_FINITE = "are not finite"  # what saved.not_finite says
-_POLL_SECONDS = 0.05, 1.0  # between two looks at a save that is waited for: at first, at last
+_POLL_SECONDS = 0.002, 1.0  # between two looks at a save that is waited for: at first, at last
 
 
 @dataclass

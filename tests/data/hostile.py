@@ -1,6 +1,6 @@
 """Mutated files for the readers, in a process whose memory is bounded: what each reader made of them.
 
-python hostile.py KIND COUNT FOLDER    prints one JSON object
+python hostile.py FOLDER KIND=COUNT...    prints one JSON object, by kind
 """
 
 from __future__ import annotations
@@ -137,10 +137,15 @@ def memory(name: str) -> int:
     return int(lines[name].split()[0]) << 10
 
 
-def main(kind: str, count: int, folder: Path) -> None:
-    originals, read = readers(folder)[kind]
+def main(folder: Path, counts: dict[str, int]) -> None:
+    of_kinds = readers(folder)
     limit, before = memory("VmSize") + MOST, memory("VmRSS")
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    found = {kind: tried(kind, count, folder, *of_kinds[kind]) for kind, count in counts.items()}
+    print(json.dumps({kind: one | {"largest": memory("VmHWM") - before} for kind, one in found.items()}))
+
+
+def tried(kind: str, count: int, folder: Path, originals: list[bytes], read: Read) -> dict[str, object]:
     outcomes: Counter[str] = Counter()
     slowest, rng = 0.0, np.random.default_rng(7)
     for number in range(count):
@@ -156,8 +161,8 @@ def main(kind: str, count: int, folder: Path) -> None:
             outcome = f"{type(error).__name__}: {error}"[:200]
         slowest = max(slowest, time.monotonic() - started)
         outcomes[outcome] += 1
-    print(json.dumps({"outcomes": outcomes, "largest": memory("VmHWM") - before, "slowest": slowest}))
+    return {"outcomes": outcomes, "slowest": slowest}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(Path(sys.argv[1]), {kind: int(count) for kind, _, count in (word.partition("=") for word in sys.argv[2:])})
