@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from lejepa_scale import logs
 from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.parallel import launch
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG)  # a write that fails does not say which file's it was
 _SIGPIPE_STATUS = 128 + 13  # what a shell reports of a program that SIGPIPE ended
 
 
@@ -132,6 +135,21 @@ def shown_again(text: Callable[[], str], every: float, *, once: bool) -> int:
         return Exit.DONE
 
 
+def expect_writable(*files: Path | None) -> None:
+    """Before the work whose results they are to hold. Raises UserError where a file could not be written; its folder need
+    not be there yet. Of more than one rank, the one that writes looks."""
+    for file in files:
+        if file is None or launch.rank() > 0:
+            continue
+        if file.is_dir():
+            raise UserError(f"{file} is a folder: name a file.")
+        there = next(path for path in (file, *file.absolute().parents) if path.exists())
+        if there != file and not there.is_dir():
+            raise UserError(f"{file} cannot be written: {there} is no folder.")
+        if not os.access(there, os.W_OK if there == file else os.W_OK | os.X_OK):
+            raise UserError(f"{file} cannot be written: {there} is of others, or on a file system that is read alone.")
+
+
 def ranges(numbers: Sequence[float] | None) -> tuple[tuple[float, float], ...] | None:
     """Pairs of them. Raises UserError for an odd count."""
     if numbers is None:
@@ -164,7 +182,20 @@ def _run(command: Command, words: Sequence[str], program: str) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or the interpreter's last flush would complain
         return 0 if command.only_prints else _SIGPIPE_STATUS
+    except OSError as error:
+        if error.filename is None and error.errno not in _FULL:
+            raise
+        return refuse(_of_the_system(error))
     return status
+
+
+def _of_the_system(error: OSError) -> UserError:
+    """A file that cannot be read or written, which a command has not looked for itself."""
+    named = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    lasting = isinstance(error, PermissionError | FileNotFoundError | FileExistsError | NotADirectoryError)
+    said = UserError(f"{f'{named}: ' if named else ''}{error.strerror}.", Exit.MISTAKE if lasting else Exit.FAULT)
+    said.__cause__ = error
+    return said
 
 
 def _unknown(group: Group, word: str, program: str) -> UserError:

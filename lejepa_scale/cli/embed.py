@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lejepa_scale.cli.command import Command, ranges
+from lejepa_scale.cli.command import Command, expect_writable, ranges
 from lejepa_scale.cli.encoders import add_encoders, cache_of, ranks_of_a_launcher
 
 _DESCRIPTION = """  lejepa embed runs/quickstart --images data/scenes/test --out features.safetensors
@@ -31,6 +31,7 @@ def _run(a: argparse.Namespace) -> int:
     from lejepa_scale.parallel.process_group import rank
 
     check_target(a.out, a.overwrite)
+    expect_writable(a.out)
     with ranks_of_a_launcher() as device:
         found = embed(
             a.what,

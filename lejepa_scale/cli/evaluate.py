@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lejepa_scale.cli.command import Command, ranges
+from lejepa_scale.cli.command import Command, expect_writable, ranges
 from lejepa_scale.cli.encoders import add_encoders, cache_of, ranks_of_a_launcher
 
 _DESCRIPTION = """  lejepa evaluate runs/quickstart --train data/scenes/train --test data/scenes/test
@@ -124,6 +124,7 @@ def _run(a: argparse.Namespace) -> int:
     )
     if a.isotropy and not set(options.protocols) & ON_FEATURES.keys():
         raise UserError(f"--isotropy tests features: add one of {', '.join(ON_FEATURES)} to --protocols.")
+    expect_writable(a.json or (a.out or _out(a.what)) / report.NUMBERS)
     with ranks_of_a_launcher() as device:
         found = evaluate(
             a.what,
@@ -149,6 +150,7 @@ def _run(a: argparse.Namespace) -> int:
     if a.isotropy and found.features is not None:
         print("\n" + isotropy_table(isotropy(found.features.rows)))
     if a.json:
+        a.json.parent.mkdir(parents=True, exist_ok=True)
         a.json.write_text(report.as_json(found, command))
         print(f"numbers: {a.json}")
         return 0

@@ -7,7 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from lejepa_scale.cli.command import Command, add_keys, add_range, add_weights, positive, ranges
+from lejepa_scale.cli.command import Command, add_keys, add_range, add_weights, expect_writable, positive, ranges
 
 _DESCRIPTION = """  lejepa picture runs/quickstart --shards data/scenes/test --out picture.html
   lejepa picture timm:vit_small_patch14_dinov2 --shards photos/ --out dinov2.html --images 12
@@ -55,6 +55,7 @@ def _run(a: argparse.Namespace) -> int:
     from lejepa_scale.conversion import Given
     from lejepa_scale.evaluation.picture import Settings, draw
 
+    expect_writable(a.out)
     settings = Settings(
         images=a.images,
         size=a.size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lejepa_scale.cli.command import Command
+from lejepa_scale.cli.command import Command, expect_writable
 
 _DESCRIPTION = """  lejepa select sweeps/a                                  the runs of a folder, as of `lejepa sweep`
   lejepa select runs/a runs/b --json order.json
@@ -44,6 +44,7 @@ def _run(a: argparse.Namespace) -> int:
 
     if a.plot is not None and a.against is None:
         raise UserError("--plot shows what --against compares: name a protocol, as --against logistic.")
+    expect_writable(a.json, a.plot)
     found = selection.select(a.runs, alpha=a.alpha, window=a.window, across=a.across, unfinished=a.unfinished)
     out = selection_report.as_json(found)
     print(f"{selection_report.as_table(found)}\n\n{selection_report.conclusion(found)}")

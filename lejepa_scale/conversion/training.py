@@ -101,7 +101,10 @@ def texts_of(folder: Path, config: Path | None, said: Counters | None = None) ->
     """state.json and config.yaml beside a state; where `config` is given, that configuration and what the state says of
     itself. The order of data before is then unknown: step N goes on with the samples that are N-th. Without moments the
     optimizer begins anew."""
-    texts = {name: (folder / name).read_text() for name in OURS if (folder / name).exists()}
+    try:
+        texts = {name: (folder / name).read_text() for name in OURS if (folder / name).exists()}
+    except ValueError as error:  # no UTF-8
+        raise UserError(f"{folder} holds a damaged {' or '.join(OURS)}: {error}.") from error
     if config is not None and said is not None:
         progress = asdict(Progress(said.step, "", updates=said.updates))
         run = load_config(config, [])

@@ -15,6 +15,7 @@ from typing import Any
 from lejepa_scale.evaluation.suite import Evaluation, Result
 
 # Names of the files of dinov2's and dinov3's evaluations, where they have one.
+NUMBERS = "evaluation.json"
 FILES = {
     "knn": "knn",
     "logistic": "log-regression",
@@ -94,7 +95,7 @@ def as_json(found: Evaluation, command: str) -> str:
 def write(found: Evaluation, folder: Path, command: str) -> list[Path]:
     """evaluation.json, results-PROTOCOL.csv and evaluation.html; their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    out = [folder / "evaluation.json", folder / "evaluation.html"]
+    out = [folder / NUMBERS, folder / "evaluation.html"]
     out[0].write_text(as_json(found, command))
     out[1].write_text(as_page(found, command))
     for protocol, name in FILES.items():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +17,7 @@ import pytest
 from conftest import ROOT, Command, small_config
 
 from lejepa_scale.cli.command import Command as Definition
-from lejepa_scale.cli.command import Group, refuse
+from lejepa_scale.cli.command import Group, expect_writable, refuse, start
 from lejepa_scale.cli.main import LEJEPA, main
 from lejepa_scale.errors import UserError
 from lejepa_scale.operations.versions import TORCH_TRIED
@@ -204,6 +207,78 @@ def test_a_reader_that_closes_early_is_no_error(command: Command, tmp_path: Path
     assert process.wait(timeout=120) == 0
     assert process.stderr is not None
     assert "Traceback" not in process.stderr.read()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/a/b"), 2, "/a/b: No such file or directory."),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "/a/b: Permission denied."),
+        (OSError(errno.EIO, "Input/output error", "/a/b"), 1, "/a/b: Input/output error."),
+        (OSError(errno.ENOSPC, "No space left on device"), 1, "No space left on device."),
+        (OSError(errno.EXDEV, "Invalid link", "/a", None, "/b"), 1, "/a to /b: Invalid link."),
+    ],
+)
+def test_what_the_system_refuses_is_one_line(
+    capsys: pytest.CaptureFixture[str], error: OSError, status: int, said: str
+) -> None:
+    def fails(_: argparse.Namespace) -> int:
+        raise error
+
+    assert start(Definition("x", "", "", lambda _: None, fails), [], "lejepa") == status
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_what_says_nothing_of_a_file_has_its_traceback() -> None:
+    def fails(_: argparse.Namespace) -> int:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    with pytest.raises(ConnectionResetError):
+        start(Definition("x", "", "", lambda _: None, fails), [], "lejepa")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    words = ["shards", "make", "synthetic", "--count", "2", "--size", "16", "--out", str(tmp_path / "file/set")]
+    assert main(words) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}/file/set: Not a directory.\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["evaluate", "e", "--train", "t", "--test", "t", "--json", "OUT.json"],
+        ["evaluate", "e", "--train", "t", "--test", "t", "--out", "OUT"],
+        ["embed", "e", "--images", "t", "--out", "OUT.safetensors"],
+        ["picture", "e", "--shards", "t", "--out", "OUT.html"],
+        ["select", "runs", "--json", "OUT.json"],
+        ["select", "runs", "--against", "knn", "--plot", "OUT.png"],
+    ],
+    ids=" ".join,
+)
+def test_where_results_cannot_go_is_said_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]
+) -> None:
+    """The encoder, shards and runs are not there either: nobody has looked for them."""
+    (tmp_path / "file").touch()
+    assert main([word.replace("OUT", str(tmp_path / "file/x/out")) for word in words]) == 2
+    assert f"{tmp_path}/file is no folder" in capsys.readouterr().err
+
+
+def test_where_a_file_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "old").touch()
+    expect_writable(None, tmp_path / "old", tmp_path / "new", tmp_path / "a/b/new", Path("new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+    with pytest.raises(UserError, match="is a folder: name a file"):
+        expect_writable(tmp_path)
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((Path(path), mode)) is None and False)
+    for name, where, mode in (("old", "old", os.W_OK), ("a/new", ".", os.W_OK | os.X_OK)):
+        with pytest.raises(UserError, match=f"{name} cannot be written"):
+            expect_writable(tmp_path / name)
+        assert asked.pop() == (tmp_path / where, mode)
+    monkeypatch.setenv("RANK", "1")  # rank 0 writes
+    expect_writable(tmp_path / "new")
 
 
 def test_the_module_under_a_launcher(command: Command, tmp_path: Path, scenes: Path) -> None:

@@ -368,6 +368,8 @@ DAMAGE: dict[str, tuple[Any, str]] = {
         r"__0_0\.distcp, which holds a part of .* is not there or too short",
     ),
     "data cut short": (_bytes("__0_0.distcp", lambda data: data[:5000]), "is not there or too short"),
+    "state.json that is no text": (_bytes("state.json", lambda _: b"\xff\xfe"), r"damaged state\.json or config\.yaml"),
+    "config.yaml cut short": (_text("config.yaml", "run: ["), r"config\.yaml cannot be read, it is not valid YAML"),
     "no state.json": (lambda f: (f / "state.json").unlink(), r"holds no state\.json and config\.yaml"),
     "no config.yaml": (lambda f: (f / "config.yaml").unlink(), r"holds no state\.json and config\.yaml"),
     "state.json of something else": (_text("state.json", "[1]"), r"holds no state\.json"),

@@ -124,7 +124,7 @@ def test_shards_further_down_are_found_by_the_pattern(tmp_path: Path) -> None:
     assert len(read(data_of(pattern))) == 4
 
 
-def test_an_interrupted_command_is_repeated(tmp_path: Path) -> None:
+def test_an_interrupted_command_is_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["shards", "make", "synthetic", "--out", str(tmp_path / "a"), "--count", "8", "--size", "32"]
     assert main(words) == 0
     (tmp_path / "a" / WRITING).touch()
@@ -135,6 +135,11 @@ def test_an_interrupted_command_is_repeated(tmp_path: Path) -> None:
     other = [*words[:-1], "40"]
     assert main(other) == 2
     assert main([*other, "--overwrite"]) == 0  # `or replace it with --overwrite`
+    for torn in ("", '{"count": 8', "[1]", "{}"):
+        (tmp_path / "a/dataset.json").write_text(torn)
+        assert main(words) == 2
+        assert "dataset.json is damaged" in capsys.readouterr().err
+    assert main([*words, "--overwrite"]) == 0
 
 
 def test_a_shard_to_be_drawn_more_often_has_a_weight(tmp_path: Path) -> None:

@@ -34,7 +34,14 @@ def is_written(out: Path, description: dict[str, Any], overwrite: bool) -> bool:
         if not overwrite and any(out.glob("*.tar")) and not (out / WRITING).exists():
             raise UserError(f"{out} holds tar files that this tool did not write; choose another --out.")
         return False
-    if json.loads(marker.read_text())["description"] == description:
+    try:
+        written = json.loads(marker.read_bytes())["description"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{marker} is damaged, so that what lies in {out} is not known. Choose another --out, or replace it with "
+            "--overwrite."
+        ) from error
+    if written == description:
         return True
     raise UserError(f"{out} holds another dataset ({marker}). Choose another --out, or replace it with --overwrite.")
 
