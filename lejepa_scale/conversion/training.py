@@ -100,7 +100,7 @@ class Counters:
 def texts_of(folder: Path, config: Path | None, said: Counters | None = None) -> dict[str, str]:
     """state.json and config.yaml beside a state; where `config` is given, that configuration and what the state says of
     itself. The order of data before is then unknown: step N goes on with the samples that are N-th. Without moments the
-    optimizer begins anew."""
+    optimizer begins anew. Raises UserError where a file is no text."""
     try:
         texts = {name: (folder / name).read_text() for name in OURS if (folder / name).exists()}
     except ValueError as error:  # no UTF-8
