@@ -42,7 +42,7 @@ from benchmarks.kinds import REGISTER
 from benchmarks.kinds.kind import Kinds
 from benchmarks.measure import Results
 
-from lejepa_scale.cli.command import refuse
+from lejepa_scale.cli.command import expect_writable, refuse
 from lejepa_scale.errors import UserError
 
 
@@ -58,6 +58,7 @@ def main() -> int:
     if arguments.takes_overrides:
         arguments.overrides += rest
     try:
+        expect_writable(*(getattr(arguments, name, None) for name in ("json", "markdown", "page", "plot")))
         found = arguments.run(arguments)
     except UserError as error:
         return refuse(error)
@@ -66,6 +67,7 @@ def main() -> int:
 
 def _report(results: Results, out: Path | None) -> int:
     if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(results, indent=1))
     failed = [row for row in results["rows"] if row.get("ok") is False]
     for row in failed:

@@ -40,6 +40,14 @@ def test_a_section_that_fails_does_not_end_the_others() -> None:
         run_sections({"a": fails(UserError("advice"))}, cpu, 1)
 
 
+def test_where_numbers_cannot_go_is_said_before_any_is_measured(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    result = command(ROOT / "tools/bench.py", "order", "--json", tmp_path / "file/r.json")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert f"{tmp_path}/file is no folder" in result.stderr
+
+
 @pytest.mark.slow
 def test_the_sigreg_benchmark_at_toy_sizes(command: Command, tmp_path: Path) -> None:
     """Agreement with the textbook form, and the bytes of real and of simulated ranks, are checked; times are not."""
