@@ -30,6 +30,8 @@ class Stream(Protocol):
 
 
 ABSENT = (FileNotFoundError, NotADirectoryError, IsADirectoryError)  # there is no file of that name
+# Of botocore and google-auth, which are not everybody's.
+_NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
 _READ_ONLY = ("http", "https", "pipe")
 _READ_BYTES = 1 << 24  # of an object asked for at once
 
@@ -108,8 +110,9 @@ def reading(path: Place) -> Iterator[None]:
 
 
 def status(error: Exception) -> Exit:
-    """Whether the same may go better the next time."""
-    return Exit.MISTAKE if isinstance(error, PermissionError) else Exit.FAULT
+    """Whether the same may go better the next time: not where a right, or any credentials, are lacking."""
+    lacking = isinstance(error, PermissionError) or type(error).__name__ in _NO_CREDENTIALS
+    return Exit.MISTAKE if lacking else Exit.FAULT
 
 
 def listed(folder: Place) -> dict[str, bool]:

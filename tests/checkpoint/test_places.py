@@ -35,7 +35,7 @@ from lejepa_scale.checkpoint.tensors import TensorFile
 from lejepa_scale.cli.main import main
 from lejepa_scale.config import validate
 from lejepa_scale.engine.base import VALUE
-from lejepa_scale.errors import UserError
+from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.parallel import process_group
 from lejepa_scale.training import lock, loop
 
@@ -160,8 +160,27 @@ def test_a_server_that_is_gone_is_not_an_empty_store(server: dict[str, str], tmp
         endpoint_url=f"http://127.0.0.1:{free_port()}",
         config_kwargs={"retries": {"max_attempts": 0}},
     )
-    with pytest.raises(UserError, match=r"s3://bucket/run\S* cannot be read"):
+    with pytest.raises(UserError, match=r"s3://bucket/run\S* cannot be read") as caught:
         Store(tmp_path, keep=1, root=lost).latest()
+    assert caught.value.status == Exit.FAULT
+
+
+@pytest.mark.parametrize(
+    ("credentials", "says"),
+    [({}, "Unable to locate credentials"), ({"profile": "x"}, r"profile \(x\) could not be found")],
+)
+def test_credentials_that_are_lacking_are_the_users_to_mend(
+    server: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, credentials: dict[str, str], says: str
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    root = UPath("s3://bucket/run", anon=False, skip_instance_cache=True, **credentials)
+    with pytest.raises(UserError, match=f"cannot be read: .*{says}") as caught:
+        Store(tmp_path, keep=1, root=root).latest()
+    assert caught.value.status == Exit.MISTAKE
 
 
 @pytest.mark.parametrize(
