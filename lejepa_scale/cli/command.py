@@ -192,10 +192,8 @@ def _run(command: Command, words: Sequence[str], program: str) -> int:
 def _of_the_system(error: OSError) -> UserError:
     """A file that cannot be read or written, which a command has not looked for itself."""
     named = " to ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    lasting = isinstance(error, PermissionError | FileNotFoundError | FileExistsError | NotADirectoryError)
-    said = UserError(f"{f'{named}: ' if named else ''}{error.strerror}.", Exit.MISTAKE if lasting else Exit.FAULT)
-    said.__cause__ = error
-    return said
+    status = Exit.MISTAKE if isinstance(error, PermissionError) else Exit.FAULT  # as checkpoint.places has it
+    return UserError(f"{f'{named}: ' if named else ''}{error.strerror}.", status)
 
 
 def _unknown(group: Group, word: str, program: str) -> UserError:

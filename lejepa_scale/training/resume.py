@@ -144,9 +144,8 @@ def _changes(path: Path, before: bytes, now: str) -> str:
     try:
         old, new = (_flatten(migrate(parsed(text, str(path)))) for text in (before, now))
     except UserError as error:  # edited by hand, or cut short
-        return (
-            f"{path} cannot be read and is written anew ({str(error).splitlines()[0]}); a run goes by its checkpoints'."
-        )
+        said = str(error).splitlines()[0].rstrip(".")
+        return f"{said}; it is written anew, and a run goes by its checkpoints'."
     defaults = {key.path: key.default for key in keys_of(Config)}
     old = {key: defaults.get(key) for key in new.keys() - old.keys()} | old  # keys that there were not yet
     changed = [
