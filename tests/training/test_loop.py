@@ -74,7 +74,10 @@ def test_a_config_that_cannot_be_read_is_said_and_written_anew(
     resume.write_config(config)
     (tmp_path / "config.yaml").write_text(text)
     resume.write_config(config)
-    assert "; it is written anew, and a run goes by its checkpoints'" in caplog.text or "configuration changed" in caplog.text
+    assert (
+        "; it is written anew, and a run goes by its checkpoints'" in caplog.text
+        or "configuration changed" in caplog.text
+    )
     assert (tmp_path / "config.yaml").read_text() == dump(config)
     caplog.clear()
     resume.write_config(config)
