@@ -54,6 +54,7 @@ def test_every_recipe_is_sound(path: Path) -> None:
         ("train", "must read key.sub=value"),
         ("train.steps.x=1", "steps is a value"),
         ("data.shards=[]", "data.shards"),
+        ("run.dir=2026-13-45", "'2026-13-45' is not a YAML value"),  # a date that there is not
     ],
 )
 def test_wrong_values_are_refused_by_name(tmp_path: Path, override: str, message: str) -> None:
