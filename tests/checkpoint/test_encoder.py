@@ -59,7 +59,7 @@ def test_a_key_that_is_new_is_no_change_unless_it_is_set(tmp_path: Path) -> None
     tree = small_config(tmp_path, "s.tar")
     old = yaml.safe_load(dump(validate(tree)))
     del old["objective"]["sigreg"]["tf32"], old["engine"]["fp8_recipe"]
-    path, before = tmp_path / "config.yaml", yaml.safe_dump(old)
+    path, before = tmp_path / "config.yaml", yaml.safe_dump(old).encode()
     for sections, expected in (({}, "with the keys that are new"), ({"tf32": True}, "sigreg.tf32: False -> True")):
         now = dump(validate(small_config(tmp_path, "s.tar", objective={"sigreg": sections})))
         said = resume._changes(path, before, now)
