@@ -53,14 +53,17 @@ class Transfer:
 
 def step_traffic(config: Config, plan: BatchPlan, device: Literal["cuda", "cpu"] = "cuda") -> list[Transfer]:
     """The collectives of a step after the first; none for one rank. device: where, since Muon iterates in another precision
-    on CPUs, whose batch normalizations meet in shared memory."""
+    on CPUs. What is small is exchanged in shared memory where all ranks are CPU ranks of one host, and counted here."""
     if plan.ranks == 1:
         return []
     model = meta_model(config)
     engine = {"ddp": _replicas, "fsdp": _fsdp}.get(config.engine.name, _zero)
-    found = [*engine(config, plan, model), *_muon(config, plan, model, device), *_objective(config, plan, model)]
-    if device == "cuda":
-        found += _normalization(config, plan, model)
+    found = [
+        *engine(config, plan, model),
+        *_muon(config, plan, model, device),
+        *_objective(config, plan, model),
+        *_normalization(config, plan, model),
+    ]
     return [one for one in found if one.bytes and one.ranks > 1]
 
 
@@ -141,15 +144,25 @@ def _zero3(config: Config, plan: BatchPlan, model: LeJEPA) -> list[Transfer]:
 
 
 def _muon(config: Config, plan: BatchPlan, model: LeJEPA, device: str) -> list[Transfer]:
-    """Rank 0 sends its rows of all matrices, and the factor of the first of each round to all."""
-    shard = config.engine.shard_degree or plan.ranks
-    if config.optim.name != "muon" or config.engine.name != "fsdp":
+    """Rank 0 sends its rows of all matrices, and the factor of the first of each round to all. Whole copies, which are
+    shared out on CPUs alone, need no rows."""
+    if config.optim.name != "muon" or not (config.engine.name == "fsdp" or _copies(config, device)):
         return []
     own = [sides(p.shape) for p in matrices(model).values()]
+    if _copies(config, device):
+        first = [prod(own[turn[0]]) for turn in rounds(own, plan.ranks)]
+        size = precision_on(device).itemsize * plan.ranks * sum(first)
+        return [Transfer("Muon's matrices", "all-gather", size, len(first), plan.ranks, beside=False)]
+    shard = config.engine.shard_degree or plan.ranks
     turns = rounds(own, shard)
     handed = sum(-(-rows // shard) * columns for rows, columns in own) + sum(prod(own[turn[0]]) for turn in turns)
     size = precision_on(device).itemsize * shard * handed
     return [Transfer("Muon's matrices", "all-to-all", size, 2 * len(turns), shard, beside=False)]
+
+
+def _copies(config: Config, device: str) -> bool:
+    """Whether ranks hold whole matrices, and share Muon's out."""
+    return device == "cpu" and config.engine.name == "ddp" and bytes_of_number(config) == _FP32
 
 
 def _objective(config: Config, plan: BatchPlan, model: LeJEPA) -> list[Transfer]:

@@ -24,7 +24,7 @@ class ReplicaEngine(TorchEngine):
         module = without_weights(factory)
         prepare_blocks(module, config)
         materialize(module, device)
-        super().__init__(module, config, device)
+        super().__init__(module, config, device, copies=world_size() > 1)
         self.accumulation, self.done = plan.accumulation, 0
         self.ddp: DistributedDataParallel | None = None
         if world_size() > 1:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor import Shard as ShardPlacement
 
 from lejepa_scale.engine.base import MOMENTUM
-from lejepa_scale.parallel.collectives import exchange
+from lejepa_scale.parallel.collectives import all_gather, exchange
 from lejepa_scale.parallel.process_group import Group, rank, world_size
 
 _STEPS, _QUINTIC = 5, (3.4445, -4.7750, 2.0315)  # K. Jordan's: a x + b x^3 + c x^5 on every singular value
@@ -31,6 +31,7 @@ class Muon(torch.optim.Optimizer):
     factors of some, whole, of the rows that all send it in the iteration's own precision. The numbers are those of one
     process.
 
+    copies: all ranks of the default group hold whole matrices and the same gradients, and share the matrices out too.
     momentum: share that the average of gradients keeps of itself in a step. adjust_lr: factor of the learning rate for a
     matrix [A, B]: 0.2 sqrt(max(A, B)), at which updates have the root mean square of AdamW's (arXiv 2502.16982, section
     2.2), or sqrt(max(1, A / B)), K. Jordan's. Raises ValueError for a parameter of one dimension.
@@ -46,10 +47,12 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         momentum: float = 0.95,
         adjust_lr: Literal["match_rms_adamw", "original"] = "match_rms_adamw",
+        copies: bool = False,
     ) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
         self._adjust = {"match_rms_adamw": _as_adamw, "original": _by_sides}[adjust_lr]
         self.found_inf = torch.zeros(())
+        self._copies = _Copies() if copies else None
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.ndim < 2:
@@ -60,16 +63,16 @@ class Muon(torch.optim.Optimizer):
         """One update of all weights that have a gradient. Every rank calls."""
         assert closure is None
         found = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
-        cut = _Cut.of(found[0][0]) if found else None  # as all are: an engine has one mesh
-        for together in rounds([p.shape for p, _ in found], cut.ranks if cut else 1):
-            self._update([found[index] for index in together], cut)
+        ranks = (_Cut.of(found[0][0]) if found else None) or self._copies  # as all are: an engine has one mesh
+        for together in rounds([p.shape for p, _ in found], ranks.count if ranks else 1):
+            self._update([found[index] for index in together], ranks)
 
-    def _update(self, together: list[tuple[nn.Parameter, dict[str, Any]]], cut: _Cut | None) -> None:
+    def _update(self, together: list[tuple[nn.Parameter, dict[str, Any]]], ranks: _Cut | _Copies | None) -> None:
         ahead = [self._ahead(parameter, group) for parameter, group in together]
-        if cut is None:
+        if ranks is None:
             directions = [orthogonal(rows.flatten(1)).view_as(rows) for rows in ahead]
         else:
-            directions = cut.orthogonal(ahead, [sides(parameter.shape) for parameter, _ in together])
+            directions = ranks.orthogonal(ahead, [sides(parameter.shape) for parameter, _ in together])
         for (parameter, group), direction in zip(together, directions, strict=True):
             self._move(parameter, group, direction)
 
@@ -117,22 +120,40 @@ class _Cut:
         return cls(mesh.get_group(axis), torch.device(mesh.device_type))
 
     @property
-    def ranks(self) -> int:
+    def count(self) -> int:
         return world_size(self.group)
 
     def orthogonal(self, parts: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
         """This rank's rows of the orthogonal factors of matrices of these sides, of which `parts` are its rows, maybe in
         host memory: rank i makes the i-th."""
         precision, sent = precision_on(self.device.type), [part.numel() for part in parts]
-        sent += [0] * (self.ranks - len(parts))
+        sent += [0] * (self.count - len(parts))
         mine = rank(self.group) if rank(self.group) < len(shapes) else None
-        received = [0] * self.ranks if mine is None else _elements(shapes[mine], self.ranks)
+        received = [0] * self.count if mine is None else _elements(shapes[mine], self.count)
         rows = (part.flatten().to(self.device, precision) for part in parts)
         whole = exchange(torch.cat(list(rows)), sent, received, self.group)
         if mine is not None:
             whole = orthogonal(whole.view(shapes[mine])).flatten()
         found = exchange(whole, received, sent, self.group).split(sent)
         return [x.to(part.device).view_as(part) for x, part in zip(found, parts, strict=False)]
+
+
+class _Copies:
+    """Every rank of the default group holds whole matrices."""
+
+    @property
+    def count(self) -> int:
+        return world_size()
+
+    def orthogonal(self, whole: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """The orthogonal factors of matrices of these sides: rank i makes the i-th, and all get it."""
+        longest = max(matrix.numel() for matrix in whole)
+        mine = whole[0].new_zeros(longest, dtype=precision_on(whole[0].device.type))
+        if rank() < len(whole):
+            made = orthogonal(whole[rank()].view(shapes[rank()])).flatten()
+            mine[: made.numel()] = made
+        found = zip(all_gather(mine), whole, strict=False)
+        return [row[: matrix.numel()].view_as(matrix) for row, matrix in found]
 
 
 def _elements(shape: tuple[int, int], ranks: int) -> list[int]:

@@ -91,8 +91,9 @@ def adamw(module: LeJEPA, config: Optim) -> torch.optim.AdamW:
     )
 
 
-def muon(module: LeJEPA, config: Optim) -> Muon | None:
-    """Over the encoder's matrices; None with optim.name=adamw. Raises UserError where the encoder has none."""
+def muon(module: LeJEPA, config: Optim, *, copies: bool) -> Muon | None:
+    """Over the encoder's matrices, of which all ranks hold `copies`; None with optim.name=adamw. Raises UserError where the
+    encoder has none."""
     if config.name == "adamw":
         return None
     expect_matrices(module)
@@ -101,6 +102,7 @@ def muon(module: LeJEPA, config: Optim) -> Muon | None:
         lr=config.lr,
         momentum=config.muon.momentum,
         adjust_lr=config.muon.adjust_lr,
+        copies=copies,
     )
 
 

@@ -18,9 +18,12 @@ from lejepa_scale.model import LeJEPA
 
 
 class TorchEngine(Engine):
-    def __init__(self, module: LeJEPA, config: Config, device: torch.device) -> None:
+    def __init__(self, module: LeJEPA, config: Config, device: torch.device, *, copies: bool = False) -> None:
+        """copies: all ranks hold the whole module."""
         self.module, self.device = module, device
-        self.optimizer, self.muon = adamw(module, config.optim), muon(module, config.optim)
+        # Between GPUs factors travel as long as all of them take to make: each makes all.
+        shared = copies and device.type == "cpu"
+        self.optimizer, self.muon = adamw(module, config.optim), muon(module, config.optim, copies=shared)
         self.moments = moments(module, config.optim)
         self.clip_norm = config.optim.clip_norm
 

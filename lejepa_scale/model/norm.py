@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lejepa_scale.model import norm_cpu
-from lejepa_scale.parallel.collectives import gather_statistics
+from lejepa_scale.parallel.collectives import all_gather
 
 
 class BatchNorm(nn.Module):
@@ -77,7 +77,7 @@ class _Normalize(torch.autograd.Function):
     ) -> tuple[Float[Tensor, "b c *rest"], Float[Tensor, " c"], Float[Tensor, " c"], Float[Tensor, ""]]:
         ctx.kernels = norm_cpu.usable(x)
         # Chan's combination of (count, mean, M2) per rank: no cancellation when the mean is large
-        parts = gather_statistics(norm_cpu.statistics(x) if ctx.kernels else _statistics(x))  # [W, 1 + 2C]
+        parts = all_gather(norm_cpu.statistics(x) if ctx.kernels else _statistics(x))  # [W, 1 + 2C]
         counts, means, m2s = parts[:, :1], *parts[:, 1:].chunk(2, dim=1)
         count = counts.sum()
         mean = (counts * means).sum(0) / count
@@ -106,7 +106,7 @@ class _Normalize(torch.autograd.Function):
                     grad, x, weight, None, None, mean, inverse, True, ctx.eps, [False, True, True]
                 )[1:]
             )
-        of_product, of_grad = gather_statistics(own_sums).sum(0) / count
+        of_product, of_grad = all_gather(own_sums).sum(0) / count
         scale = weight * inverse
         slope, shift = -scale * inverse * of_product, scale * of_grad
         if ctx.kernels:

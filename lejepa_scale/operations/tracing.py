@@ -49,8 +49,7 @@ def trace(config: Config, plan: BatchPlan) -> list[Row]:
         )
     config = changed(config, {"engine.compile": False, "engine.fp8": False})  # neither is for tensors without memory
     flops, memory = step_flops(config, plan), step_memory(config, plan, "cpu")
-    here = {(one.what, one.collective): one for one in step_traffic(config, plan, "cpu")}  # Muon iterates in fp32
-    transfers = [here.get((one.what, one.collective), one) for one in step_traffic(config, plan)]
+    transfers = step_traffic(config, plan, "cpu")  # in which Muon iterates in fp32
     module = without_weights(lambda: build(config))  # timm's constructors look at numbers
     with _ranks(plan.ranks):
         degree = 1 if config.engine.name in ("single", "ddp") else config.engine.shard_degree

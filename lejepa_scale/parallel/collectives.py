@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -16,13 +16,15 @@ from torch.utils._pytree import tree_leaves
 from lejepa_scale.errors import Exit, UserError
 from lejepa_scale.parallel import process_group, shared_memory, waiting
 from lejepa_scale.parallel.process_group import Group, rank, world_size
-from lejepa_scale.parallel.shared_memory import SharedMemoryGather
+from lejepa_scale.parallel.shared_memory import SharedMemory
 
 T = TypeVar("T")
 
 
 def all_reduce_sum(x: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tensor, "*shape"]:
     """Sum over ranks, no gradient."""
+    if (memory := _shared_by(x, group)) is not None:
+        return memory.sum(x)
     x = x.detach().clone()
     if world_size(group) > 1:
         dist.all_reduce(x, group=group)
@@ -73,6 +75,8 @@ def all_gather(x: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tenso
     ranks = world_size(group)
     if ranks == 1:
         return x.detach()[None]
+    if (memory := _shared_by(x, group)) is not None:
+        return memory.gather(x)
     out = x.new_empty(ranks * x.numel())
     _gather_into(out, x.detach().flatten(), group=group)
     return out.view(ranks, *x.shape)
@@ -81,23 +85,23 @@ def all_gather(x: Shaped[Tensor, "*shape"], group: Group = None) -> Shaped[Tenso
 _gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
 
 
-_shared: tuple[Group, SharedMemoryGather | None] = None, None  # the group it belongs to
+_shared: tuple[Group, SharedMemory | None] = None, None  # the group it belongs to
 
 
-def gather_statistics(x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " ranks *shape"]:
-    """`all_gather` over all ranks for what is small and frequent: CPU ranks of one host exchange it in shared memory."""
+def _shared_by(x: Tensor, group: Group) -> SharedMemory | None:
+    """What all ranks can exchange x in, where they are CPU ranks of one host."""
     global _shared
-    if world_size() == 1 or not shared_memory.fits(x):
-        return all_gather(x)
+    if x.device.type != "cpu" or not x.numel() or world_size() == 1 or group not in (None, dist.group.WORLD):
+        return None
     if _shared[0] is not dist.group.WORLD:
         _shared = dist.group.WORLD, shared_memory.shared(process_group.timeout().total_seconds())
         process_group.before_leaving(_forget_shared)
-    return all_gather(x) if _shared[1] is None else _shared[1].gather(x)
+    return _shared[1]
 
 
 @contextmanager
 def without_shared_memory() -> Iterator[None]:
-    """Inside, `gather_statistics` is an `all_gather`: for ranks that are not there, and share nothing."""
+    """Inside, all ranks meet in the group's own collectives: for ranks that are not there, and to see what would be sent."""
     global _shared
     before, _shared = _shared, (dist.group.WORLD, None)
     try:
@@ -211,11 +215,20 @@ _FUNCTIONAL = {
 
 class CountBytes(TorchDispatchMode):
     """Inside, the bytes that this rank hands to each kind of collective: counted, not derived. DTensor's collectives have
-    names of their own, and are counted as what they are."""
+    names of their own, and are counted as what they are. Ranks that share memory do not use it: every rank counts."""
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[str, int]] = []
+        self._inside = ExitStack()
+
+    def __enter__(self) -> CountBytes:
+        self._inside.enter_context(without_shared_memory())
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._inside.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":

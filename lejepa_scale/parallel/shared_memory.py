@@ -1,6 +1,6 @@
-"""Small tensors between the CPU ranks of one host, through memory that they share. A layer's statistics are a few hundred
-numbers, exchanged dozens of times a step: each takes a socket longer than the layer takes to compute. Refuses to be needed:
-where it cannot be had, the ordinary collectives do the same."""
+"""Tensors between the CPU ranks of one host, through memory that they share. A layer's statistics are a few hundred numbers,
+exchanged dozens of times a step: each takes a socket longer than the layer takes to compute. Refuses to be needed: where it
+cannot be had, the ordinary collectives do the same."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,17 +20,18 @@ from torch import Tensor
 from lejepa_scale.parallel import living
 
 _FOLDER = Path("/dev/shm")
-_SLOT = 1 << 16  # bytes of one rank's part
+_SLOT = 1 << 18  # bytes of one rank's part; what is larger goes piece by piece
 _LINE = 64  # bytes between counters, lest ranks write to one cache line
 _LOOK = 1.0  # seconds between two looks whether the rank that is waited for still lives
 _SPIN = 2e-3  # seconds of asking without rest: the ranks of a step arrive within microseconds of each other
+_REST = 1e-4, 1e-2  # seconds between two questions afterwards: at first, at last
 
 
 class RankLost(RuntimeError):
     """Another rank has ended, or takes longer than ranks wait."""
 
 
-class SharedMemoryGather:
+class SharedMemory:
     """Every rank writes its part of the n-th exchange into one of two sets of slots, then n into its counter, and reads
     when all counters have come to n. Who writes exchange n + 2 into the same slots has seen everyone begin n + 1, and
     therefore end n.
@@ -49,13 +50,25 @@ class SharedMemoryGather:
     def gather(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, " {self.world} *shape"]:
         """[...] on each rank -> [W, ...] on every rank; the same shape everywhere. Raises RankLost where
         another rank has ended, and after `timeout` seconds without the others."""
-        self.turn += 1
-        data = x.detach().contiguous()
-        size, slots = data.numel() * data.element_size(), self.slots[self.turn % 2]
-        slots[self.rank, :size].copy_(data.view(-1).view(torch.uint8))
-        self.counters[self.rank * _LINE // 8] = self.turn
-        self._wait()
-        return slots[:, :size].clone().view(x.dtype).view(self.world, *x.shape)
+        parts = list(self._exchanged(x, torch.Tensor.clone))
+        whole = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return whole.view(self.world, *x.shape)
+
+    def sum(self, x: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+        """Of all ranks' x, added in rank order: the same to the bit on all of them. Raises what `gather` raises."""
+        return torch.cat(list(self._exchanged(x, lambda rows: rows.sum(0, dtype=x.dtype)))).view(x.shape)
+
+    def _exchanged(
+        self, x: Shaped[Tensor, "..."], take: Callable[[Shaped[Tensor, "ranks n"]], Tensor]
+    ) -> Iterator[Tensor]:
+        """What `take` makes of all ranks' pieces, one after another, before the next is written over it."""
+        for piece in x.detach().flatten().split(_SLOT // x.element_size()):
+            self.turn += 1
+            size, slots = piece.numel() * piece.element_size(), self.slots[self.turn % 2]
+            slots[self.rank, :size].copy_(piece.contiguous().view(torch.uint8))
+            self.counters[self.rank * _LINE // 8] = self.turn
+            self._wait()
+            yield take(slots[:, :size].view(x.dtype))
 
     def _wait(self) -> None:
         began = looked = time.monotonic()
@@ -68,19 +81,14 @@ class SharedMemoryGather:
                 if waited < _SPIN:
                     os.sched_yield()
                 else:
-                    time.sleep(1e-4)
+                    time.sleep(min(_REST[1], max(_REST[0], 0.01 * waited)))
                     if began + waited - looked > _LOOK:
                         looked = began + waited
                         if self.peers and self.peers[rank].gone():
                             raise RankLost(f"rank {rank} (process {self.peers[rank].pid} of this host) is gone")
 
 
-def fits(x: Shaped[Tensor, "..."]) -> bool:
-    """Whether a tensor is on the CPU and small enough for a slot."""
-    return x.device.type == "cpu" and 0 < x.numel() * x.element_size() <= _SLOT
-
-
-def shared(timeout: float) -> SharedMemoryGather | None:
+def shared(timeout: float) -> SharedMemory | None:
     """One for all ranks of the default group, where they are processes of one x86 host with shared memory; every rank
     calls, and all get one or none. timeout: seconds that a rank waits for another."""
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -95,7 +103,7 @@ def shared(timeout: float) -> SharedMemoryGather | None:
         os.unlink(path)
     if memory is None or not all(has for has, _ in got):
         return None
-    return SharedMemoryGather(memory, rank, world, timeout, [process for _, process in got])
+    return SharedMemory(memory, rank, world, timeout, [process for _, process in got])
 
 
 def _able() -> bool:

@@ -189,7 +189,7 @@ def _storages() -> dict[int, int]:
 def _held_on_rank(cases: list[tuple[str, ...]]) -> list[int]:
     """Bytes that every engine holds between steps, in new storages."""
     held = []
-    collectives.gather_statistics(torch.zeros(1))  # memory that ranks share, made at its first use
+    collectives.all_gather(torch.zeros(1))  # memory that ranks share, made at its first use
     for case in cases:
         config, before = _states(*case), _storages()
         engine, plan = start(config)

@@ -3,6 +3,7 @@ torch's own optimizer and a formula, every engine that can hold it against one p
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from steps import of_this_rank, start, take_step
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 from truth import formulas
 
@@ -280,20 +282,31 @@ def test_the_iterations_flops_are_those_that_torch_counts(monkeypatch: pytest.Mo
         assert counted.get_total_flops() == module.iteration_flops(shape)
 
 
-def _shares() -> list[tuple[int, ...]]:
-    """The matrices that this rank iterates on in a step of two layers whose rows two ranks have cut unevenly."""
+def _shares(copies: bool) -> tuple[list[tuple[int, ...]], list[float]]:
+    """The matrices that this rank iterates on in a step of three layers, of which ranks hold copies, or whose rows two ranks
+    have cut unevenly; and how far each then is from all of its factor's step."""
     made, own = list[tuple[int, ...]](), module.orthogonal
     module.orthogonal = lambda x: made.append(tuple(x.shape)) or own(x)
+    torch.manual_seed(0)
     layers = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 7, bias=False), nn.Linear(7, 7, bias=False))
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(layers, mesh=mesh)
-    layers(torch.randn(2, 6)).square().sum().backward()
-    Muon([{"params": list(layers.parameters())}], lr=0.1).step()
-    return made
+    alone = copy.deepcopy(layers)
+    x = torch.randn(2, 6)
+    if not copies:
+        fully_shard(layers, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    layers(x).square().sum().backward()
+    Muon([{"params": list(layers.parameters())}], lr=0.1, copies=copies).step()
+    shared, module.orthogonal = list(made), own
+    alone(x).square().sum().backward()
+    Muon([{"params": list(alone.parameters())}], lr=0.1).step()
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in layers.parameters()]
+    return shared, [float((a - b).abs().max()) for a, b in zip(whole, alone.parameters(), strict=True)]
 
 
-def test_ranks_share_the_matrices_out() -> None:
-    assert run_ranks(_shares, 2) == [[(7, 7), (5, 6)], [(7, 5)]]
+@pytest.mark.parametrize("copies", [False, True])
+def test_ranks_share_the_matrices_out(copies: bool) -> None:
+    (first, off), (second, off_too) = run_ranks(_shares, 2, copies)
+    assert (first, second) == ([(7, 7), (5, 6)], [(7, 5)])
+    assert max(*off, *off_too) < 1e-6
 
 
 @pytest.mark.slow
