@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_ranks
 
 from lejepa_scale.parallel import collectives, living, process_group, shared_memory
@@ -58,6 +59,19 @@ def test_every_exchange_is_that_of_the_collective() -> None:
     pieces = 300 + (1 + 1 + 2 + 3) + 3
     assert run_ranks(_many, 3) == [[f"{2 * pieces} turns"]] * 3
     assert set(Path("/dev/shm").glob("lejepa_scale-*")) <= before
+
+
+def _of_two() -> tuple[int, float] | None:
+    """Of a group of the last two of three ranks, while the first is elsewhere."""
+    group, me = dist.new_group([1, 2]), process_group.rank()
+    if me == 0:
+        return None
+    x = torch.tensor([float(me)])
+    return len(collectives.all_gather(x, group)), float(collectives.all_reduce_sum(x, group))
+
+
+def test_a_group_of_some_ranks_is_not_all() -> None:
+    assert run_ranks(_of_two, 3) == [None, (2, 3.0), (2, 3.0)]
 
 
 def _elsewhere() -> torch.Tensor:
