@@ -53,7 +53,7 @@ class Transfer:
 
 def step_traffic(config: Config, plan: BatchPlan, device: Literal["cuda", "cpu"] = "cuda") -> list[Transfer]:
     """The collectives of a step after the first; none for one rank. device: where, since Muon iterates in another precision
-    on CPUs. What is small is exchanged in shared memory where all ranks are CPU ranks of one host, and counted here."""
+    on CPUs. What CPU ranks of one host exchange in shared memory is counted too."""
     if plan.ranks == 1:
         return []
     model = meta_model(config)
