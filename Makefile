@@ -8,6 +8,9 @@ INSTALLED := $(VENV)/.installed
 SCENES := data/scenes
 RUN := runs/quickstart
 
+# Where Python is told to keep no bytecode, as many containers tell it, every start compiles torch, timm and the rest anew.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: install quickstart test test-all shapes check docs clean
 
 install: $(INSTALLED)

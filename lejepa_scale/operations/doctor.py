@@ -3,8 +3,10 @@ but a file that it removes again. What ranks have to tell one another is in doct
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -56,6 +58,7 @@ def of_this_host(config: Config | None = None) -> Iterator[Finding]:
     yield open_files(_limit())
     yield shared_memory(Path("/dev/shm"))
     yield compiler()
+    yield bytecode(Path(torch.__file__))
     yield environment(dict(os.environ), _ranks_here())
     yield build_locks(extensions.stale_locks())
     if config is not None:
@@ -136,6 +139,17 @@ def compiler() -> Finding:
             "apt install g++, or conda install cxx-compiler",
         )
     return Finding("ok", "compiler", f"{found} at {shutil.which(found)}")
+
+
+def bytecode(source: Path) -> Finding:
+    """source: a module of torch that this process has loaded. A start loads thousands such."""
+    kept = Path(importlib.util.cache_from_source(str(source)))
+    if kept.exists():
+        return Finding("ok", "bytecode", f"kept in {kept.parent}")
+    mend = f"once, for all: {Path(sys.executable).name} -m compileall -qq {source.parents[1]}"
+    if sys.dont_write_bytecode:
+        mend = f"unset PYTHONDONTWRITEBYTECODE, or {mend}"
+    return Finding("warning", "bytecode", f"none of {source}: each start compiles torch and the rest anew", mend)
 
 
 def environment(given: dict[str, str], ranks: int) -> Finding:

@@ -46,6 +46,20 @@ def test_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.shared_memory(tmp_path).level == "ok"
 
 
+def test_bytecode_that_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "torch" / "__init__.py"
+    source.parent.mkdir()
+    source.write_text("x = 1\n")
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    assert "unset" not in doctor.bytecode(source).mend  # a folder that it may not write to
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    found = doctor.bytecode(source)
+    assert found.level == "warning" and str(source) in found.said and "unset PYTHONDONTWRITEBYTECODE, or" in found.mend
+    command = found.mend.partition("for all: ")[2].split()
+    subprocess.run([sys.executable, *command[1:]], check=True, timeout=60)
+    assert doctor.bytecode(source).level == "ok", "its advice helps"
+
+
 def test_environment() -> None:
     assert doctor.environment({"PATH": "/bin"}, 1).level == "ok"
     assert "OMP_NUM_THREADS=1" in doctor.environment({}, 4).mend
