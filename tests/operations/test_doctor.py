@@ -54,7 +54,8 @@ def test_bytecode_that_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "unset" not in doctor.bytecode(source).mend  # a folder that it may not write to
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     found = doctor.bytecode(source)
-    assert found.level == "warning" and str(source) in found.said
+    assert found.level == "warning"
+    assert str(source) in found.said
     assert "unset PYTHONDONTWRITEBYTECODE, or" in found.mend
     command = found.mend.partition("for all: ")[2].split()
     subprocess.run([sys.executable, *command[1:]], check=True, timeout=60)
