@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -60,14 +61,25 @@ def _no_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def test_a_server_that_knows_the_key_is_used(server: Any) -> None:
     server.answer = (200, {"data": {"viewer": {"id": "x"}}})
-    assert wandb_run._mode("", server.url, "runs/a") == "online"  # a key that only the library has: it is there
+    assert wandb_run._mode(KEY, server.url, "runs/a") == "online"
     server.asked.clear()
-    server.answer = (200, {"data": {"viewer": {"id": "x"}}})
     assert wandb_run._mode(KEY, server.url, "runs/a") == "online"
     ((path, headers),) = server.asked
     assert path == "/graphql"
     assert headers["Authorization"].startswith("Basic ")
     assert KEY not in headers["Authorization"]  # encoded, as the library does
+    server.answer = (200, {"data": {"viewer": None}})
+    assert wandb_run._mode("", server.url, "runs/a") == "online"  # a key that only the library has, which was not sent
+
+
+def test_a_mode_that_the_user_has_chosen_asks_no_server(
+    server: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "shared")
+    assert wandb_run._mode(None, server.url, "runs/a") == "shared"
+    assert wandb_run._mode(KEY, server.url, "runs/a") == "shared"
+    assert not server.asked
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -146,17 +158,39 @@ def test_the_environment_comes_first_and_a_run_keeps_its_id(tmp_path: Path, monk
     assert "finish_timeout" not in theirs["settings"].model_fields_set
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_library_sees_a_command_line_without_secrets(
+    fails: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words, seen = ["lejepa", "train", "data.shards=https://me:secret@a.example/x.tar"], []
+    monkeypatch.setattr(sys, "argv", words)
+
+    def init(**_: Any) -> str:
+        seen.extend(sys.argv)
+        if fails:
+            raise wandb.errors.CommError("no")
+        return "a run"
+
+    monkeypatch.setattr(wandb, "init", init)
+    assert wandb_run.start(config_of(tmp_path)) == (None if fails else "a run")
+    assert seen[:2] == words[:2]
+    assert "a.example" in seen[2]
+    assert "secret" not in seen[2]
+    assert sys.argv is words
+
+
 def test_a_library_that_fails_ends_no_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of(tmp_path)
 
     def fails(*_: Any, **__: Any) -> None:
-        raise wandb.errors.CommError("Run initialization has timed out")
+        raise wandb.errors.CommError("Run initialization has timed out at https://me:secret@a.example/x")
 
     monkeypatch.setattr(wandb, "init", fails)
     reporter = Reporter(config, 0, active=True)
-    assert "could not be started (Run initialization has timed out)" in caplog.text
+    assert "could not be started (Run initialization has timed out at https://" in caplog.text
+    assert "secret" not in caplog.text
     reporter.log({"step": 1.0, "loss": 2.0})
     reporter.close()
     logged = []
