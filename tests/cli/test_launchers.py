@@ -71,6 +71,7 @@ def test_a_run_that_stopped_is_queued_again(
     assert left == status
     assert ("scontrol requeue 7" in asked) == again
     (started,) = [line for line in asked if line.startswith("srun")]
+    assert started.startswith("srun --kill-on-bad-exit=1 torchrun "), "the others would wait for a node that is lost"
     assert "--nnodes 2 --nproc-per-node 8" in started
     assert f"--rdzv-id 7-{restarts} --rdzv-backend c10d --rdzv-endpoint n1:29500" in started
     assert "USR2" in started.split("--signals-to-handle ")[1].split()[0]
