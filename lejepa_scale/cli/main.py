@@ -27,6 +27,7 @@ from lejepa_scale.cli import (
     watch,
 )
 from lejepa_scale.cli.command import Group, start
+from lejepa_scale.cpu.spinning import spin_briefly
 from lejepa_scale.operations.versions import versions
 
 SHARDS = Group(
@@ -85,4 +86,5 @@ def main(words: Sequence[str] | None = None) -> int:
     if words and words[0] == "--version":
         print(versions())
         return 0
+    spin_briefly()
     return start(LEJEPA, words)
