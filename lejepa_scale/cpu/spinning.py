@@ -1,5 +1,5 @@
-"""How long OpenMP's threads wait for one another awake. libgomp's default is milliseconds: a thread that shares its core with
-another process spends its share of it on waiting, and has none left when there is work. Imports no torch, which loads libgomp."""
+"""How long OpenMP's threads wait for one another awake. libgomp's default is milliseconds: a thread that shares its core
+with another process spends its time on waiting, and has none left when there is work. Imports no torch, which loads it."""
 
 from __future__ import annotations
 
