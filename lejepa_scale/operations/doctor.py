@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -146,7 +147,7 @@ def bytecode(source: Path) -> Finding:
     kept = Path(importlib.util.cache_from_source(str(source)))
     if kept.exists():
         return Finding("ok", "bytecode", f"kept in {kept.parent}")
-    mend = f"once, for all: {Path(sys.executable).name} -m compileall -qq {source.parents[1]}"
+    mend = f"once, for all: {shlex.join([sys.executable, '-m', 'compileall', '-qq', str(source.parents[1])])}"
     if sys.dont_write_bytecode:
         mend = f"unset PYTHONDONTWRITEBYTECODE, or {mend}"
     return Finding("warning", "bytecode", f"none of {source}: each start compiles torch and the rest anew", mend)
